@@ -1,0 +1,1 @@
+"""BAGEL: its own small model package, its facts and its verbs."""

@@ -1,0 +1,556 @@
+"""BAGEL's verbs: reading and writing with the cache, sampling latents, and the uncached forward."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKL
+from PIL.Image import Image
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from clear_adapters.backbones.bagel.autoencoder import decode_tokens, encode_pixels
+from clear_adapters.backbones.bagel.cache import Cache, stack
+from clear_adapters.backbones.bagel.checkpoint import load_checkpoint
+from clear_adapters.backbones.bagel.images import prepare_image, to_pil
+from clear_adapters.backbones.bagel.model import BagelModel, Frame
+from clear_adapters.backbones.bagel.packing import Marks, Packer, grid_places, pad_patches
+from clear_adapters.backbones.bagel.spec import SPEC
+from clear_adapters.backbones.base import (
+    Backbone,
+    Context,
+    FlowTrace,
+    ModelOutputs,
+    PackedBatch,
+    Piece,
+    PreparedImage,
+    Restoration,
+)
+from clear_adapters.errors import CheckpointError, ClearValueError
+from clear_adapters.sampling import (
+    LatentSampling,
+    RowRandom,
+    TextSampling,
+    choose_token,
+    flow_schedule,
+    guide,
+    ode_step,
+    sde_logprob,
+    sde_mean,
+)
+from clear_adapters.transcript import Origin, TextSegment
+
+if TYPE_CHECKING:
+    from clear_adapters.bridge import LatentBridge
+
+_MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+
+
+class BagelBackbone(Backbone):
+    """A loaded BAGEL: network, autoencoder, tokenizer."""
+
+    spec = SPEC
+
+    def __init__(
+        self, model: BagelModel, autoencoder: AutoencoderKL, tokenizer: Any, marks: Marks | None = None
+    ) -> None:
+        self.model = model
+        self.autoencoder = autoencoder
+        self.tokenizer = tokenizer
+        self.config = model.config
+        self.marks = marks or Marks(*(_mark_id(tokenizer, m) for m in _MARKS))
+        self._packer = Packer(self.config, self.marks)
+
+    # -- facts
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.vae2llm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.vae2llm.weight.dtype
+
+    @property
+    def layers(self) -> int:
+        return len(self.model.language_model.model.layers)
+
+    @property
+    def width(self) -> int:
+        return self.config.width
+
+    @property
+    def latent_width(self) -> int:
+        return self.config.latent_width
+
+    @classmethod
+    def accepts(cls, model: Any) -> bool:
+        return isinstance(model, BagelModel)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        quantization: str | None = None,
+    ) -> BagelBackbone:
+        """Loads a folder in the official layout.
+
+        Raises:
+            ClearValueError: a quantization is asked for.
+            CheckpointError: the folder does not hold a BAGEL model.
+        """
+        if quantization is not None:
+            raise ClearValueError(f"quantization={quantization!r}: backbone 'bagel' has no quantized loading; leave it out")
+        where = torch.device(device) if device is not None else torch.device("cpu")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model, autoencoder = load_checkpoint(Path(folder), dtype, where)
+        return cls(model, autoencoder, tokenizer)
+
+    # -- text
+
+    @property
+    def end_id(self) -> int:
+        return self.marks.end
+
+    def encode_text(self, text: str) -> Tensor:
+        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
+
+    def decode_text(self, ids: Tensor | Sequence[int]) -> str:
+        values = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        marks = {self.marks.start, self.marks.end, self.marks.image_start, self.marks.image_end}
+        return str(self.tokenizer.decode([i for i in values if i not in marks]))
+
+    # -- pictures
+
+    def prepare(self, image: Image) -> PreparedImage:
+        return prepare_image(image, self.config)
+
+    def latent_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Tokens down and across of a picture of that (height, width)."""
+        stride = self.config.ae.downsample * self.config.latent_patch
+        return size[0] // stride, size[1] // stride
+
+    def encode_images(self, images: Sequence[PreparedImage]) -> list[Restoration]:
+        found: dict[int, Restoration] = {}
+        for size in {i.size for i in images}:
+            members = [n for n, i in enumerate(images) if i.size == size]
+            pixels = torch.stack([images[n].pixels for n in members])
+            tokens = encode_pixels(self.autoencoder, pixels, self.config.latent_patch)
+            for n, latent in zip(members, tokens.split(1), strict=True):
+                found[n] = Restoration("flow", self.latent_grid(size), size, latent=latent)
+        return [found[n] for n in range(len(images))]
+
+    def decode(self, restoration: Restoration) -> list[Image]:
+        if restoration.latent is None:
+            raise ClearValueError(f"a restoration of kind {restoration.kind!r} holds no latent that BAGEL could decode")
+        latent = restoration.latent.to(self.device)
+        return to_pil(decode_tokens(self.autoencoder, latent, restoration.grid, self.config.latent_patch))
+
+    # -- the cached path
+
+    def start(self, rows: int, seeds: Sequence[int]) -> Context:
+        if len(seeds) != rows:
+            raise ClearValueError(f"{len(seeds)} seeds for {rows} rows: give one seed a row")
+        attention = self.model.language_model.model.layers[0].self_attn
+        return Context(
+            cache=Cache.empty(
+                self.layers, rows, attention.kv_heads, attention.head_dim, self.dtype, self.device
+            ),
+            length=0,
+            valid=torch.zeros(rows, 0, dtype=torch.bool, device=self.device),
+            position=torch.zeros(rows, dtype=torch.int64, device=self.device),
+            random=RowRandom.from_seeds(list(seeds), self.device),
+            sizes=(None,) * rows,
+        )
+
+    @torch.no_grad()
+    def read_text(self, context: Context, ids: Sequence[Tensor], rows: Sequence[int] | None = None) -> Context:
+        names = _named(context, rows, len(ids))
+        blocks = []
+        for own in ids:
+            tokens = own.tolist()
+            closed = bool(tokens) and tokens[-1] == self.marks.end
+            blocks.append([self.marks.start, *tokens] + ([] if closed else [self.marks.end]))
+        length = max(len(b) for b in blocks)
+        table = torch.zeros(context.rows, length, dtype=torch.int64)
+        valid = torch.zeros(context.rows, length, dtype=torch.bool)
+        for row, block in zip(names, blocks, strict=True):
+            table[row, : len(block)] = torch.tensor(block)
+            valid[row, : len(block)] = True
+        table, valid = table.to(self.device), valid.to(self.device)
+        und = self.model.language_model.model.embed_tokens(table.flatten())
+        steps = torch.arange(length, device=self.device)
+        step = self._pass(context, valid, context.position[:, None] + steps, und, None, full=False)
+        return replace(step.context, position=context.position + valid.sum(1))
+
+    @torch.no_grad()
+    def read_image(
+        self,
+        context: Context,
+        images: Sequence[PreparedImage],
+        as_condition: bool = True,
+        understanding: bool = True,
+        rows: Sequence[int] | None = None,
+    ) -> Context:
+        names = _named(context, rows, len(images))
+        if as_condition:
+            context = self._read_latents(context, self.encode_images(images), None, names)
+        if understanding:
+            patches, places, valid = pad_patches([(i.patches, i.patch_grid) for i in images], self.config.vit_side)
+            tokens = self.model.embed_patches(*(x.to(self.device) for x in (patches, places, valid)))
+            context = self._read_block(context, tokens, valid.to(self.device), names, generation=False)
+        sizes = list(context.sizes)
+        for row, image in zip(names, images, strict=True):
+            sizes[row] = image.size
+        return replace(context, sizes=tuple(sizes))
+
+    @torch.no_grad()
+    def read_restoration(
+        self,
+        context: Context,
+        restorations: Sequence[Restoration],
+        bridge: LatentBridge | None,
+        rows: Sequence[int] | None = None,
+    ) -> Context:
+        return self._read_latents(context, restorations, bridge, _named(context, rows, len(restorations)))
+
+    @torch.no_grad()
+    def reencode(
+        self, context: Context, restorations: Sequence[Restoration], rows: Sequence[int] | None = None
+    ) -> Context:
+        images = [self.prepare(self.decode(r)[0]) for r in restorations]
+        return self.read_image(context, images, as_condition=False, rows=_named(context, rows, len(images)))
+
+    def write_text_steps(
+        self, context: Context, sampling: TextSampling, rows: Sequence[int] | None = None
+    ) -> Generator[Tensor, None, tuple[Context, list[TextSegment]]]:
+        with torch.no_grad():
+            names = _named(context, rows)
+            active = torch.zeros(context.rows, dtype=torch.bool)
+            active[names] = True
+            active = active.to(self.device)
+            tokens, logprobs, kept = [], [], []
+            feed = torch.full((context.rows,), self.marks.start, device=self.device)
+            random = context.random.clone()
+            # Asking a GPU whether all rows are finished stalls it, so it is asked now and then only.
+            check = 1 if self.device.type == "cpu" else 16
+            for i in range(sampling.max_new_tokens):
+                step = self._feed(context, feed, active if i == 0 else kept[-1])
+                context = step.context
+                logits = self.model.logits(step.und)
+                token, logprob = choose_token(logits, sampling, random, active)
+                tokens.append(torch.where(active, token, -1))
+                logprobs.append(logprob)
+                kept.append(active)
+                feed = torch.where(active, token, self.marks.end)
+                yield tokens[-1][names]
+                active = active & (token != self.marks.end)
+                if (i + 1) % check == 0 and not bool(active.any()):
+                    break
+            context = self._feed(context, feed, kept[-1]).context
+            if bool(active.any()):
+                # Cut off at the limit: the block is closed, but nobody chose that token.
+                context = self._feed(context, torch.full_like(feed, self.marks.end), active).context
+            table = torch.stack(tokens, 1).cpu()
+            scores = torch.stack(logprobs, 1).float().cpu()
+            segments = []
+            for row in names:
+                own = table[row] >= 0
+                ids = table[row][own]
+                segments.append(
+                    TextSegment(ids, Origin.SAMPLED, self.decode_text(ids), logprobs=scores[row][own])
+                )
+            return replace(context, random=random), segments
+
+    def _feed(self, context: Context, token: Tensor, active: Tensor) -> _Step:
+        und = self.model.language_model.model.embed_tokens(token)
+        step = self._pass(context, active[:, None], context.position[:, None], und, None, full=False)
+        step.context = replace(step.context, position=context.position + active)
+        return step
+
+    def restore_steps(
+        self,
+        context: Context,
+        sampling: LatentSampling,
+        guidance: Sequence[Context | None] = (),
+        rows: Sequence[int] | None = None,
+    ) -> Generator[list[Restoration], None, tuple[Context, list[Restoration]]]:
+        with torch.no_grad():
+            names = _named(context, rows)
+            own = context if len(names) == context.rows else context.select(names)
+            sizes = [s for s in own.sizes if s is not None]
+            if len(sizes) != own.rows:
+                raise ClearValueError("restore: a row has read no picture, so there is nothing to restore")
+            grids = [self.latent_grid(s) for s in sizes]
+            counts = torch.tensor([h * w for h, w in grids])
+            valid = (torch.arange(int(counts.max())) < counts[:, None]).to(self.device)
+            places = torch.zeros(valid.shape, dtype=torch.int64)
+            for i, grid in enumerate(grids):
+                places[i, : counts[i]] = grid_places(grid, self.config.latent_side)
+            places = places.to(self.device)
+            scales = (sampling.guidance_text, sampling.guidance_image)
+            branches = [
+                g.select(names) if len(names) != g.rows else g
+                for g, scale in zip(guidance, scales, strict=False)
+                if g is not None and scale > 1
+            ]
+            present = [
+                i < len(guidance) and guidance[i] is not None and scale > 1 for i, scale in enumerate(scales)
+            ]
+            joint = stack([own, *branches]) if branches else None
+            random = own.random.clone()
+            shape = (own.rows, int(counts.max()), self.latent_width)
+            x = random.normal(shape[1] * shape[2]).view(shape) * valid[..., None]
+            times = flow_schedule(sampling.steps, sampling.shift)
+            records: list[tuple[Tensor, Tensor, Tensor]] = []
+            for t, after in zip(times[:-1], times[1:], strict=True):
+                low, high = sampling.guidance_interval
+                if joint is not None and low < t <= high:
+                    copies = 1 + len(branches)
+                    every, joint = self._velocity(joint, x.repeat(copies, 1, 1), places.repeat(copies, 1),
+                                                  valid.repeat(copies, 1), t)
+                    parts = list(every.chunk(copies))
+                    velocity = parts.pop(0)
+                    text = parts.pop(0) if present[0] else None
+                    velocity = guide(velocity, text, parts.pop(0) if present[1] else None, sampling)
+                else:
+                    velocity, own = self._velocity(own, x, places, valid, t)
+                clean = x - t * velocity
+                if sampling.sde_sigma:
+                    mean = sde_mean(x, velocity, t, t - after, sampling.sde_sigma)
+                    noise = random.normal(shape[1] * shape[2]).view(shape) * valid[..., None]
+                    new = mean + sampling.sde_sigma * (t - after) ** 0.5 * noise
+                    logprob = sde_logprob(new, mean, t - after, sampling.sde_sigma, "sum")
+                    if sampling.logprob == "mean":
+                        logprob = logprob / (counts.to(logprob.device) * self.latent_width)
+                    records.append((x, new, logprob))
+                    x = new
+                else:
+                    x = ode_step(x, velocity, t - after)
+                yield _split(clean, grids, sizes)
+            done = _split(x, grids, sizes)
+            if records:
+                _attach_traces(done, records, times, sampling.sde_sigma)
+            counts_all = context.random.counts.clone()
+            counts_all[names] = random.counts
+            return replace(context, random=RowRandom(context.random.seeds, counts_all)), done
+
+    def _velocity(
+        self, context: Context, x: Tensor, places: Tensor, valid: Tensor, t: float
+    ) -> tuple[Tensor, Context]:
+        """Velocity (R, N, C) float32 of latents that stand behind a context; nothing is read."""
+        tokens = self.model.embed_latents(x, places, torch.full((1,), t, device=x.device))
+        step = self._image_pass(context, tokens, valid, generation=True)
+        velocity = self.model.velocity(step.gen).view(x.shape[0], x.shape[1], -1) * valid[..., None]
+        return velocity, replace(context, cache=step.scratch)
+
+    def _read_latents(
+        self,
+        context: Context,
+        restorations: Sequence[Restoration],
+        bridge: LatentBridge | None,
+        names: Sequence[int],
+    ) -> Context:
+        counts = [r.grid[0] * r.grid[1] for r in restorations]
+        latents = torch.zeros(len(counts), max(counts), self.latent_width)
+        places = torch.zeros(len(counts), max(counts), dtype=torch.int64)
+        latents = latents.to(self.device)
+        for i, r in enumerate(restorations):
+            if r.latent is None:
+                raise ClearValueError(f"a restoration of kind {r.kind!r} holds no latent that BAGEL could read")
+            latents[i, : counts[i]] = r.latent[0].to(self.device)
+            places[i, : counts[i]] = grid_places(r.grid, self.config.latent_side)
+        valid = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).to(self.device)
+        tokens = self.model.embed_latents(latents, places.to(self.device), torch.zeros(1, device=self.device))
+        if bridge is not None:
+            tokens = bridge(latents, tokens)
+        return self._read_block(context, tokens, valid, names, generation=True)
+
+    def _read_block(
+        self, context: Context, tokens: Tensor, valid: Tensor, names: Sequence[int], generation: bool
+    ) -> Context:
+        """Reads picture tokens (R, N, D) into the named rows."""
+        if len(names) != context.rows:
+            wide = tokens.new_zeros(context.rows, *tokens.shape[1:])
+            seen = valid.new_zeros(context.rows, valid.shape[1])
+            wide[list(names)], seen[list(names)] = tokens, valid
+            tokens, valid = wide, seen
+        step = self._image_pass(context, tokens, valid, generation, names)
+        moved = torch.zeros_like(context.position)
+        moved[list(names)] = 1
+        return replace(step.context, position=context.position + moved)
+
+    def _image_pass(
+        self,
+        context: Context,
+        tokens: Tensor,
+        valid: Tensor,
+        generation: bool,
+        names: Sequence[int] | None = None,
+    ) -> _Step:
+        """Tokens (B, N, D) between image marks, behind a context, all at one position a row."""
+        b, n, _ = tokens.shape
+        marks = torch.tensor([self.marks.image_start, self.marks.image_end], device=self.device)
+        edges = self.model.language_model.model.embed_tokens(marks).expand(b, 2, -1)
+        known = torch.ones(b, 1, dtype=torch.bool, device=self.device)
+        if names is not None and len(names) != b:
+            known = torch.zeros_like(known)
+            known[list(names)] = True
+        valid = torch.cat((known, valid, known), 1)
+        positions = context.position[:, None].expand(b, n + 2)
+        if generation:
+            return self._pass(context, valid, positions, edges.reshape(2 * b, -1), tokens.flatten(0, 1), full=True)
+        und = torch.cat((edges[:, :1], tokens, edges[:, 1:]), 1).flatten(0, 1)
+        return self._pass(context, valid, positions, und, None, full=True)
+
+    def _pass(
+        self,
+        context: Context,
+        valid: Tensor,
+        positions: Tensor,
+        und: Tensor,
+        gen: Tensor | None,
+        full: bool,
+    ) -> _Step:
+        """One cached forward of a block of L tokens a row.
+
+        Without `gen`, `und` holds all (B L, D) tokens; with it, each row's first and last token are `und`.
+        """
+        b, length = valid.shape
+        flat = torch.arange(b * length, device=self.device)
+        gen_index = flat[:0]
+        if gen is not None:
+            table = flat.view(b, length)
+            flat, gen_index = table[:, [0, -1]].flatten(), table[:, 1:-1].flatten()
+        new = valid[:, None, :].expand(b, length, length)
+        if not full:
+            new = new & torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        new = new | torch.eye(length, dtype=torch.bool, device=self.device)
+        mask = torch.cat((context.valid[:, None, :].expand(b, length, context.length), new), -1)[:, None]
+        decoder = self.model.language_model.model
+        cos, sin = decoder.rotary(positions)
+        frame = Frame((b, length), flat, gen_index, cos, sin, mask)
+        room = context.cache.reserve(context.length, length)
+        gen = und.new_zeros(0, und.shape[-1]) if gen is None else gen
+        und, gen, _ = decoder(und, gen, frame, room)
+        return _Step(context, room, valid, und, gen)
+
+    # -- the uncached path
+
+    def pack(self, rows: Sequence[Sequence[Piece]], hidden_layers: tuple[int, ...] = ()) -> PackedBatch:
+        return self._packer.pack(rows, hidden_layers)
+
+    @torch.no_grad()
+    def encode(self, batch: PackedBatch, noise: Tensor | None = None) -> PackedBatch:
+        clean = batch.latents
+        if batch.pictures:
+            found = [encode_pixels(self.autoencoder, p, self.config.latent_patch).flatten(0, 1) for p in batch.pictures]
+            stored = torch.cat(found)[batch.latent_source.clamp(min=0)]
+            clean = torch.where((batch.latent_source >= 0)[:, None], stored, clean)
+        noise = torch.randn_like(clean) if noise is None else noise
+        t = batch.latent_time[:, None]
+        mixed = torch.where(batch.latent_noised[:, None], (1 - t) * clean + t * noise, clean)
+        return replace(batch, latents=mixed, pictures=[], target=noise - clean)
+
+    def forward(self, batch: PackedBatch, bridge: LatentBridge | None = None) -> ModelOutputs:
+        if batch.pictures:
+            raise ClearValueError("this batch still holds pictures: call encode(batch) first")
+        model, decoder = self.model, self.model.language_model.model
+        b, length = batch.ids.shape
+        places = decoder.embed_tokens(batch.ids.flatten())
+        if batch.patches is not None:
+            seen = model.embed_patches(batch.patches, batch.patch_positions, batch.patch_valid)
+            places = places.index_copy(0, batch.patch_index, seen.flatten(0, 1)[batch.patch_source].to(places.dtype))
+        und = places[batch.und_index]
+        gen = und.new_zeros(0, und.shape[-1])
+        if len(batch.latents):
+            gen = model.embed_latents(batch.latents, batch.latent_positions, batch.latent_time)
+            if bridge is not None:
+                gen = torch.where(batch.latent_bridged[:, None], bridge(batch.latents, gen), gen)
+        cos, sin = decoder.rotary(batch.positions)
+        frame = Frame((b, length), batch.und_index, batch.gen_index, cos, sin, batch.visibility())
+        und, gen, kept = decoder(und, gen, frame, None, batch.hidden_layers)
+
+        def spread(u: Tensor, g: Tensor) -> Tensor:
+            flat = u.new_zeros(b * length, u.shape[-1]).index_copy(0, batch.und_index, u)
+            return flat.index_copy(0, batch.gen_index, g) if len(g) else flat
+
+        states = spread(und, gen[:0])
+        return ModelOutputs(
+            text_logits=model.logits(states[batch.text_at]),
+            velocity=model.velocity(gen[batch.velocity_at]),
+            hidden={i: spread(*k).view(b, length, -1) for i, k in kept.items()},
+        )
+
+
+class _Step:
+    """The result of a cached pass; reading `context` keeps it, reading `scratch` does not."""
+
+    def __init__(self, before: Context, room: Any, valid: Tensor, und: Tensor, gen: Tensor) -> None:
+        self._before = before
+        self._room = room
+        self._valid = valid
+        self._after: Context | None = None
+        self.und = und
+        self.gen = gen
+
+    @property
+    def context(self) -> Context:
+        """The context with the block read."""
+        if self._after is None:
+            self._after = replace(
+                self._before,
+                cache=self._room.commit(),
+                length=self._room.stop,
+                valid=torch.cat((self._before.valid, self._valid), 1),
+            )
+        return self._after
+
+    @context.setter
+    def context(self, value: Context) -> None:
+        self._after = value
+
+    @property
+    def scratch(self) -> Cache:
+        """The cache without the block, where the next pass finds room."""
+        return self._room.again()
+
+
+def _named(context: Context, rows: Sequence[int] | None, given: int | None = None) -> list[int]:
+    names = list(range(context.rows)) if rows is None else list(rows)
+    if given is not None and given != len(names):
+        raise ClearValueError(f"{given} blocks for {len(names)} rows: give one for each row")
+    return names
+
+
+def _split(x: Tensor, grids: list[tuple[int, int]], sizes: list[tuple[int, int]]) -> list[Restoration]:
+    return [
+        Restoration("flow", grid, size, latent=x[i : i + 1, : grid[0] * grid[1]])
+        for i, (grid, size) in enumerate(zip(grids, sizes, strict=True))
+    ]
+
+
+def _attach_traces(
+    done: list[Restoration], records: list[tuple[Tensor, Tensor, Tensor]], times: list[float], sigma: float
+) -> None:
+    x, x_next, logprobs = (torch.stack(part, 1) for part in zip(*records, strict=True))
+    t = torch.tensor(times)
+    for i, r in enumerate(done):
+        n = r.grid[0] * r.grid[1]
+        r.trace = FlowTrace(
+            x[i : i + 1, :, :n], x_next[i : i + 1, :, :n], t[:-1], t[:-1] - t[1:], sigma, logprobs[i : i + 1]
+        )
+
+
+def _mark_id(tokenizer: Any, mark: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(mark)
+    if found is None or found == tokenizer.unk_token_id:
+        raise CheckpointError(f"the tokenizer has no token {mark}: it is not a BAGEL tokenizer")
+    return int(found)

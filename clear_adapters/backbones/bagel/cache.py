@@ -1,0 +1,106 @@
+"""A key-value cache that forks for free: contexts share storage until two of them append at the same place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clear_adapters.backbones.base import Context
+
+
+@dataclass
+class _Storage:
+    """Keys and values of every layer, (layers, 2, B, H, capacity, d), and how far some context has read."""
+
+    data: Tensor
+    used: int
+
+
+class Cache:
+    """One context's view of a storage.
+
+    Attributes:
+        layers, heads, head_dim: sizes.
+    """
+
+    def __init__(self, storage: _Storage) -> None:
+        self._storage = storage
+
+    @classmethod
+    def empty(
+        cls, layers: int, rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Cache:
+        """A cache with nothing in it."""
+        return cls(_Storage(torch.empty(layers, 2, rows, heads, 0, head_dim, dtype=dtype, device=device), 0))
+
+    def reserve(self, length: int, more: int) -> Pass:
+        """A pass that writes `more` entries behind `length`; copies when they are not free to write."""
+        s = self._storage
+        if s.used > length or s.data.shape[4] < length + more:
+            capacity = max(length + more, 2 * length, 64)
+            shape = list(s.data.shape)
+            shape[4] = capacity
+            data = s.data.new_empty(shape)
+            data[..., :length, :] = s.data[..., :length, :]
+            s = _Storage(data, length)
+        return Pass(s, length, length + more)
+
+    def gather(self, index: Tensor, length: int) -> Cache:
+        """Some rows, copied."""
+        return Cache(_Storage(self._storage.data[:, :, index, :, :length].clone(), length))
+
+    def read(self, length: int) -> Tensor:
+        """(layers, 2, B, H, length, d), a view."""
+        return self._storage.data[..., :length, :]
+
+
+class Pass:
+    """Room for one forward: the layers write into it; `commit` keeps it, otherwise the next pass overwrites it."""
+
+    def __init__(self, storage: _Storage, start: int, stop: int) -> None:
+        self._storage = storage
+        self.start = start
+        self.stop = stop
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes (B, H, L, d) and gives everything read so far and now, (B, H, stop, d)."""
+        data = self._storage.data[layer]
+        data[0, :, :, self.start : self.stop] = keys
+        data[1, :, :, self.start : self.stop] = values
+        return data[0, :, :, : self.stop], data[1, :, :, : self.stop]
+
+    def commit(self) -> Cache:
+        """The cache with the written entries read."""
+        self._storage.used = self.stop
+        return Cache(self._storage)
+
+    def again(self) -> Cache:
+        """The cache without them, on the storage that has room, so that a repeated pass does not copy again."""
+        return Cache(self._storage)
+
+
+def stack(contexts: list[Context]) -> Context:
+    """Contexts of one batch size as one batch, one after the other; shorter ones are padded with holes."""
+    length = max(c.length for c in contexts)
+    parts, valid = [], []
+    for c in contexts:
+        data = c.cache.read(c.length)
+        if c.length < length:
+            wide = data.new_zeros(*data.shape[:4], length, data.shape[5])
+            wide[..., : c.length, :] = data
+            data = wide
+        parts.append(data)
+        mask = c.valid.new_zeros(c.rows, length)
+        mask[:, : c.length] = c.valid
+        valid.append(mask)
+    first = contexts[0]
+    return Context(
+        cache=Cache(_Storage(torch.cat(parts, dim=2), length)),
+        length=length,
+        valid=torch.cat(valid),
+        position=torch.cat([c.position for c in contexts]),
+        random=first.random,
+        sizes=tuple(s for c in contexts for s in c.sizes),
+    )

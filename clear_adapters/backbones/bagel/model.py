@@ -1,0 +1,322 @@
+"""The BAGEL network: a Qwen2 Mixture-of-Transformers with a SigLIP encoder and latent projections.
+
+Parameter names are those of the official checkpoint. Hidden states are kept apart by expert: `und` holds the
+text and picture tokens (U, D), `gen` the latent tokens (G, D), and they meet only in attention, where they are
+laid out as (B, L). Everything outside attention so touches no padding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+from clear_adapters.backbones.bagel.config import BagelConfig
+
+
+class KeyValues(Protocol):
+    """What a layer needs of a cache."""
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts (B, H, L, d) behind what is read and gives all keys and values, (B, H, K, d)."""
+        ...
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with a projection set for each expert, over both kinds of tokens together."""
+
+    def __init__(self, config: BagelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = int(config.llm["num_attention_heads"])
+        self.kv_heads = int(config.llm.get("num_key_value_heads", self.heads))
+        self.head_dim = config.head_dim
+        eps = float(config.llm.get("rms_norm_eps", 1e-6))
+        width, q, kv = config.width, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        for suffix in ("", "_moe_gen"):
+            setattr(self, f"q_proj{suffix}", nn.Linear(width, q))
+            setattr(self, f"k_proj{suffix}", nn.Linear(width, kv))
+            setattr(self, f"v_proj{suffix}", nn.Linear(width, kv))
+            setattr(self, f"o_proj{suffix}", nn.Linear(q, width, bias=False))
+            setattr(self, f"q_norm{suffix}", nn.RMSNorm(self.head_dim, eps=eps))
+            setattr(self, f"k_norm{suffix}", nn.RMSNorm(self.head_dim, eps=eps))
+
+    def _project(self, x: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor]:
+        def get(name: str) -> nn.Module:
+            return getattr(self, name + suffix)
+
+        q = get("q_norm")(get("q_proj")(x).view(-1, self.heads, self.head_dim))
+        k = get("k_norm")(get("k_proj")(x).view(-1, self.kv_heads, self.head_dim))
+        return q, k, get("v_proj")(x).view(-1, self.kv_heads, self.head_dim)
+
+    def forward(self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | None) -> tuple[Tensor, Tensor]:
+        """Args: und (U, D), gen (G, D). Returns: the same shapes."""
+        b, length = frame.shape
+        parts = self._project(und, "")
+        if gen.shape[0]:
+            parts = tuple(
+                # Both experts' tokens into one (B L, heads, d) layout; places of neither stay zero.
+                x.new_zeros(b * length, *x.shape[1:])
+                .index_copy(0, frame.und_index, x)
+                .index_copy(0, frame.gen_index, y)
+                for x, y in zip(parts, self._project(gen, "_moe_gen"), strict=True)
+            )
+        elif und.shape[0] != b * length:
+            parts = tuple(
+                x.new_zeros(b * length, *x.shape[1:]).index_copy(0, frame.und_index, x) for x in parts
+            )
+        q, k, v = (x.view(b, length, -1, self.head_dim).transpose(1, 2) for x in parts)
+        q, k = rotate(q, frame.cos, frame.sin), rotate(k, frame.cos, frame.sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        if self.kv_heads != self.heads:
+            # Explicit, since SDPA's fused kernels take no mask together with grouped heads on every device.
+            k = k.repeat_interleave(self.heads // self.kv_heads, 1)
+            v = v.repeat_interleave(self.heads // self.kv_heads, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=frame.mask)
+        out = out.transpose(1, 2).reshape(b * length, -1)
+        if und.shape[0] == b * length:
+            return self.o_proj(out), gen
+        u = self.o_proj(out[frame.und_index])
+        return u, self.o_proj_moe_gen(out[frame.gen_index]) if gen.shape[0] else gen
+
+
+class Frame:
+    """The layout of one pass, shared by all layers.
+
+    Attributes:
+        shape: (B, L).
+        und_index: (U,) flat places of the understanding tokens.
+        gen_index: (G,) flat places of the generation tokens.
+        cos, sin: (B, 1, L, d) rotary tables at the tokens' positions.
+        mask: (B, 1, L, K) bool, True where seen, or additive.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        und_index: Tensor,
+        gen_index: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+    ) -> None:
+        self.shape = shape
+        self.und_index = und_index
+        self.gen_index = gen_index
+        self.cos = cos
+        self.sin = sin
+        self.mask = mask
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split as in Qwen2."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Layer(nn.Module):
+    """A transformer layer with norms, attention projections and MLP for each expert."""
+
+    def __init__(self, config: BagelConfig, index: int) -> None:
+        super().__init__()
+        llm = Qwen2Config(**{k: v for k, v in config.llm.items() if k in ("hidden_size", "intermediate_size")})
+        eps = float(config.llm.get("rms_norm_eps", 1e-6))
+        self.self_attn = Attention(config, index)
+        self.mlp = Qwen2MLP(llm)
+        self.mlp_moe_gen = Qwen2MLP(llm)
+        self.input_layernorm = nn.RMSNorm(config.width, eps=eps)
+        self.input_layernorm_moe_gen = nn.RMSNorm(config.width, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.width, eps=eps)
+        self.post_attention_layernorm_moe_gen = nn.RMSNorm(config.width, eps=eps)
+
+    def forward(
+        self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Args: und (U, D), gen (G, D). Returns: the same shapes."""
+        some = gen.shape[0] > 0
+        a, b = self.self_attn(
+            self.input_layernorm(und), self.input_layernorm_moe_gen(gen) if some else gen, frame, cache
+        )
+        und = und + a
+        und = und + self.mlp(self.post_attention_layernorm(und))
+        if some:
+            gen = gen + b
+            gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
+        return und, gen
+
+
+class Decoder(nn.Module):
+    """The stack of layers with token embeddings and final norms (`language_model.model` in the checkpoint)."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        eps = float(config.llm.get("rms_norm_eps", 1e-6))
+        self.embed_tokens = nn.Embedding(int(config.llm["vocab_size"]), config.width)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(int(config.llm["num_hidden_layers"])))
+        self.norm = nn.RMSNorm(config.width, eps=eps)
+        self.norm_moe_gen = nn.RMSNorm(config.width, eps=eps)
+        self.theta = float(config.llm.get("rope_theta", 1000000.0))
+        self.head_dim = config.head_dim
+        self.checkpointing = False
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, 1, L, d) at positions (B, L), computed in float32."""
+        exponent = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
+        angles = positions[:, None, :, None].float() * self.theta**-exponent
+        angles = torch.cat((angles, angles), dim=-1)
+        dtype = self.embed_tokens.weight.dtype
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def forward(
+        self,
+        und: Tensor,
+        gen: Tensor,
+        frame: Frame,
+        cache: KeyValues | None = None,
+        hidden_layers: tuple[int, ...] = (),
+    ) -> tuple[Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]]:
+        """Runs all layers; returns the states before the final norms, and those after the layers asked for."""
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        for i, layer in enumerate(self.layers):
+            if self.checkpointing and self.training and cache is None:
+                und, gen = torch.utils.checkpoint.checkpoint(layer, und, gen, frame, use_reentrant=False)
+            else:
+                und, gen = layer(und, gen, frame, cache)
+            if i in hidden_layers:
+                kept[i] = (und, gen)
+        return und, gen, kept
+
+
+class LanguageModel(nn.Module):
+    """Decoder and head, nested as the checkpoint names them."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.width, int(config.llm["vocab_size"]), bias=False)
+
+
+class VisionEncoder(nn.Module):
+    """SigLIP over padded patch sequences of any grid (`vit_model.vision_model`): position table, no head."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        vit = SiglipVisionConfig(
+            hidden_size=config.vit["hidden_size"],
+            intermediate_size=config.vit["intermediate_size"],
+            num_attention_heads=config.vit["num_attention_heads"],
+            num_hidden_layers=config.vit_layers,
+            hidden_act=config.vit.get("hidden_act", "gelu_pytorch_tanh"),
+            layer_norm_eps=config.vit.get("layer_norm_eps", 1e-6),
+        )
+        vit._attn_implementation = "sdpa"
+        width = int(config.vit["hidden_size"])
+        self.embeddings = nn.Module()
+        self.embeddings.patch_embedding = nn.Linear(3 * config.patch**2, width)
+        self.embeddings.position_embedding = nn.Embedding(config.vit_side**2, width)
+        self.encoder = SiglipEncoder(vit)
+        self.post_layernorm = nn.LayerNorm(width, eps=vit.layer_norm_eps)
+
+    def forward(self, patches: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        """Args: patches (I, P, patch_dim), positions (I, P), valid (I, P). Returns: (I, P, width)."""
+        x = self.embeddings.patch_embedding(patches) + self.embeddings.position_embedding(positions)
+        # A padding patch sees itself, so that its row of the softmax is not empty.
+        eye = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+        mask = torch.zeros(eye.shape, dtype=x.dtype, device=x.device).expand(valid.shape[0], 1, -1, -1)
+        mask = mask.masked_fill(~(valid[:, None, None, :] | eye), torch.finfo(x.dtype).min)
+        return self.post_layernorm(self.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state)
+
+
+class Connector(nn.Module):
+    """Two-layer MLP from the understanding encoder to the language model."""
+
+    def __init__(self, vision: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(vision, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., vision) to (..., width)."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class PositionTable(nn.Module):
+    """A fixed table over a square grid, row by row (two-dimensional sines in the official weights)."""
+
+    def __init__(self, side: int, width: int) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(side * side, width), requires_grad=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Rows of the table."""
+        return self.pos_embed[index]
+
+
+class TimeEmbedder(nn.Module):
+    """Sinusoidal embedding of a time in [0, 1] through an MLP."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(N,) float32 to (N, width)."""
+        half = self.frequencies // 2
+        rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None].float() * rates
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class BagelModel(nn.Module):
+    """All weights of BAGEL but the autoencoder, under the official names."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.language_model = LanguageModel(config)
+        self.vit_model = nn.Module()
+        self.vit_model.vision_model = VisionEncoder(config)
+        self.connector = Connector(int(config.vit["hidden_size"]), config.width)
+        self.vit_pos_embed = PositionTable(config.vit_side, config.width)
+        self.time_embedder = TimeEmbedder(config.width)
+        self.vae2llm = nn.Linear(config.latent_width, config.width)
+        self.llm2vae = nn.Linear(config.width, config.latent_width)
+        self.latent_pos_embed = PositionTable(config.latent_side, config.width)
+
+    def embed_patches(self, patches: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        """Understanding tokens (I, P, D) of padded patches."""
+        seen = self.vit_model.vision_model(patches.to(self.vae2llm.weight.dtype), positions, valid)
+        return self.connector(seen) + self.vit_pos_embed(positions)
+
+    def embed_latents(self, latents: Tensor, positions: Tensor, time: Tensor) -> Tensor:
+        """Latent tokens (G, D) of (G, C) at grid places (G,) and times (G,); time 0 is the way back in."""
+        x = self.vae2llm(latents.to(self.vae2llm.weight.dtype))
+        return x + self.time_embedder(time) + self.latent_pos_embed(positions)
+
+    def velocity(self, gen: Tensor) -> Tensor:
+        """Velocity (G, C) float32 from the generation expert's last states."""
+        return self.llm2vae(self.language_model.model.norm_moe_gen(gen)).float()
+
+    def logits(self, und: Tensor) -> Tensor:
+        """Next-token logits of the understanding expert's last states."""
+        return self.language_model.lm_head(self.language_model.model.norm(und))
+
+
+def sincos_table(side: int, width: int) -> Tensor:
+    """The two-dimensional sine table (side * side, width) that BAGEL's position tables hold."""
+    quarter = width // 4
+    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    line = torch.cat((angles.sin(), angles.cos()), dim=1)
+    column = line[None, :, :].expand(side, side, -1)
+    row = line[:, None, :].expand(side, side, -1)
+    return torch.cat((column, row), dim=-1).reshape(side * side, width).float()

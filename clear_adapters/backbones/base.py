@@ -1,0 +1,629 @@
+"""What a backbone is: a `BackboneSpec` of facts and a `Backbone` class of verbs, and what passes between them.
+
+The engine decides when to write, restore and read; a backbone only knows how. Every verb takes a batch.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clear_adapters.errors import BackboneMismatchError
+from clear_adapters.sampling import LatentSampling, RowRandom, TextSampling
+from clear_adapters.transcript import TextSegment
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from clear_adapters.bridge import LatentBridge
+
+# ------------------------------------------------------------------------------------------------------- facts
+
+
+@dataclass(frozen=True)
+class LoraGroup:
+    """Modules that are adapted together, named exactly.
+
+    Attributes:
+        prefix: dotted path of the list of layers.
+        modules: paths below each layer.
+        once: full paths that exist once, outside the layers.
+    """
+
+    prefix: str
+    modules: tuple[str, ...]
+    once: tuple[str, ...] = ()
+
+    def names(self, layers: int) -> list[str]:
+        """Every module name of the group for a model of that many layers."""
+        return [f"{self.prefix}.{i}.{m}" for i in range(layers) for m in self.modules] + list(self.once)
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """The facts of a family. Nothing here needs weights; all of it is checked against the real model.
+
+    Attributes:
+        name: registry key.
+        title: how people call it.
+        kind: `flow` restores continuous latents, `codes` restores discrete ones.
+        backbone: `module:NAME` of the `Backbone` class.
+        groups: LoRA groups by name; `understanding` and `generation` at least.
+        extras: modules that a recipe may train whole, by path.
+        never: path prefixes that must never be adapted (vision towers, picture tokenizers).
+        restoration_reader: the expert that reads a restoration back, `generation` or `understanding`.
+        decodes: whether pixels can be decoded.
+        checkpoints: Hub ids or built-in names known to fit.
+        tested_with: library versions the family was tested with.
+        license: licence of the usual checkpoints, as their owners state it.
+        stages: training stages that are supported.
+        tiny: `module:NAME` of a function `(seed) -> Backbone` that builds the real classes at toy size.
+        sources: papers and repositories.
+    """
+
+    name: str
+    title: str
+    kind: Literal["flow", "codes"]
+    backbone: str
+    groups: dict[str, LoraGroup]
+    tiny: str
+    extras: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+    restoration_reader: Literal["generation", "understanding"] = "generation"
+    decodes: bool = True
+    checkpoints: tuple[str, ...] = ()
+    tested_with: str = ""
+    license: str = ""
+    stages: tuple[str, ...] = ("sft",)
+    sources: tuple[str, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------- restorations
+
+
+@dataclass
+class FlowTrace:
+    """How flow latents were sampled: S recorded steps.
+
+    Attributes:
+        x: (B, S, N, C) float32, the latent before each step.
+        x_next: (B, S, N, C) float32, the latent after it.
+        t: (S,) float32, time before each step.
+        dt: (S,) float32, length of each step.
+        sigma: noise level.
+        logprobs: (B, S) float32.
+    """
+
+    x: Tensor
+    x_next: Tensor
+    t: Tensor
+    dt: Tensor
+    sigma: float
+    logprobs: Tensor
+
+    def row(self, i: int) -> FlowTrace:
+        """One row, still batched."""
+        return replace(
+            self, x=self.x[i : i + 1], x_next=self.x_next[i : i + 1], logprobs=self.logprobs[i : i + 1]
+        )
+
+
+@dataclass
+class Restoration:
+    """What the model generated for the clean picture, for B rows on one grid.
+
+    Attributes:
+        kind: `flow` or `codes`.
+        grid: (h, w) of its tokens; N = h w.
+        size: (height, width) in pixels.
+        latent: (B, N, C) float32, of kind flow.
+        codes: (B, N) int64, of kind codes.
+        trace: how it was sampled; of kind flow only when the sampler was stochastic.
+        code_logprobs: (B, N) float32, of kind codes.
+    """
+
+    kind: Literal["flow", "codes"]
+    grid: tuple[int, int]
+    size: tuple[int, int]
+    latent: Tensor | None = None
+    codes: Tensor | None = None
+    trace: FlowTrace | None = None
+    code_logprobs: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        tensor = self.latent if self.latent is not None else self.codes
+        return 0 if tensor is None else int(tensor.shape[0])
+
+    def row(self, i: int) -> Restoration:
+        """One row, still batched; shares storage."""
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[i : i + 1]
+
+        return replace(
+            self,
+            latent=cut(self.latent),
+            codes=cut(self.codes),
+            trace=None if self.trace is None else self.trace.row(i),
+            code_logprobs=cut(self.code_logprobs),
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ context
+
+
+@dataclass
+class Context:
+    """What a batch of rows has read so far.
+
+    Appending returns a new context and leaves the old one usable. The two share storage: like a slice of an
+    array, the first to append writes in place behind what is read, a second one copies first.
+
+    Attributes:
+        cache: the family's own key-value store, shared between forks.
+        length: cache entries in use, the same for all rows; rows that did not read a block have holes there.
+        valid: (B, length) bool, False at holes and padding.
+        position: (B,) int64, the next position id of each row.
+        random: the rows' random streams.
+        sizes: (height, width) in pixels of the last picture each row read; what a restoration will have.
+    """
+
+    cache: Any
+    length: int
+    valid: Tensor
+    position: Tensor
+    random: RowRandom
+    sizes: tuple[tuple[int, int] | None, ...]
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return int(self.position.shape[0])
+
+    def fork(self) -> Context:
+        """The same context, to go on separately. Copies nothing; draws of one do not advance the other."""
+        return replace(self, random=self.random.clone())
+
+    def hide(self, rows: Sequence[int], start: int) -> Context:
+        """Takes back, for some rows, what was read from cache entry `start` on. Copies only the mask.
+
+        Positions of those rows must be restored by the caller.
+        """
+        valid = self.valid.clone()
+        valid[list(rows), start:] = False
+        return replace(self, valid=valid)
+
+    def expand(self, copies: int) -> Context:
+        """Each row `copies` times, neighbours together. Copies the cache; seeds stay equal: set `random`."""
+        index = torch.arange(self.rows, device=self.position.device).repeat_interleave(copies)
+        return self._gather(index)
+
+    def select(self, rows: Sequence[int]) -> Context:
+        """Some rows, in the order given. Copies their part of the cache."""
+        return self._gather(torch.tensor(list(rows), dtype=torch.int64, device=self.position.device))
+
+    def _gather(self, index: Tensor) -> Context:
+        host = index.tolist()
+        return Context(
+            cache=self.cache.gather(index, self.length),
+            length=self.length,
+            valid=self.valid[index],
+            position=self.position[index],
+            random=self.random.select(index),
+            sizes=tuple(self.sizes[i] for i in host),
+        )
+
+
+# --------------------------------------------------------------------------------------- the uncached forward
+
+
+@dataclass
+class TextPiece:
+    """A block of text in a row.
+
+    Attributes:
+        ids: (T,) int64, without start token; the end token is appended when it is missing.
+        scored: whether its log-probabilities are asked for (an appended end token never is).
+        weight: weight of each of its tokens in a loss.
+        branch: 0 is seen by all that follows; another number only by pieces of the same branch.
+    """
+
+    ids: Tensor
+    scored: bool = False
+    weight: float = 1.0
+    branch: int = 0
+
+
+@dataclass
+class ImagePiece:
+    """A picture in a row: its latent at t = 0 for the generator (`as_condition`), then its understanding tokens."""
+
+    image: PreparedImage
+    as_condition: bool = True
+    understanding: bool = True
+    branch: int = 0
+
+
+@dataclass
+class LatentPiece:
+    """A restoration in a row, in one of its three ways of standing (DESIGN.md section 5, METHOD.md 1.4).
+
+    Attributes:
+        latent: (N, C) float32, or None when it is to be encoded from `image`.
+        image: the picture whose encoding is the latent.
+        grid: (h, w); taken from the image when None.
+        time: 0 is the final latent, which the text reads through the bridge; above 0 a noised copy, whose
+            velocity is asked for and which nothing later may see: give it a branch of its own.
+        noised: whether `latent` is already x_t (replay) and not to be mixed with noise (training).
+        bridged: whether the bridge's residual is added.
+        velocity: whether the velocity is asked for.
+        branch: as in `TextPiece`.
+    """
+
+    latent: Tensor | None = None
+    image: PreparedImage | None = None
+    grid: tuple[int, int] | None = None
+    time: float = 0.0
+    noised: bool = False
+    bridged: bool = False
+    velocity: bool = False
+    branch: int = 0
+
+
+Piece = TextPiece | ImagePiece | LatentPiece
+
+
+@dataclass
+class PreparedImage:
+    """A picture resized and normalised as a family wants it; made on the CPU, in data workers.
+
+    Attributes:
+        pixels: (3, H, W) float32 in [-1, 1] for the autoencoder.
+        patches: (P, patch_dim) float32 for the understanding encoder, or the family's own form.
+        patch_grid: (h, w) of the patches.
+    """
+
+    pixels: Tensor
+    patches: Tensor
+    patch_grid: tuple[int, int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return int(self.pixels.shape[-2]), int(self.pixels.shape[-1])
+
+
+@dataclass
+class PackedBatch:
+    """Rows laid out for one parallel forward: token kinds, positions, visibility. Flat indices run over B x L.
+
+    A token sees an earlier one when that one stands in branch 0 or in its own branch, and a later one only
+    inside its own block when that block is `full`. Made by `Backbone.pack`, or directly where every row has
+    the same layout.
+
+    Attributes:
+        ids: (B, L) int64, text tokens; 0 elsewhere.
+        positions: (B, L) int64.
+        block: (B, L) int64, number of the block in its row; -1 at padding.
+        full: (B, L) bool, whether the block is bidirectional.
+        branch: (B, L) int64.
+        und_index: (U,) int64, flat places that the understanding expert processes.
+        gen_index: (G,) int64, flat places that the generation expert processes; latent tokens, in order.
+        patches: (I, P, patch_dim) float32 or None, padded.
+        patch_positions: (I, P) int64.
+        patch_valid: (I, P) bool.
+        patch_source: (K,) int64, flat places of the valid patches in I x P.
+        patch_index: (K,) int64, flat places in B x L where they stand.
+        pictures: pixel groups (n, 3, H, W) float32 to encode, equal sizes together.
+        latents: (G, C) float32, latent tokens at `gen_index`; rows from pictures are filled by `Backbone.encode`.
+        latent_source: (G,) int64, row of the pictures' flattened latents that stands there; -1 given in `latents`.
+        latent_positions: (G,) int64, place in the latent grid.
+        latent_time: (G,) float32.
+        latent_noised: (G,) bool, to be mixed with noise as `(1 - t) x + t e`.
+        latent_bridged: (G,) bool.
+        velocity_at: (M,) int64, places in `latents` whose velocity is asked for.
+        velocity_row: (M,) int64, their row.
+        text_at: (T,) int64, flat places whose next-token logits are asked for.
+        text_targets: (T,) int64, the tokens that followed.
+        text_row: (T,) int64.
+        text_weight: (T,) float32.
+        hidden_layers: layers whose output is asked for.
+        target: (G, C) float32 or None, velocity targets, filled by `Backbone.encode`.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    block: Tensor
+    full: Tensor
+    branch: Tensor
+    und_index: Tensor
+    gen_index: Tensor
+    patches: Tensor | None
+    patch_positions: Tensor | None
+    patch_valid: Tensor | None
+    patch_source: Tensor | None
+    patch_index: Tensor | None
+    pictures: list[Tensor]
+    latents: Tensor
+    latent_source: Tensor
+    latent_positions: Tensor
+    latent_time: Tensor
+    latent_noised: Tensor
+    latent_bridged: Tensor
+    velocity_at: Tensor
+    velocity_row: Tensor
+    text_at: Tensor
+    text_targets: Tensor
+    text_row: Tensor
+    text_weight: Tensor
+    hidden_layers: tuple[int, ...] = ()
+    target: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+        """The batch on a device."""
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=non_blocking)
+            elif name == "pictures":
+                moved[name] = [p.to(device, non_blocking=non_blocking) for p in value]
+            else:
+                moved[name] = value
+        return PackedBatch(**moved)
+
+    def pin_memory(self) -> PackedBatch:
+        """The batch in page-locked memory (called by a DataLoader)."""
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                moved[name] = value.pin_memory()
+            elif name == "pictures":
+                moved[name] = [p.pin_memory() for p in value]
+            else:
+                moved[name] = value
+        return PackedBatch(**moved)
+
+    def visibility(self) -> Tensor:
+        """(B, 1, L, L) bool, True where a query (third axis) sees a key. Padding sees itself, against NaN."""
+        length = self.ids.shape[1]
+        order = torch.arange(length, device=self.ids.device)
+        earlier = order[:, None] >= order[None, :]
+        same_block = (self.block[:, :, None] == self.block[:, None, :]) & self.full[:, :, None]
+        branch = (self.branch[:, None, :] == 0) | (self.branch[:, None, :] == self.branch[:, :, None])
+        seen = (earlier | same_block) & branch & (self.block >= 0)[:, None, :]
+        return (seen | torch.eye(length, dtype=torch.bool, device=seen.device))[:, None]
+
+
+@dataclass
+class ModelOutputs:
+    """What one forward gives.
+
+    Attributes:
+        text_logits: (T, V) at `text_at`.
+        velocity: (M, C) float32 at `velocity_at`.
+        hidden: layer -> (B, L, D) output of the layer before the final norm.
+    """
+
+    text_logits: Tensor
+    velocity: Tensor
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------------- verbs
+
+
+class Backbone(ABC):
+    """The verbs of a family over one loaded model. Subclasses keep to these signatures.
+
+    Attributes:
+        spec: the family's facts.
+        model: the module that holds every weight.
+        tokenizer: the text tokenizer.
+    """
+
+    spec: ClassVar[BackboneSpec]
+    model: nn.Module
+    tokenizer: Any
+
+    # -- facts of the loaded model
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> int:
+        """Number of transformer layers."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """D, the width of the language model."""
+
+    @property
+    @abstractmethod
+    def latent_width(self) -> int:
+        """C, the width of a latent token or code embedding."""
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, model: Any) -> bool:
+        """Whether an object is a model of this family."""
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls, folder: str, *, dtype: torch.dtype | None, device: torch.device | str | None, quantization: str | None
+    ) -> Backbone:
+        """Loads a checkpoint folder."""
+
+    # -- text
+
+    @abstractmethod
+    def encode_text(self, text: str) -> Tensor:
+        """(T,) int64 token ids without start and end tokens."""
+
+    @abstractmethod
+    def decode_text(self, ids: Tensor | Sequence[int]) -> str:
+        """The text of ids, start and end tokens left out."""
+
+    @property
+    @abstractmethod
+    def end_id(self) -> int:
+        """The end-of-turn token, which the model writes and which is scored."""
+
+    # -- pictures
+
+    @abstractmethod
+    def prepare(self, image: Image) -> PreparedImage:
+        """Resizes and normalises a picture; on the CPU."""
+
+    @abstractmethod
+    def encode_images(self, images: Sequence[PreparedImage]) -> list[Restoration]:
+        """The pictures' own latents, as restorations of one row each."""
+
+    @abstractmethod
+    def decode(self, restoration: Restoration) -> list[Image] | None:
+        """Pixels, one PIL image a row; None for a family that cannot."""
+
+    # -- the cached path
+
+    @abstractmethod
+    def start(self, rows: int, seeds: Sequence[int]) -> Context:
+        """An empty context with one random stream a row."""
+
+    @abstractmethod
+    def read_text(self, context: Context, ids: Sequence[Tensor], rows: Sequence[int] | None = None) -> Context:
+        """Appends a block of text to some rows (all when None); the others get holes."""
+
+    @abstractmethod
+    def read_image(
+        self,
+        context: Context,
+        images: Sequence[PreparedImage],
+        as_condition: bool = True,
+        understanding: bool = True,
+        rows: Sequence[int] | None = None,
+    ) -> Context:
+        """Appends a picture to some rows, for the generator, the understanding encoder, or both."""
+
+    @abstractmethod
+    def write_text_steps(
+        self, context: Context, sampling: TextSampling, rows: Sequence[int] | None = None
+    ) -> Generator[Tensor, None, tuple[Context, list[TextSegment]]]:
+        """Samples a turn, yielding (R,) token ids on the device after each step, -1 in finished rows."""
+
+    @abstractmethod
+    def restore_steps(
+        self,
+        context: Context,
+        sampling: LatentSampling,
+        guidance: Sequence[Context | None] = (),
+        rows: Sequence[int] | None = None,
+    ) -> Generator[list[Restoration], None, tuple[Context, list[Restoration]]]:
+        """Samples restorations for some rows, yielding the estimates of the clean latents after each step.
+
+        `guidance` holds the contexts without thought and without picture. Returns the context with advanced
+        random streams (nothing is read) and one restoration a row.
+        """
+
+    @abstractmethod
+    def read_restoration(
+        self,
+        context: Context,
+        restorations: Sequence[Restoration],
+        bridge: LatentBridge | None,
+        rows: Sequence[int] | None = None,
+    ) -> Context:
+        """Appends restorations through the bridge, wrapped as the family wraps an image."""
+
+    @abstractmethod
+    def reencode(
+        self, context: Context, restorations: Sequence[Restoration], rows: Sequence[int] | None = None
+    ) -> Context:
+        """Decodes, encodes with the understanding encoder, appends."""
+
+    # -- the uncached path
+
+    @abstractmethod
+    def pack(self, rows: Sequence[Sequence[Piece]], hidden_layers: tuple[int, ...] = ()) -> PackedBatch:
+        """Lays rows out for one forward; on the CPU, in data workers."""
+
+    @abstractmethod
+    def encode(self, batch: PackedBatch, noise: Tensor | None = None) -> PackedBatch:
+        """Fills in latents that come from pictures, mixes noise into noised ones, sets velocity targets."""
+
+    @abstractmethod
+    def forward(self, batch: PackedBatch, bridge: LatentBridge | None = None) -> ModelOutputs:
+        """One uncached parallel forward; the only path of training."""
+
+    # -- shared by all families
+
+    def write_text(
+        self, context: Context, sampling: TextSampling, rows: Sequence[int] | None = None
+    ) -> tuple[Context, list[TextSegment]]:
+        """Samples until the end-of-turn token or the limit (all rows when None)."""
+        return drain(self.write_text_steps(context, sampling, rows))
+
+    def restore(
+        self,
+        context: Context,
+        sampling: LatentSampling,
+        guidance: Sequence[Context | None] = (),
+        rows: Sequence[int] | None = None,
+    ) -> tuple[Context, list[Restoration]]:
+        """Samples restorations for some rows (all when None)."""
+        return drain(self.restore_steps(context, sampling, guidance, rows))
+
+    def lora_names(self, groups: Sequence[str]) -> list[str]:
+        """The exact module names of LoRA groups, in order.
+
+        Raises:
+            BackboneMismatchError: an unknown group, or a name that the model does not have as a linear layer.
+        """
+        names: list[str] = []
+        modules = dict(self.model.named_modules())
+        for group in groups:
+            if group not in self.spec.groups:
+                raise BackboneMismatchError(
+                    f"LoRA group {group!r} is unknown to backbone {self.spec.name!r}; it has "
+                    f"{', '.join(self.spec.groups)}"
+                )
+            for name in self.spec.groups[group].names(self.layers):
+                module = modules.get(name)
+                base = getattr(module, "base_layer", module)
+                if not isinstance(base, nn.Linear):
+                    found = "nothing" if module is None else type(module).__name__
+                    raise BackboneMismatchError(
+                        f"backbone {self.spec.name!r} names {name!r} in LoRA group {group!r}, but the model has "
+                        f"{found} there and not a linear layer: it is another architecture, or the spec is wrong"
+                    )
+                names.append(name)
+        banned = [n for n in names if any(re.match(re.escape(p) + r"(\.|$)", n) for p in self.spec.never)]
+        if banned:
+            raise BackboneMismatchError(f"LoRA must not adapt {banned[0]!r}: the spec of {self.spec.name!r} forbids it")
+        return names
+
+
+def drain(steps: Generator[Any, None, Any]) -> Any:
+    """Runs a generator to its end and gives its return value."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
