@@ -319,7 +319,7 @@ class PackedBatch:
         gen_index: (G,) int64, flat places that the generation expert processes; latent tokens, in order.
         patches: (I, P, patch_dim) float32 or None, padded.
         patch_positions: (I, P) int64.
-        patch_valid: (I, P) bool.
+        patch_valid: (I, P) bool, or None where there is no padding.
         patch_source: (K,) int64, flat places of the valid patches in I x P.
         patch_index: (K,) int64, flat places in B x L where they stand.
         pictures: pixel groups (n, 3, H, W) float32 to encode, equal sizes together.

@@ -225,13 +225,15 @@ class VisionEncoder(nn.Module):
         self.encoder = SiglipEncoder(vit)
         self.post_layernorm = nn.LayerNorm(width, eps=vit.layer_norm_eps)
 
-    def forward(self, patches: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """Args: patches (I, P, patch_dim), positions (I, P), valid (I, P). Returns: (I, P, width)."""
+    def forward(self, patches: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:
+        """Args: patches (I, P, patch_dim), positions (I, P), valid (I, P) or None. Returns: (I, P, width)."""
         x = self.embeddings.patch_embedding(patches) + self.embeddings.position_embedding(positions)
-        # A padding patch sees itself, so that its row of the softmax is not empty.
-        eye = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-        mask = torch.zeros(eye.shape, dtype=x.dtype, device=x.device).expand(valid.shape[0], 1, -1, -1)
-        mask = mask.masked_fill(~(valid[:, None, None, :] | eye), torch.finfo(x.dtype).min)
+        mask = None
+        if valid is not None:
+            # A padding patch sees itself, so that its row of the softmax is not empty.
+            eye = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+            mask = torch.zeros(eye.shape, dtype=x.dtype, device=x.device).expand(valid.shape[0], 1, -1, -1)
+            mask = mask.masked_fill(~(valid[:, None, None, :] | eye), torch.finfo(x.dtype).min)
         return self.post_layernorm(self.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state)
 
 
@@ -292,8 +294,8 @@ class BagelModel(nn.Module):
         self.llm2vae = nn.Linear(config.width, config.latent_width)
         self.latent_pos_embed = PositionTable(config.latent_side, config.width)
 
-    def embed_patches(self, patches: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """Understanding tokens (I, P, D) of padded patches."""
+    def embed_patches(self, patches: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:
+        """Understanding tokens (I, P, D) of patches; `valid` is None where there is no padding."""
         seen = self.vit_model.vision_model(patches.to(self.vae2llm.weight.dtype), positions, valid)
         return self.connector(seen) + self.vit_pos_embed(positions)
 

@@ -227,7 +227,8 @@ class Packer:
         if not self._patches:
             return None, None, None, None
         patches, positions, valid = pad_patches(self._patches, self._config.vit_side)
-        return patches, positions, valid, valid.flatten().nonzero()[:, 0]
+        source = valid.flatten().nonzero()[:, 0]
+        return patches, positions, None if bool(valid.all()) else valid, source
 
 
 def pad_patches(images: Sequence[tuple[Tensor, tuple[int, int]]], side: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,524 @@
+"""Trains `builtin:bagel-tiny` from scratch on clean scenes of the miniature world, on one GPU in about ten minutes.
+
+    python benchmarks/builtin/train_bagel_tiny.py --out runs/bagel-tiny
+
+First the autoencoder, then the network on three kinds of rows, side by side in every step: questions and
+descriptions of a picture (understanding), a picture from its description (drawing), and editing or completing a
+picture (the picture as latent and as patches, then noised copies of the result). STUDY notes behind the choices:
+questions alone do not start to learn, so descriptions are in every row; a base that cannot draw cannot restore,
+so two thirds of the forward passes draw.
+
+A quarter of the understanding rows show the picture as its latent only, and some show both. BAGEL itself learns to
+read latents for understanding only in stages 1 and 2; half a million adapter weights cannot teach that to a model
+of five million, so the small base gets it from the start.
+
+The autoencoder also sees noise, masks and other photometric changes, as any picture tokenizer does; the network
+sees clean pictures only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing as mp
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pool import CAPTION, COMPLETE, END, INSTRUCTION, SIDE, START, Pool, edit_item, heldout_item, to_ids, train_item
+
+from clear_adapters.backbones.bagel.autoencoder import encode_pixels
+from clear_adapters.backbones.bagel.backbone import BagelBackbone
+from clear_adapters.backbones.bagel.checkpoint import save_checkpoint
+from clear_adapters.backbones.bagel.packing import grid_places
+from clear_adapters.backbones.bagel.tiny import builtin_config, byte_tokenizer, initialise
+from clear_adapters.backbones.base import PackedBatch
+from clear_adapters.world.questions import KINDS
+
+N, P = 64, 256  # latent tokens and patches of a picture
+IMAGE_START, IMAGE_END = 258, 259
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """(n, SIDE, SIDE, 3) uint8 to (n, 3, SIDE, SIDE) float32 in [-1, 1]."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_patches(pixels: Tensor, patch: int) -> Tensor:
+    """(n, 3, H, W) to (n, P, patch_dim), channel last inside a patch."""
+    n = pixels.shape[0]
+    side = SIDE // patch
+    return pixels.view(n, 3, side, patch, side, patch).permute(0, 2, 4, 3, 5, 1).reshape(n, side * side, -1)
+
+
+# ----------------------------------------------------------------------------------------------- autoencoder
+
+
+def disturb(pixels: Tensor) -> Tensor:
+    """Photometric changes for the autoencoder, which must be able to hold any picture."""
+    n = pixels.shape[0]
+    one = (n, 1, 1, 1)
+    device = pixels.device
+    gain = torch.where(torch.rand(one, device=device) < 0.3, torch.rand(one, device=device), torch.ones(one, device=device))
+    noise = torch.where(torch.rand(one, device=device) < 0.3, 0.6 * torch.rand(one, device=device), 0.0)
+    out = ((pixels + 1) * gain - 1 + noise * torch.randn_like(pixels)).clamp(-1, 1)
+    flip = torch.rand(one, device=device) < 0.5
+    return mask_parts(torch.where(flip, out.flip(3), out), torch.rand(n, device=device) < 0.3)
+
+
+def mask_parts(pixels: Tensor, chosen: Tensor, rectangles: int = 3) -> Tensor:
+    """Grey, black or white rectangles over the chosen pictures."""
+    n, _, h, w = pixels.shape
+    rows = torch.arange(h, device=pixels.device)
+    covered = torch.zeros(n, h, w, dtype=torch.bool, device=pixels.device)
+    for _ in range(rectangles):
+        size = torch.rand(n, 2, device=pixels.device) * 0.55 + 0.12
+        at = torch.rand(n, 2, device=pixels.device) * (1.1 - size) - 0.05
+        top, left = (at * h).long().unbind(1)
+        height, width = (size * h).long().unbind(1)
+        inside_y = (rows >= top[:, None]) & (rows < (top + height)[:, None])
+        inside_x = (rows >= left[:, None]) & (rows < (left + width)[:, None])
+        covered |= inside_y[:, :, None] & inside_x[:, None, :]
+    value = torch.tensor([0.0, 0.0, -1.0, 1.0], device=pixels.device)[
+        torch.randint(4, (n, 1, 1, 1), device=pixels.device)
+    ]
+    return torch.where((covered & chosen[:, None, None])[:, None], value, pixels)
+
+
+def train_autoencoder(autoencoder: nn.Module, pool: Pool, args: argparse.Namespace, device: torch.device) -> float:
+    """L1 + L2 with a light KL; then scale and shift of the latents. Returns the PSNR on held-back scenes."""
+    autoencoder.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=device.type == "cuda")
+    autoencoder.to(memory_format=torch.channels_last)
+    started = time.time()
+    resident = torch.zeros(0)
+    for step in range(args.vae_steps):
+        if step % 200 == 0:
+            resident = torch.from_numpy(pool.arrays["picture"][: min(pool.ready, 40_000)]).to(device)
+        share = step / args.vae_steps
+        for group in optimizer.param_groups:
+            group["lr"] = args.vae_lr * min(1, step / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
+        index = torch.randint(256, len(resident), (args.vae_batch,), device=device)
+        pixels = disturb(to_pixels(resident[index])).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            posterior = autoencoder.encode(pixels).latent_dist
+            out = autoencoder.decode(posterior.sample()).sample
+        error = out.float() - pixels
+        dx = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        kl = (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+        loss = error.abs().mean() + (error**2).mean() + 0.5 * dx + 1e-4 * kl
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
+        optimizer.step()
+        if step % 250 == 0 or step == args.vae_steps - 1:
+            psnr = -10 * math.log10(float((error**2).mean()) / 4)
+            print(f"vae {step} loss {float(loss):.4f} psnr {psnr:.2f} kl {float(kl):.2f} {time.time() - started:.0f}s",
+                  flush=True)
+    autoencoder.eval().requires_grad_(False)
+    pixels = to_pixels(resident[:256])
+    with torch.no_grad():
+        mean = autoencoder.encode(pixels).latent_dist.mean.float()
+        error = autoencoder.decode(mean).sample.float().clamp(-1, 1) - pixels
+    autoencoder.register_to_config(scaling_factor=float(1 / mean.std()), shift_factor=float(mean.mean()))
+    return float((-10 * ((error**2).mean((1, 2, 3)) / 4).log10()).mean())
+
+
+# -------------------------------------------------------------------------------------------------- layouts
+
+
+class Layouts:
+    """Batches of rows that all have one layout, built on the device."""
+
+    def __init__(self, backbone: BagelBackbone, device: torch.device) -> None:
+        config = backbone.config
+        self.patch = config.patch
+        self.device = device
+        self.latent_places = grid_places((8, 8), config.latent_side).to(device)
+        self.patch_places = grid_places((16, 16), config.vit_side).to(device)
+        self.complete = torch.tensor([START, *to_ids(COMPLETE), END], device=device)
+
+    def picture_blocks(self, rows: int, latent: Tensor, patches: Tensor) -> dict[str, Tensor]:
+        """Columns of a latent block then a patch block; `latent` and `patches` (rows,) bool say which are there."""
+        ids = torch.tensor([IMAGE_START] + [0] * N + [IMAGE_END] + [IMAGE_START] + [0] * P + [IMAGE_END], device=self.device)
+        which = torch.tensor([0] * (N + 2) + [1] * (P + 2), device=self.device)
+        there = torch.where(which == 0, latent[:, None], patches[:, None])
+        position = torch.where(which == 1, latent[:, None].long(), 0)
+        return {
+            "ids": ids.expand(rows, -1),
+            "positions": position,
+            "block": torch.where(there, which, -1),
+            "full": torch.ones(rows, len(ids), dtype=torch.bool, device=self.device),
+            "branch": torch.zeros(rows, len(ids), dtype=torch.int64, device=self.device),
+        }
+
+    def noised_blocks(self, rows: int, copies: int, position: Tensor) -> dict[str, Tensor]:
+        """Columns of hidden noised copies at positions (rows,)."""
+        ids = torch.tensor(([IMAGE_START] + [0] * N + [IMAGE_END]) * copies, device=self.device)
+        number = torch.arange(copies, device=self.device).repeat_interleave(N + 2)
+        return {
+            "ids": ids.expand(rows, -1),
+            "positions": position[:, None].expand(rows, len(ids)),
+            "block": (100 + number).expand(rows, -1),
+            "full": torch.ones(rows, len(ids), dtype=torch.bool, device=self.device),
+            "branch": (100 + number).expand(rows, -1),
+        }
+
+    def batch(
+        self,
+        columns: list[dict[str, Tensor]],
+        gen: list[tuple[int, Tensor, Tensor, bool]],
+        patches: tuple[int, Tensor] | None,
+        text_at: Tensor,
+        targets: Tensor,
+        target: Tensor | None = None,
+    ) -> PackedBatch:
+        """Joins columns; `gen` lists (first column, latents (B, N, C), time (B,), velocity asked)."""
+        table = {k: torch.cat([c[k] for c in columns], 1) for k in columns[0]}
+        b, length = table["ids"].shape
+        every = torch.arange(length, device=self.device)
+        is_gen = torch.zeros(length, dtype=torch.bool)
+        for first, *_ in gen:
+            is_gen[first : first + N] = True
+        rows = torch.arange(b, device=self.device)[:, None] * length
+        und_columns = every[~is_gen.to(self.device)]
+        gen_columns = every[is_gen.to(self.device)]
+        latents = torch.cat([g[1] for g in gen], 1) if gen else torch.zeros(b, 0, 64, device=self.device)
+        time_ = torch.cat([g[2][:, None].expand(b, N) for g in gen], 1) if gen else torch.zeros(b, 0, device=self.device)
+        asked = [k for k, g in enumerate(gen) if g[3]]
+        per_row = len(gen) * N
+        velocity_at = torch.cat([torch.arange(k * N, (k + 1) * N) for k in asked]).to(self.device) if asked else every[:0]
+        velocity_at = (torch.arange(b, device=self.device)[:, None] * per_row + velocity_at).flatten()
+        flat = torch.zeros(0, device=self.device)
+        pixels = patches[1] if patches is not None else None
+        return PackedBatch(
+            **table,
+            und_index=(rows + und_columns).flatten(),
+            gen_index=(rows + gen_columns).flatten(),
+            patches=pixels,
+            patch_positions=None if pixels is None else self.patch_places.expand(b, -1),
+            patch_valid=None,
+            patch_source=None if pixels is None else torch.arange(b * P, device=self.device),
+            patch_index=None if patches is None else (rows + patches[0] + every[:P]).flatten(),
+            pictures=[],
+            latents=latents.flatten(0, 1),
+            latent_source=flat.long(),
+            latent_positions=self.latent_places.repeat(b * len(gen)),
+            latent_time=time_.flatten(),
+            latent_noised=flat.bool(),
+            latent_bridged=torch.zeros(b * per_row, dtype=torch.bool, device=self.device),
+            velocity_at=velocity_at,
+            velocity_row=flat.long(),
+            text_at=text_at,
+            text_targets=targets,
+            text_row=flat.long(),
+            text_weight=flat,
+            target=target,
+        )
+
+    def understanding(self, pool: dict[str, Tensor], index: Tensor, version: Tensor, modes: Tensor) -> tuple[PackedBatch, Tensor, Tensor]:
+        """Pictures with question branches. Modes: 0 patches, 1 latent, 2 both. Also gives row and branch of targets."""
+        b = len(index)
+        pixels = to_pixels(pool["picture"][index])
+        head = self.picture_blocks(b, modes != 0, modes != 1)
+        text = {k: pool[k][index, version] for k in ("ids", "offset", "block", "branch", "target")}
+        shift = (modes != 0).long() + (modes != 1).long()
+        body = {
+            "ids": text["ids"].long(),
+            "positions": text["offset"].long() + shift[:, None],
+            "block": text["block"].long(),
+            "full": torch.zeros_like(text["ids"], dtype=torch.bool),
+            "branch": text["branch"].long(),
+        }
+        first = head["ids"].shape[1]
+        rows, places = (text["target"] >= 0).nonzero(as_tuple=True)
+        length = first + body["ids"].shape[1]
+        batch = self.batch(
+            [head, body],
+            [(1, pool["latent"][index].float(), torch.zeros(b, device=self.device), False)],
+            (N + 3, to_patches(pixels, self.patch)),
+            rows * length + first + places,
+            text["target"][rows, places].long(),
+        )
+        return batch, rows, text["branch"][rows, places].long()
+
+    def text_block(self, ids: Tensor, position: int | Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Columns of one text block, padded with -1; and the position after it."""
+        there = ids >= 0
+        return {
+            "ids": ids.clamp(min=0).long(),
+            "positions": torch.arange(ids.shape[1], device=self.device).expand(ids.shape) + position,
+            "block": torch.where(there, 2, -1),
+            "full": torch.zeros_like(there),
+            "branch": torch.zeros_like(ids, dtype=torch.int64),
+        }, there.sum(1) + position
+
+    def noise(self, clean: Tensor, copies: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Noised copies (latents, time) and velocity targets (B copies N, C)."""
+        found, targets = [], []
+        for _ in range(copies):
+            b = len(clean)
+            u = torch.rand(b, device=self.device)
+            t = torch.where(torch.rand(b, device=self.device) < 0.3, u, torch.sigmoid(torch.randn(b, device=self.device) + 0.3))
+            e = torch.randn_like(clean)
+            found.append(((1 - t[:, None, None]) * clean + t[:, None, None] * e, t))
+            targets.append(e - clean)
+        return found, torch.stack(targets, 1).flatten(0, 2)
+
+    def drawing(self, pool: dict[str, Tensor], index: Tensor, copies: int) -> PackedBatch:
+        """A description, then hidden noised copies of its picture; one row in ten has no description."""
+        b = len(index)
+        ids = pool["caption"][index].clone()
+        ids[torch.rand(b, device=self.device) < 0.1] = -1
+        text, after = self.text_block(ids, 0)
+        noised, target = self.noise(pool["latent"][index].float(), copies)
+        gen = [(CAPTION + k * (N + 2) + 1, x, t, True) for k, (x, t) in enumerate(noised)]
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        return self.batch([text, self.noised_blocks(b, copies, after)], gen, None, none, none, target)
+
+    def editing(self, edits: dict[str, Tensor], scenes: dict[str, Tensor], index: Tensor, other: Tensor, copies: int, encode) -> PackedBatch:  # noqa: ANN001
+        """Half edits, half pictures with parts missing; patches are dropped in three rows of ten."""
+        half = len(index)
+        before = to_pixels(torch.cat((edits["picture"][index], scenes["picture"][other])))
+        b = len(before)
+        before = torch.cat((before[:half], mask_parts(before[half:], torch.ones(b - half, dtype=torch.bool, device=self.device))))
+        condition = torch.cat((edits["latent"][index].float(), encode(before[half:])))
+        clean = torch.cat((edits["after_latent"][index], scenes["latent"][other])).float()
+        ids = torch.full((b, INSTRUCTION), -1, dtype=torch.int64, device=self.device)
+        ids[:half] = edits["caption"][index].long()
+        ids[half:, : len(self.complete)] = self.complete
+        keep = torch.rand(b, device=self.device) >= 0.3
+        head = self.picture_blocks(b, torch.ones_like(keep), keep)
+        text, after = self.text_block(ids, 1 + keep.long()[:, None])
+        noised, target = self.noise(clean, copies)
+        first = N + 2 + P + 2 + INSTRUCTION
+        gen = [(1, condition, torch.zeros(b, device=self.device), False)]
+        gen += [(first + k * (N + 2) + 1, x, t, True) for k, (x, t) in enumerate(noised)]
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        after = after[:, 0] if after.ndim == 2 else after
+        return self.batch(
+            [head, text, self.noised_blocks(b, copies, after)],
+            gen,
+            (N + 3, to_patches(before, self.patch)),
+            none,
+            none,
+            target,
+        )
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+@torch.no_grad()
+def accuracy(backbone: BagelBackbone, layouts: Layouts, pool: dict[str, Tensor], mode: int, rows: int) -> dict[str, float]:
+    """Share of held-out answers whose every token is the likeliest, by kind: greedy decoding would write them."""
+    right = torch.zeros(len(KINDS) + 1, device=layouts.device)
+    seen = torch.zeros_like(right)
+    for index in torch.arange(min(rows, len(pool["picture"])), device=layouts.device).split(128):
+        modes = torch.full_like(index, mode)
+        batch, row, branch = layouts.understanding(pool, index, torch.zeros_like(index), modes)
+        with torch.autocast(layouts.device.type, torch.bfloat16, enabled=layouts.device.type == "cuda"):
+            out = backbone.forward(batch)
+        hit = (out.text_logits.argmax(-1) == batch.text_targets).float()
+        every = torch.ones(len(index), 32, device=layouts.device)
+        every = every.flatten().scatter_reduce(0, row * 32 + branch, hit, "amin")
+        asked = torch.zeros_like(every).index_fill(0, row * 32 + branch, 1.0)
+        kind = pool["kind"][index, 0].long().flatten()
+        right.index_add_(0, kind, every * asked)
+        seen.index_add_(0, kind, asked)
+    share = {k: float(right[i] / seen[i].clamp(min=1)) for i, k in enumerate(KINDS)}
+    share["all"] = float(right[:-1].sum() / seen[:-1].sum())
+    return {k: round(v, 4) for k, v in share.items()}
+
+
+def residents(pool: Pool, device: torch.device, autoencoder: nn.Module) -> dict[str, Tensor]:
+    """A pool on the device, with the latents of its pictures."""
+    found = {k: torch.from_numpy(v[: pool.ready]).to(device) for k, v in pool.arrays.items()}
+    for source, name in (("picture", "latent"), ("after", "after_latent")):
+        if source in found:
+            parts = [encode_pixels(autoencoder, to_pixels(p), 2).half() for p in found[source].split(512)]
+            found[name] = torch.cat(parts)
+    return found
+
+
+def main() -> None:
+    """Runs everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=mp.cpu_count() - 1)
+    parser.add_argument("--scenes", type=int, default=64_000)
+    parser.add_argument("--edits", type=int, default=32_000)
+    parser.add_argument("--heldout", type=int, default=1_024)
+    parser.add_argument("--vae-steps", type=int, default=3_000)
+    parser.add_argument("--vae-batch", type=int, default=96)
+    parser.add_argument("--vae-lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=8_000)
+    parser.add_argument("--rows", type=int, nargs=3, default=(96, 48, 96), help="understanding, drawing, editing")
+    parser.add_argument("--copies", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop (and save) after this long")
+    parser.add_argument("--resume", type=Path, help="folder of an earlier run's state files")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    started = time.time()
+    device = torch.device(args.device)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    workers = mp.get_context("fork").Pool(args.workers)
+    scenes = Pool(train_item, args.scenes, 10_000_000 * args.seed)
+    edits = Pool(edit_item, args.edits, 10_000_000 * args.seed)
+    heldout = Pool(heldout_item, args.heldout)
+
+    def fill() -> None:
+        for pool in (heldout, scenes, edits):
+            pool.fill(workers)
+            print(f"pool of {pool.size} ready after {time.time() - started:.0f}s", flush=True)
+
+    filler = threading.Thread(target=fill, daemon=True)
+    filler.start()
+
+    model, autoencoder = initialise(builtin_config(), args.seed)
+    model, autoencoder = model.to(device), autoencoder.to(device)
+    backbone = BagelBackbone(model, autoencoder, byte_tokenizer())
+    notes: dict[str, object] = {}
+    if args.resume:
+        load_state(args.resume, model, autoencoder)
+    else:
+        while scenes.ready < min(4_000, args.scenes):
+            time.sleep(0.5)
+        notes["vae_psnr"] = train_autoencoder(autoencoder, scenes, args, device)
+        print(f"autoencoder: {notes['vae_psnr']:.2f} dB, scale {autoencoder.config.scaling_factor:.4f}", flush=True)
+    filler.join()
+    tables = [residents(p, device, autoencoder) for p in (scenes, edits, heldout)]
+    print(f"data resident after {time.time() - started:.0f}s", flush=True)
+    layouts = Layouts(backbone, device)
+    if args.compile:
+        torch._dynamo.config.cache_size_limit = 64
+        for layer in model.language_model.model.layers:
+            layer.compile(dynamic=False)
+        for layer in model.vit_model.vision_model.encoder.layers:
+            layer.compile(dynamic=False)
+    train(backbone, layouts, tables, args, started, notes)
+
+
+def train(backbone: BagelBackbone, layouts: Layouts, tables: list[dict[str, Tensor]], args: argparse.Namespace, started: float, notes: dict) -> None:
+    """The network's training."""
+    scenes, edits, heldout = tables
+    model, device = backbone.model, layouts.device
+    model.train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in weights if p.ndim == 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": [p for p in weights if p.ndim != 2], "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.98),
+        fused=device.type == "cuda",
+    )
+    average = [p.detach().clone() for p in weights]
+    u_rows, d_rows, e_rows = args.rows
+    begin = notes.get("step", 0) if not args.resume else json.loads((args.resume / "state.json").read_text())["step"]
+    log: list[dict] = []
+    step = begin
+    train_started = time.time()
+
+    def pick(table: dict[str, Tensor], n: int) -> Tensor:
+        return torch.randint(len(table["picture"]), (n,), device=device)
+
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    for step in range(begin, args.steps):
+        rate = args.lr * min(1, (step - begin + 1) / 200) * min(1.0, 2.0 * (1 - step / args.steps)) ** 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        modes = torch.multinomial(torch.tensor([0.6, 0.25, 0.15], device=device), u_rows, replacement=True)
+        version = torch.randint(2, (u_rows,), device=device)
+        batch, _, _ = layouts.understanding(scenes, pick(scenes, u_rows), version, modes)
+        with autocast:
+            out = backbone.forward(batch)
+            text = F.cross_entropy(out.text_logits.float(), batch.text_targets)
+        text.backward()
+        batch = layouts.drawing(scenes, pick(scenes, d_rows), args.copies)
+        with autocast:
+            draw = F.mse_loss(backbone.forward(batch).velocity, batch.target)
+        (draw * d_rows / (d_rows + e_rows)).backward()
+        half = e_rows // 2
+        with autocast:
+            batch = layouts.editing(
+                edits, scenes, pick(edits, half), pick(scenes, e_rows - half), args.copies,
+                lambda x: encode_pixels(backbone.autoencoder, x, 2),
+            )
+            edit = F.mse_loss(backbone.forward(batch).velocity, batch.target)
+        (edit * e_rows / (d_rows + e_rows)).backward()
+        norm = nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        keep = min(0.999, (step + 1) / (step + 10))
+        torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - keep)
+        last = time.time() - started > args.seconds or step == args.steps - 1
+        if step % 250 == 0 or last or step == begin + 20:
+            row = {
+                "step": step,
+                "text": round(float(text), 4),
+                "draw": round(float(draw), 4),
+                "edit": round(float(edit), 4),
+                "norm": round(float(norm), 3),
+                "seconds": round(time.time() - train_started, 1),
+            }
+            if step % 1000 == 0 and step > begin or last:
+                row["heldout"] = accuracy(backbone, layouts, heldout, 0, 512)
+            log.append(row)
+            print(row, flush=True)
+        if last:
+            break
+    (args.out / "log.json").write_text(json.dumps(log, indent=1))
+    raw = {n: p.detach().clone() for n, p in model.state_dict().items()}
+    save_state(args.out, raw, backbone.autoencoder, step + 1)
+    for p, a in zip(weights, average, strict=True):
+        p.data.copy_(a)
+    model.eval()
+    notes["heldout"] = {m: accuracy(backbone, layouts, heldout, i, 1024) for i, m in enumerate(("patches", "latent", "both"))}
+    notes |= {"steps": step + 1, "train_seconds": time.time() - train_started, "args": {k: str(v) for k, v in vars(args).items()}}
+    if device.type == "cuda":
+        notes["device"] = torch.cuda.get_device_name()
+        notes["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    print(json.dumps(notes, indent=1), flush=True)
+    (args.out / "notes.json").write_text(json.dumps(notes, indent=1))
+    save_checkpoint(args.out / "model", model, backbone.autoencoder, backbone.tokenizer)
+    print(f"saved after {time.time() - started:.0f}s", flush=True)
+
+
+def save_state(folder: Path, tensors: dict[str, Tensor], autoencoder: nn.Module, step: int) -> None:
+    """Float32 weights in two files, so that a later run can go on."""
+    names = sorted(tensors)
+    for part in range(2):
+        torch.save({n: tensors[n].cpu() for n in names[part::2]}, folder / f"state{part}.pt")
+    config = {k: autoencoder.config[k] for k in ("scaling_factor", "shift_factor")}
+    torch.save({n: t.cpu() for n, t in autoencoder.state_dict().items()}, folder / "autoencoder.pt")
+    (folder / "state.json").write_text(json.dumps({"step": step, **config}))
+
+
+def load_state(folder: Path, model: nn.Module, autoencoder: nn.Module) -> None:
+    """Reads what `save_state` wrote."""
+    tensors: dict[str, Tensor] = {}
+    for part in range(2):
+        tensors |= torch.load(folder / f"state{part}.pt", weights_only=True)
+    model.load_state_dict(tensors)
+    autoencoder.load_state_dict(torch.load(folder / "autoencoder.pt", weights_only=True))
+    state = json.loads((folder / "state.json").read_text())
+    autoencoder.register_to_config(scaling_factor=state["scaling_factor"], shift_factor=state["shift_factor"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Transcripts as rows of pieces for the uncached forward, and the log-probabilities that come out of it.
+
+`pieces` is shared by replay and by every training stage, so that what is trained is what was sampled: a restoration
+stands as noised copies that nothing later sees (for the velocity), then as its final latent, which the text reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from clear_adapters.backbones.base import (
+    ImagePiece,
+    LatentPiece,
+    ModelOutputs,
+    PackedBatch,
+    Piece,
+    PreparedImage,
+    Restoration,
+    TextPiece,
+)
+from clear_adapters.errors import ClearValueError
+from clear_adapters.sampling import sde_logprob, sde_mean
+from clear_adapters.transcript import ImageSegment, Origin, RestorationSegment, Segment, TextSegment, Transcript
+
+if TYPE_CHECKING:
+    from clear_adapters.backbones.base import Backbone
+    from clear_adapters.bridge import LatentBridge
+
+
+@dataclass
+class Replay:
+    """What one parallel forward says about transcripts, row by row.
+
+    Attributes:
+        text_logprobs: (T_i,) float32 of all SAMPLED tokens in order.
+        latent_logprobs: (S_i,) float32 of all scored steps of SAMPLED restorations in order.
+        hidden: layer -> (B, L, D) where layers were asked for.
+        batch: the packed batch, to find places in `hidden`.
+        outputs: the raw outputs.
+    """
+
+    text_logprobs: list[Tensor]
+    latent_logprobs: list[Tensor]
+    hidden: dict[int, Tensor] | None
+    batch: PackedBatch
+    outputs: ModelOutputs
+
+
+# ------------------------------------------------------------------------------------------ segments to pieces
+
+
+@dataclass
+class _Builder:
+    prepare: Callable[[Any], PreparedImage]
+    encode_text: Callable[[str], Tensor] | None
+    end_id: int | None
+    decode: Callable[[Restoration], list[Any] | None] | None
+    times: Iterator[float] | None
+    steps: Iterator[Sequence[int]] | None
+    pieces: list[Piece] = field(default_factory=list)
+    branches: int = 0
+
+    def text(self, segment: TextSegment) -> None:
+        sampled = segment.origin is Origin.SAMPLED
+        ids = segment.ids
+        if not len(ids) and segment.text:
+            if self.encode_text is None:
+                raise ClearValueError(f"the text {segment.text[:40]!r} has no ids: pass encode_text to make them")
+            ids = self.encode_text(segment.text)
+            if sampled and self.end_id is not None:
+                ids = torch.cat((ids, torch.tensor([self.end_id])))
+        self.pieces.append(TextPiece(ids, scored=sampled))
+
+    def image(self, segment: ImageSegment) -> None:
+        self.pieces.append(
+            ImagePiece(self.prepare(segment.image), segment.as_condition, segment.understanding)
+        )
+
+    def restoration(self, segment: RestorationSegment) -> None:
+        if segment.restoration is None:
+            self._recorded(segment)
+        else:
+            self._sampled(segment, segment.restoration)
+
+    def _branch(self) -> int:
+        self.branches += 1
+        return self.branches
+
+    def _recorded(self, segment: RestorationSegment) -> None:
+        if segment.target is None:
+            raise ClearValueError("a recorded restoration needs its target, the clean picture")
+        prepared = self.prepare(segment.target)
+        if self.times is not None and segment.origin is Origin.SAMPLED:
+            try:
+                time = next(self.times)
+            except StopIteration:
+                raise ClearValueError("times has fewer entries than there are restorations") from None
+            self.pieces.append(LatentPiece(image=prepared, time=time, velocity=True, branch=self._branch()))
+        if segment.reencoded:
+            self.pieces.append(ImagePiece(prepared, as_condition=False))
+        else:
+            self.pieces.append(LatentPiece(image=prepared, bridged=True))
+
+    def _sampled(self, segment: RestorationSegment, restoration: Restoration) -> None:
+        if restoration.latent is None:
+            raise ClearValueError(f"a restoration of kind {restoration.kind!r} has no latent to stand in a row")
+        trace = restoration.trace
+        if trace is not None and segment.origin is Origin.SAMPLED:
+            chosen = range(len(trace.t)) if self.steps is None else next(self.steps, ())
+            for k in chosen:
+                self.pieces.append(
+                    LatentPiece(
+                        trace.x[0, k],
+                        grid=restoration.grid,
+                        time=float(trace.t[k]),
+                        noised=True,
+                        velocity=True,
+                        branch=self._branch(),
+                    )
+                )
+        if segment.reencoded:
+            images = self.decode(restoration) if self.decode is not None else None
+            if images is None:
+                raise ClearValueError("a re-encoded restoration needs decode, which gives its pixels")
+            self.pieces.append(ImagePiece(self.prepare(images[0]), as_condition=False))
+        else:
+            self.pieces.append(LatentPiece(restoration.latent[0], grid=restoration.grid, bridged=True))
+
+
+def pieces(
+    segments: Iterable[Segment],
+    *,
+    prepare: Callable[[Any], PreparedImage],
+    encode_text: Callable[[str], Tensor] | None = None,
+    end_id: int | None = None,
+    decode: Callable[[Restoration], list[Any] | None] | None = None,
+    times: Iterable[float] | None = None,
+    steps: Iterable[Sequence[int]] | None = None,
+) -> list[Piece]:
+    """One row's segments as the pieces of a packed row. Runs on the CPU, in data workers too.
+
+    SAMPLED text is scored, all other text is not. A rollout's restoration stands as one noised copy for each scored
+    step of its trace, each on a branch of its own, and then as its final latent through the bridge; a recorded one as
+    the noised clean picture at a time, and then the clean picture through the bridge.
+
+    Args:
+        segments: a transcript, or its segments.
+        prepare: `Backbone.prepare`.
+        encode_text: `Backbone.encode_text`, for recorded segments without ids.
+        end_id: `Backbone.end_id`, put behind recorded SAMPLED text that is encoded here.
+        decode: `Backbone.decode`, for restorations that were re-encoded.
+        times: flow times of the noised copies of recorded restorations, one each; None leaves the copies out.
+        steps: indices of the scored steps, for each restoration that has a trace; None scores every step.
+
+    Raises:
+        ClearValueError: something that a segment needs was not given.
+    """
+    builder = _Builder(
+        prepare,
+        encode_text,
+        end_id,
+        decode,
+        None if times is None else iter(times),
+        None if steps is None else iter(steps),
+    )
+    for segment in segments:
+        if isinstance(segment, TextSegment):
+            builder.text(segment)
+        elif isinstance(segment, ImageSegment):
+            builder.image(segment)
+        else:
+            builder.restoration(segment)
+    return builder.pieces
+
+
+# ------------------------------------------------------------------------------------------------------ replay
+
+
+def replay(
+    backbone: Backbone,
+    bridge: LatentBridge | None,
+    transcripts: Sequence[Transcript],
+    *,
+    temperature: float = 1.0,
+    logprob: Literal["mean", "sum"] = "mean",
+    steps: Sequence[Sequence[Sequence[int]]] | None = None,
+    with_hidden: tuple[int, ...] = (),
+) -> Replay:
+    """Scores transcripts in one parallel forward. Gradients flow where they are enabled.
+
+    Args:
+        backbone: the model.
+        bridge: the bridge that the rollouts read through.
+        transcripts: the rows.
+        temperature: of the text sampling; 0 (greedy) is scored at 1, as the rollout recorded it.
+        logprob: reduction over latent dimensions, as in `LatentSampling`.
+        steps: for each transcript, for each of its restorations that has a trace, the steps to score; None is all.
+        with_hidden: layers whose output is asked for.
+
+    Raises:
+        ClearValueError: no transcripts, a `steps` list of another length, or a negative temperature.
+    """
+    if not transcripts:
+        raise ClearValueError("replay needs at least one transcript")
+    if temperature < 0:
+        raise ClearValueError(f"temperature={temperature}: must be 0 (greedy) or a positive number")
+    chosen = [None] * len(transcripts) if steps is None else list(steps)
+    if len(chosen) != len(transcripts):
+        raise ClearValueError(f"steps has {len(chosen)} entries for {len(transcripts)} transcripts")
+    rows = [
+        pieces(t, prepare=backbone.prepare, decode=backbone.decode, steps=own)
+        for t, own in zip(transcripts, chosen, strict=True)
+    ]
+    batch = backbone.pack(rows, with_hidden).to(backbone.device)
+    # Nothing is mixed with noise here: without this, `encode` would draw from the global generator.
+    batch = backbone.encode(batch, noise=torch.zeros_like(batch.latents))
+    outputs = backbone.forward(batch, bridge)
+    return Replay(
+        text_logprobs=_text_logprobs(outputs, batch, rows, temperature),
+        latent_logprobs=_latent_logprobs(outputs, transcripts, chosen, logprob),
+        hidden=outputs.hidden if with_hidden else None,
+        batch=batch,
+        outputs=outputs,
+    )
+
+
+def _text_logprobs(
+    outputs: ModelOutputs, batch: PackedBatch, rows: Sequence[Sequence[Piece]], temperature: float
+) -> list[Tensor]:
+    logits = outputs.text_logits.float()
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    scored = -torch.nn.functional.cross_entropy(logits, batch.text_targets, reduction="none")
+    counts = [sum(len(p.ids) for p in row if isinstance(p, TextPiece) and p.scored) for row in rows]
+    return list(scored.split(counts))
+
+
+def _latent_logprobs(
+    outputs: ModelOutputs,
+    transcripts: Sequence[Transcript],
+    chosen: Sequence[Sequence[Sequence[int]] | None],
+    reduce: Literal["mean", "sum"],
+) -> list[Tensor]:
+    velocity = outputs.velocity
+    found: list[Tensor] = []
+    at = 0
+    for transcript, own in zip(transcripts, chosen, strict=True):
+        scores = [velocity.new_zeros(0)]
+        wanted = None if own is None else iter(own)
+        for segment in transcript.restorations:
+            trace = None if segment.restoration is None else segment.restoration.trace
+            if trace is None or segment.origin is not Origin.SAMPLED:
+                continue
+            index = list(range(len(trace.t)) if wanted is None else next(wanted, ()))
+            size = trace.x.shape[2]
+            # The noised copies stand in order, one after the other, so their velocities do too.
+            v = velocity[at : at + len(index) * size].view(len(index), size, velocity.shape[-1])
+            at += len(index) * size
+            x, x_next = (y[0, index].to(v.device) for y in (trace.x, trace.x_next))
+            t, dt = (y[index].to(v.device)[:, None, None] for y in (trace.t, trace.dt))
+            mean = sde_mean(x, v, t, dt, trace.sigma)
+            scores.append(sde_logprob(x_next, mean, dt, trace.sigma, reduce))
+        found.append(torch.cat(scores))
+    return found
