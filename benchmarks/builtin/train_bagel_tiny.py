@@ -25,15 +25,15 @@ import multiprocessing as mp
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pool import CAPTION, COMPLETE, END, INSTRUCTION, SIDE, START, Pool, edit_item, heldout_item, to_ids, train_item
+from pool import CAPTION, COMPLETE, END, INSTRUCTION, SIDE, START, TEXT, Pool, edit_item, heldout_item, to_ids, train_item
 
 from clear_adapters.backbones.bagel.autoencoder import encode_pixels
 from clear_adapters.backbones.bagel.backbone import BagelBackbone
@@ -87,42 +87,48 @@ def mask_parts(pixels: Tensor, chosen: Tensor, rectangles: int = 3) -> Tensor:
         inside_y = (rows >= top[:, None]) & (rows < (top + height)[:, None])
         inside_x = (rows >= left[:, None]) & (rows < (left + width)[:, None])
         covered |= inside_y[:, :, None] & inside_x[:, None, :]
-    value = torch.tensor([0.0, 0.0, -1.0, 1.0], device=pixels.device)[
-        torch.randint(4, (n, 1, 1, 1), device=pixels.device)
-    ]
+    value = torch.randint(-2, 2, (n, 1, 1, 1), device=pixels.device).clamp(min=-1).float()
+    value = torch.where(value == 0, 1.0, torch.where(torch.rand_like(value) < 0.5, 0.0, value))
     return torch.where((covered & chosen[:, None, None])[:, None], value, pixels)
 
 
 def train_autoencoder(autoencoder: nn.Module, pool: Pool, args: argparse.Namespace, device: torch.device) -> float:
     """L1 + L2 with a light KL; then scale and shift of the latents. Returns the PSNR on held-back scenes."""
     autoencoder.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=device.type == "cuda")
+    rate = torch.tensor(0.0, device=device)
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        autoencoder.parameters(), lr=rate, betas=(0.9, 0.99), fused=cuda, capturable=cuda
+    )
     autoencoder.to(memory_format=torch.channels_last)
     started = time.time()
-    resident = torch.zeros(0)
-    for step in range(args.vae_steps):
-        if step % 200 == 0:
-            resident = torch.from_numpy(pool.arrays["picture"][: min(pool.ready, 40_000)]).to(device)
-        share = step / args.vae_steps
-        for group in optimizer.param_groups:
-            group["lr"] = args.vae_lr * min(1, step / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
+    resident = torch.from_numpy(pool.arrays["picture"][: min(pool.ready, 16_000)]).to(device)
+
+    def one_step() -> tuple[Tensor, ...]:
         index = torch.randint(256, len(resident), (args.vae_batch,), device=device)
         pixels = disturb(to_pixels(resident[index])).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
             posterior = autoencoder.encode(pixels).latent_dist
-            out = autoencoder.decode(posterior.sample()).sample
+            out = autoencoder.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
         error = out.float() - pixels
         dx = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
         kl = (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        loss = error.abs().mean() + (error**2).mean() + 0.5 * dx + 1e-4 * kl
+        square = (error**2).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (error.abs().mean() + square + 0.5 * dx + 1e-4 * kl).backward()
         nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
         optimizer.step()
-        if step % 250 == 0 or step == args.vae_steps - 1:
-            psnr = -10 * math.log10(float((error**2).mean()) / 4)
-            print(f"vae {step} loss {float(loss):.4f} psnr {psnr:.2f} kl {float(kl):.2f} {time.time() - started:.0f}s",
-                  flush=True)
+        return square.detach(), kl.detach()
+
+    captured = Captured(one_step, device)
+    for step in range(args.vae_steps):
+        share = step / args.vae_steps
+        rate.fill_(args.vae_lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share)))
+        square, kl = captured()
+        if step % 500 == 0 or step == args.vae_steps - 1:
+            psnr = -10 * math.log10(float(square) / 4)
+            print(f"vae {step} psnr {psnr:.2f} kl {float(kl):.2f} {time.time() - started:.0f}s", flush=True)
+    optimizer.zero_grad(set_to_none=True)
     autoencoder.eval().requires_grad_(False)
     pixels = to_pixels(resident[:256])
     with torch.no_grad():
@@ -130,6 +136,45 @@ def train_autoencoder(autoencoder: nn.Module, pool: Pool, args: argparse.Namespa
         error = autoencoder.decode(mean).sample.float().clamp(-1, 1) - pixels
     autoencoder.register_to_config(scaling_factor=float(1 / mean.std()), shift_factor=float(mean.mean()))
     return float((-10 * ((error**2).mean((1, 2, 3)) / 4).log10()).mean())
+
+
+class Captured:
+    """A training step recorded as one CUDA graph: these steps are bound by launches, not by arithmetic."""
+
+    def __init__(self, step: Callable[[], tuple[Tensor, ...]], device: torch.device) -> None:
+        self.step = step
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.device = device
+        self.calls = 0
+        self.failed = False
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Runs the step; the fourth call records it."""
+        self.calls += 1
+        if self.device.type != "cuda":
+            return self.step()
+        if self.graph is not None:
+            self.graph.replay()
+            return self.result
+        if self.calls <= 3 or self.failed:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = self.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.result = self.step()
+        except RuntimeError as error:
+            print(f"this step cannot be captured, running it plainly: {error}", flush=True)
+            self.failed = True
+            return self.step()
+        self.graph = graph
+        graph.replay()
+        return self.result
 
 
 # -------------------------------------------------------------------------------------------------- layouts
@@ -145,11 +190,19 @@ class Layouts:
         self.latent_places = grid_places((8, 8), config.latent_side).to(device)
         self.patch_places = grid_places((16, 16), config.vit_side).to(device)
         self.complete = torch.tensor([START, *to_ids(COMPLETE), END], device=device)
+        self._constants: dict[object, Tensor] = {}
+
+    def constant(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that is made once: a captured step may not copy from the host."""
+        if key not in self._constants:
+            self._constants[key] = make().to(self.device)
+        return self._constants[key]
 
     def picture_blocks(self, rows: int, latent: Tensor, patches: Tensor) -> dict[str, Tensor]:
         """Columns of a latent block then a patch block; `latent` and `patches` (rows,) bool say which are there."""
-        ids = torch.tensor([IMAGE_START] + [0] * N + [IMAGE_END] + [IMAGE_START] + [0] * P + [IMAGE_END], device=self.device)
-        which = torch.tensor([0] * (N + 2) + [1] * (P + 2), device=self.device)
+        marks = [IMAGE_START] + [0] * N + [IMAGE_END] + [IMAGE_START] + [0] * P + [IMAGE_END]
+        ids = self.constant("picture", lambda: torch.tensor(marks))
+        which = self.constant("which", lambda: torch.tensor([0] * (N + 2) + [1] * (P + 2)))
         there = torch.where(which == 0, latent[:, None], patches[:, None])
         position = torch.where(which == 1, latent[:, None].long(), 0)
         return {
@@ -162,7 +215,7 @@ class Layouts:
 
     def noised_blocks(self, rows: int, copies: int, position: Tensor) -> dict[str, Tensor]:
         """Columns of hidden noised copies at positions (rows,)."""
-        ids = torch.tensor(([IMAGE_START] + [0] * N + [IMAGE_END]) * copies, device=self.device)
+        ids = self.constant(copies, lambda: torch.tensor(([IMAGE_START] + [0] * N + [IMAGE_END]) * copies))
         number = torch.arange(copies, device=self.device).repeat_interleave(N + 2)
         return {
             "ids": ids.expand(rows, -1),
@@ -185,17 +238,18 @@ class Layouts:
         table = {k: torch.cat([c[k] for c in columns], 1) for k in columns[0]}
         b, length = table["ids"].shape
         every = torch.arange(length, device=self.device)
-        is_gen = torch.zeros(length, dtype=torch.bool)
-        for first, *_ in gen:
-            is_gen[first : first + N] = True
+        inside = {first + i for first, *_ in gen for i in range(N)}
+        key = (length, *(g[0] for g in gen))
         rows = torch.arange(b, device=self.device)[:, None] * length
-        und_columns = every[~is_gen.to(self.device)]
-        gen_columns = every[is_gen.to(self.device)]
+        und_columns = self.constant((key, "und"), lambda: torch.tensor([i for i in range(length) if i not in inside]))
+        gen_columns = self.constant((key, "gen"), lambda: torch.tensor(sorted(inside), dtype=torch.int64))
         latents = torch.cat([g[1] for g in gen], 1) if gen else torch.zeros(b, 0, 64, device=self.device)
         time_ = torch.cat([g[2][:, None].expand(b, N) for g in gen], 1) if gen else torch.zeros(b, 0, device=self.device)
         asked = [k for k, g in enumerate(gen) if g[3]]
         per_row = len(gen) * N
-        velocity_at = torch.cat([torch.arange(k * N, (k + 1) * N) for k in asked]).to(self.device) if asked else every[:0]
+        velocity_at = self.constant(
+            (key, "velocity"), lambda: torch.tensor([k * N + i for k in asked for i in range(N)], dtype=torch.int64)
+        )
         velocity_at = (torch.arange(b, device=self.device)[:, None] * per_row + velocity_at).flatten()
         flat = torch.zeros(0, device=self.device)
         pixels = patches[1] if patches is not None else None
@@ -225,7 +279,10 @@ class Layouts:
         )
 
     def understanding(self, pool: dict[str, Tensor], index: Tensor, version: Tensor, modes: Tensor) -> tuple[PackedBatch, Tensor, Tensor]:
-        """Pictures with question branches. Modes: 0 patches, 1 latent, 2 both. Also gives row and branch of targets."""
+        """Pictures with question branches. Modes: 0 patches, 1 latent, 2 both.
+
+        All text places are asked for; the target is -1 where nothing is scored. Also gives each place's row and branch.
+        """
         b = len(index)
         pixels = to_pixels(pool["picture"][index])
         head = self.picture_blocks(b, modes != 0, modes != 1)
@@ -239,16 +296,17 @@ class Layouts:
             "branch": text["branch"].long(),
         }
         first = head["ids"].shape[1]
-        rows, places = (text["target"] >= 0).nonzero(as_tuple=True)
         length = first + body["ids"].shape[1]
+        rows = torch.arange(b, device=self.device)[:, None].expand(b, TEXT)
+        places = torch.arange(first, length, device=self.device)
         batch = self.batch(
             [head, body],
             [(1, pool["latent"][index].float(), torch.zeros(b, device=self.device), False)],
             (N + 3, to_patches(pixels, self.patch)),
-            rows * length + first + places,
-            text["target"][rows, places].long(),
+            (rows * length + places).flatten(),
+            text["target"].long().flatten(),
         )
-        return batch, rows, text["branch"][rows, places].long()
+        return batch, rows.flatten(), text["branch"].long().flatten()
 
     def text_block(self, ids: Tensor, position: int | Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Columns of one text block, padded with -1; and the position after it."""
@@ -327,9 +385,11 @@ def accuracy(backbone: BagelBackbone, layouts: Layouts, pool: dict[str, Tensor],
         batch, row, branch = layouts.understanding(pool, index, torch.zeros_like(index), modes)
         with torch.autocast(layouts.device.type, torch.bfloat16, enabled=layouts.device.type == "cuda"):
             out = backbone.forward(batch)
-        hit = (out.text_logits.argmax(-1) == batch.text_targets).float()
-        every = torch.ones(len(index), 32, device=layouts.device)
-        every = every.flatten().scatter_reduce(0, row * 32 + branch, hit, "amin")
+        scored = batch.text_targets >= 0
+        row, branch = row[scored], branch[scored]
+        hit = (out.text_logits.argmax(-1) == batch.text_targets)[scored].float()
+        every = torch.ones(len(index) * 32, device=layouts.device)
+        every = every.scatter_reduce(0, row * 32 + branch, hit, "amin")
         asked = torch.zeros_like(every).index_fill(0, row * 32 + branch, 1.0)
         kind = pool["kind"][index, 0].long().flatten()
         right.index_add_(0, kind, every * asked)
@@ -421,62 +481,81 @@ def train(backbone: BagelBackbone, layouts: Layouts, tables: list[dict[str, Tens
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
     decay = [p for p in weights if p.ndim == 2]
+    cuda = device.type == "cuda"
+    rate = torch.tensor(0.0, device=device)
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": [p for p in weights if p.ndim != 2], "weight_decay": 0.0}],
-        lr=args.lr,
+        [
+            {"params": decay, "weight_decay": 0.05},
+            {"params": [p for p in weights if p.ndim != 2], "weight_decay": 0.0},
+        ],
+        lr=rate,
         betas=(0.9, 0.98),
-        fused=device.type == "cuda",
+        fused=cuda,
+        capturable=cuda,
     )
     average = [p.detach().clone() for p in weights]
     u_rows, d_rows, e_rows = args.rows
-    begin = notes.get("step", 0) if not args.resume else json.loads((args.resume / "state.json").read_text())["step"]
-    log: list[dict] = []
-    step = begin
-    train_started = time.time()
+    begin = json.loads((args.resume / "state.json").read_text())["step"] if args.resume else 0
+    keep = torch.tensor(0.0, device=device)
 
     def pick(table: dict[str, Tensor], n: int) -> Tensor:
         return torch.randint(len(table["picture"]), (n,), device=device)
 
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    for step in range(begin, args.steps):
-        rate = args.lr * min(1, (step - begin + 1) / 200) * min(1.0, 2.0 * (1 - step / args.steps)) ** 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    def one_step() -> tuple[Tensor, ...]:
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda, cache_enabled=False)
         optimizer.zero_grad(set_to_none=True)
-        modes = torch.multinomial(torch.tensor([0.6, 0.25, 0.15], device=device), u_rows, replacement=True)
+        chance = torch.rand(u_rows, device=device)
+        modes = (chance > 0.6).long() + (chance > 0.85).long()
         version = torch.randint(2, (u_rows,), device=device)
         batch, _, _ = layouts.understanding(scenes, pick(scenes, u_rows), version, modes)
         with autocast:
             out = backbone.forward(batch)
-            text = F.cross_entropy(out.text_logits.float(), batch.text_targets)
+        text = F.cross_entropy(out.text_logits.float(), batch.text_targets, ignore_index=-1)
         text.backward()
         batch = layouts.drawing(scenes, pick(scenes, d_rows), args.copies)
         with autocast:
-            draw = F.mse_loss(backbone.forward(batch).velocity, batch.target)
-        (draw * d_rows / (d_rows + e_rows)).backward()
+            out = backbone.forward(batch)
+        draw = F.mse_loss(out.velocity, batch.target)
+        (draw * (d_rows / (d_rows + e_rows))).backward()
         half = e_rows // 2
         with autocast:
             batch = layouts.editing(
-                edits, scenes, pick(edits, half), pick(scenes, e_rows - half), args.copies,
+                edits,
+                scenes,
+                pick(edits, half),
+                pick(scenes, e_rows - half),
+                args.copies,
                 lambda x: encode_pixels(backbone.autoencoder, x, 2),
             )
-            edit = F.mse_loss(backbone.forward(batch).velocity, batch.target)
-        (edit * e_rows / (d_rows + e_rows)).backward()
+            out = backbone.forward(batch)
+        edit = F.mse_loss(out.velocity, batch.target)
+        (edit * (e_rows / (d_rows + e_rows))).backward()
         norm = nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        keep = min(0.999, (step + 1) / (step + 10))
-        torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - keep)
-        last = time.time() - started > args.seconds or step == args.steps - 1
-        if step % 250 == 0 or last or step == begin + 20:
-            row = {
-                "step": step,
-                "text": round(float(text), 4),
-                "draw": round(float(draw), 4),
-                "edit": round(float(edit), 4),
-                "norm": round(float(norm), 3),
-                "seconds": round(time.time() - train_started, 1),
-            }
-            if step % 1000 == 0 and step > begin or last:
+        torch._foreach_mul_(average, keep)
+        torch._foreach_add_(average, torch._foreach_mul([w.detach() for w in weights], 1 - keep))
+        return text.detach(), draw.detach(), edit.detach(), norm
+
+    captured = Captured(one_step, device)
+    log: list[dict] = []
+    step = begin
+    train_started = time.time()
+    # The schedule runs over the seconds that are there, or over the steps, whichever ends first.
+    seconds = args.seconds - (train_started - started)
+    while True:
+        share = max((step - begin) / (args.steps - begin), (time.time() - train_started) / seconds)
+        rate.fill_(args.lr * min(1, (step - begin + 1) / 300) * min(1.0, max(0.0, 2.0 * (1 - share))))
+        keep.fill_(min(0.999, (step - begin + 1) / (step - begin + 10)))
+        losses = captured()
+        step += 1
+        last = share >= 1 or step >= args.steps
+        if step % 500 == 0 or last or step in (begin + 1, begin + 20):
+            values = [round(float(x), 4) for x in losses]
+            row = dict(zip(("text", "draw", "edit", "norm"), values, strict=True))
+            row |= {"step": step, "seconds": round(time.time() - train_started, 1)}
+            if not all(math.isfinite(v) for v in values):
+                raise SystemExit(f"training diverged: {row}")
+            if step % 1000 == 0 or last:
                 row["heldout"] = accuracy(backbone, layouts, heldout, 0, 512)
             log.append(row)
             print(row, flush=True)
@@ -484,12 +563,12 @@ def train(backbone: BagelBackbone, layouts: Layouts, tables: list[dict[str, Tens
             break
     (args.out / "log.json").write_text(json.dumps(log, indent=1))
     raw = {n: p.detach().clone() for n, p in model.state_dict().items()}
-    save_state(args.out, raw, backbone.autoencoder, step + 1)
+    save_state(args.out, raw, backbone.autoencoder, step)
     for p, a in zip(weights, average, strict=True):
         p.data.copy_(a)
     model.eval()
     notes["heldout"] = {m: accuracy(backbone, layouts, heldout, i, 1024) for i, m in enumerate(("patches", "latent", "both"))}
-    notes |= {"steps": step + 1, "train_seconds": time.time() - train_started, "args": {k: str(v) for k, v in vars(args).items()}}
+    notes |= {"steps": step, "train_seconds": time.time() - train_started, "args": {k: str(v) for k, v in vars(args).items()}}
     if device.type == "cuda":
         notes["device"] = torch.cuda.get_device_name()
         notes["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

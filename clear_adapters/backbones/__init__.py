@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clear_adapters.errors import BrokenEntryError, ClearTypeError
@@ -87,11 +89,23 @@ def find_for_model(model: Any) -> BackboneSpec | None:
 
     A family that cannot be imported is passed over with a warning, so that a broken plug-in stays its own trouble.
     """
+    return _find(lambda family: family.accepts(model), "the model")
+
+
+def find_for_folder(folder: Path) -> BackboneSpec | None:
+    """The family that recognises a checkpoint folder as its own; None when no family does.
+
+    A family that cannot be imported is passed over with a warning.
+    """
+    return _find(lambda family: family.recognises(folder), str(folder))
+
+
+def _find(accepts: Callable[[type[Backbone]], bool], what: str) -> BackboneSpec | None:
     for name in list_backbones():
         try:
             spec = get_backbone(name)
-            if backbone_class(spec).accepts(model):
+            if accepts(backbone_class(spec)):
                 return spec
         except (BrokenEntryError, ClearTypeError) as error:
-            warnings.warn(f"backbone {name!r} was not asked about the model: {error}", stacklevel=2)
+            warnings.warn(f"backbone {name!r} was not asked about {what}: {error}", stacklevel=3)
     return None

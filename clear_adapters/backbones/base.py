@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from clear_adapters.errors import BackboneMismatchError
+from clear_adapters.errors import BackboneMismatchError, ClearValueError
 from clear_adapters.sampling import LatentSampling, RowRandom, TextSampling
 from clear_adapters.transcript import TextSegment
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL.Image import Image
 
     from clear_adapters.bridge import LatentBridge
@@ -460,6 +462,11 @@ class Backbone(ABC):
     def latent_width(self) -> int:
         """C, the width of a latent token or code embedding."""
 
+    @property
+    def max_positions(self) -> int | None:
+        """The longest row that the model was made for, in positions; None when that is not known."""
+        return None
+
     @classmethod
     @abstractmethod
     def accepts(cls, model: Any) -> bool:
@@ -468,9 +475,30 @@ class Backbone(ABC):
     @classmethod
     @abstractmethod
     def load(
-        cls, folder: str, *, dtype: torch.dtype | None, device: torch.device | str | None, quantization: str | None
+        cls,
+        folder: str,
+        *,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        quantization: str | None,
     ) -> Backbone:
         """Loads a checkpoint folder."""
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Whether a checkpoint folder is of this family, by its files' names and small JSON files alone."""
+        return False
+
+    @classmethod
+    def wrap(cls, model: nn.Module, processor: Any) -> Backbone:
+        """The verbs over a module that `accepts` took, with what the module itself does not hold.
+
+        Raises:
+            ClearValueError: the processor is not what the family needs, or the family cannot be wrapped.
+        """
+        raise ClearValueError(
+            f"backbone {cls.spec.name!r} cannot be made from a bare {type(model).__name__}: pass a folder or a name"
+        )
 
     # -- text
 
@@ -508,7 +536,9 @@ class Backbone(ABC):
         """An empty context with one random stream a row."""
 
     @abstractmethod
-    def read_text(self, context: Context, ids: Sequence[Tensor], rows: Sequence[int] | None = None) -> Context:
+    def read_text(
+        self, context: Context, ids: Sequence[Tensor], rows: Sequence[int] | None = None
+    ) -> Context:
         """Appends a block of text to some rows (all when None); the others get holes."""
 
     @abstractmethod
@@ -616,7 +646,9 @@ class Backbone(ABC):
                 names.append(name)
         banned = [n for n in names if any(re.match(re.escape(p) + r"(\.|$)", n) for p in self.spec.never)]
         if banned:
-            raise BackboneMismatchError(f"LoRA must not adapt {banned[0]!r}: the spec of {self.spec.name!r} forbids it")
+            raise BackboneMismatchError(
+                f"LoRA must not adapt {banned[0]!r}: the spec of {self.spec.name!r} forbids it"
+            )
         return names
 
 

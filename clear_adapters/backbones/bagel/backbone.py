@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,11 @@ class BagelBackbone(Backbone):
     def latent_width(self) -> int:
         return self.config.latent_width
 
+    @property
+    def max_positions(self) -> int | None:
+        limit = self.config.llm.get("max_position_embeddings")
+        return None if limit is None else int(limit)
+
     @classmethod
     def accepts(cls, model: Any) -> bool:
         return isinstance(model, BagelModel)
@@ -107,11 +112,35 @@ class BagelBackbone(Backbone):
             CheckpointError: the folder does not hold a BAGEL model.
         """
         if quantization is not None:
-            raise ClearValueError(f"quantization={quantization!r}: backbone 'bagel' has no quantized loading; leave it out")
+            raise ClearValueError(
+                f"quantization={quantization!r}: backbone 'bagel' has no quantized loading; leave it out"
+            )
         where = torch.device(device) if device is not None else torch.device("cpu")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, autoencoder = load_checkpoint(Path(folder), dtype, where)
         return cls(model, autoencoder, tokenizer)
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        return all((folder / name).is_file() for name in ("llm_config.json", "vit_config.json"))
+
+    @classmethod
+    def wrap(cls, model: Any, processor: Any) -> BagelBackbone:
+        """The verbs over a `BagelModel`.
+
+        Args:
+            model: the network.
+            processor: `{"autoencoder": AutoencoderKL, "tokenizer": tokenizer}`.
+
+        Raises:
+            ClearValueError: one of the two is missing.
+        """
+        if not isinstance(processor, Mapping) or set(processor) != {"autoencoder", "tokenizer"}:
+            raise ClearValueError(
+                "a BagelModel holds neither autoencoder nor tokenizer: pass "
+                "processor={'autoencoder': ..., 'tokenizer': ...}, or pass a BagelBackbone"
+            )
+        return cls(model, processor["autoencoder"], processor["tokenizer"])
 
     # -- text
 
@@ -149,7 +178,9 @@ class BagelBackbone(Backbone):
 
     def decode(self, restoration: Restoration) -> list[Image]:
         if restoration.latent is None:
-            raise ClearValueError(f"a restoration of kind {restoration.kind!r} holds no latent that BAGEL could decode")
+            raise ClearValueError(
+                f"a restoration of kind {restoration.kind!r} holds no latent that BAGEL could decode"
+            )
         latent = restoration.latent.to(self.device)
         return to_pil(decode_tokens(self.autoencoder, latent, restoration.grid, self.config.latent_patch))
 
@@ -171,7 +202,9 @@ class BagelBackbone(Backbone):
         )
 
     @torch.no_grad()
-    def read_text(self, context: Context, ids: Sequence[Tensor], rows: Sequence[int] | None = None) -> Context:
+    def read_text(
+        self, context: Context, ids: Sequence[Tensor], rows: Sequence[int] | None = None
+    ) -> Context:
         names = _named(context, rows, len(ids))
         blocks = []
         for own in ids:
@@ -203,7 +236,9 @@ class BagelBackbone(Backbone):
         if as_condition:
             context = self._read_latents(context, self.encode_images(images), None, names)
         if understanding:
-            patches, places, valid = pad_patches([(i.patches, i.patch_grid) for i in images], self.config.vit_side)
+            patches, places, valid = pad_patches(
+                [(i.patches, i.patch_grid) for i in images], self.config.vit_side
+            )
             tokens = self.model.embed_patches(*(x.to(self.device) for x in (patches, places, valid)))
             context = self._read_block(context, tokens, valid.to(self.device), names, generation=False)
         sizes = list(context.sizes)
@@ -228,46 +263,46 @@ class BagelBackbone(Backbone):
         images = [self.prepare(self.decode(r)[0]) for r in restorations]
         return self.read_image(context, images, as_condition=False, rows=_named(context, rows, len(images)))
 
+    @torch.no_grad()  # as a decorator it holds inside each step only, not in the caller between steps
     def write_text_steps(
         self, context: Context, sampling: TextSampling, rows: Sequence[int] | None = None
     ) -> Generator[Tensor, None, tuple[Context, list[TextSegment]]]:
-        with torch.no_grad():
-            names = _named(context, rows)
-            active = torch.zeros(context.rows, dtype=torch.bool)
-            active[names] = True
-            active = active.to(self.device)
-            tokens, logprobs, kept = [], [], []
-            feed = torch.full((context.rows,), self.marks.start, device=self.device)
-            random = context.random.clone()
-            # Asking a GPU whether all rows are finished stalls it, so it is asked now and then only.
-            check = 1 if self.device.type == "cpu" else 16
-            for i in range(sampling.max_new_tokens):
-                step = self._feed(context, feed, active if i == 0 else kept[-1])
-                context = step.context
-                logits = self.model.logits(step.und)
-                token, logprob = choose_token(logits, sampling, random, active)
-                tokens.append(torch.where(active, token, -1))
-                logprobs.append(logprob)
-                kept.append(active)
-                feed = torch.where(active, token, self.marks.end)
-                yield tokens[-1][names]
-                active = active & (token != self.marks.end)
-                if (i + 1) % check == 0 and not bool(active.any()):
-                    break
-            context = self._feed(context, feed, kept[-1]).context
-            if bool(active.any()):
-                # Cut off at the limit: the block is closed, but nobody chose that token.
-                context = self._feed(context, torch.full_like(feed, self.marks.end), active).context
-            table = torch.stack(tokens, 1).cpu()
-            scores = torch.stack(logprobs, 1).float().cpu()
-            segments = []
-            for row in names:
-                own = table[row] >= 0
-                ids = table[row][own]
-                segments.append(
-                    TextSegment(ids, Origin.SAMPLED, self.decode_text(ids), logprobs=scores[row][own])
-                )
-            return replace(context, random=random), segments
+        names = _named(context, rows)
+        active = torch.zeros(context.rows, dtype=torch.bool)
+        active[names] = True
+        active = active.to(self.device)
+        tokens, logprobs, kept = [], [], []
+        feed = torch.full((context.rows,), self.marks.start, device=self.device)
+        random = context.random.clone()
+        # Asking a GPU whether all rows are finished stalls it, so it is asked now and then only.
+        check = 1 if self.device.type == "cpu" else 16
+        for i in range(sampling.max_new_tokens):
+            step = self._feed(context, feed, active if i == 0 else kept[-1])
+            context = step.context
+            logits = self.model.logits(step.und)
+            token, logprob = choose_token(logits, sampling, random, active)
+            tokens.append(torch.where(active, token, -1))
+            logprobs.append(logprob)
+            kept.append(active)
+            feed = torch.where(active, token, self.marks.end)
+            yield tokens[-1][names]
+            active = active & (token != self.marks.end)
+            if (i + 1) % check == 0 and not bool(active.any()):
+                break
+        context = self._feed(context, feed, kept[-1]).context
+        if bool(active.any()):
+            # Cut off at the limit: the block is closed, but nobody chose that token.
+            context = self._feed(context, torch.full_like(feed, self.marks.end), active).context
+        table = torch.stack(tokens, 1).cpu()
+        scores = torch.stack(logprobs, 1).float().cpu()
+        segments = []
+        for row in names:
+            own = table[row] >= 0
+            ids = table[row][own]
+            segments.append(
+                TextSegment(ids, Origin.SAMPLED, self.decode_text(ids), logprobs=scores[row][own])
+            )
+        return replace(context, random=random), segments
 
     def _feed(self, context: Context, token: Tensor, active: Tensor) -> _Step:
         und = self.model.language_model.model.embed_tokens(token)
@@ -275,6 +310,7 @@ class BagelBackbone(Backbone):
         step.context = replace(step.context, position=context.position + active)
         return step
 
+    @torch.no_grad()  # as a decorator it holds inside each step only, not in the caller between steps
     def restore_steps(
         self,
         context: Context,
@@ -282,65 +318,65 @@ class BagelBackbone(Backbone):
         guidance: Sequence[Context | None] = (),
         rows: Sequence[int] | None = None,
     ) -> Generator[list[Restoration], None, tuple[Context, list[Restoration]]]:
-        with torch.no_grad():
-            names = _named(context, rows)
-            own = context if len(names) == context.rows else context.select(names)
-            sizes = [s for s in own.sizes if s is not None]
-            if len(sizes) != own.rows:
-                raise ClearValueError("restore: a row has read no picture, so there is nothing to restore")
-            grids = [self.latent_grid(s) for s in sizes]
-            counts = torch.tensor([h * w for h, w in grids])
-            valid = (torch.arange(int(counts.max())) < counts[:, None]).to(self.device)
-            places = torch.zeros(valid.shape, dtype=torch.int64)
-            for i, grid in enumerate(grids):
-                places[i, : counts[i]] = grid_places(grid, self.config.latent_side)
-            places = places.to(self.device)
-            scales = (sampling.guidance_text, sampling.guidance_image)
-            branches = [
-                g.select(names) if len(names) != g.rows else g
-                for g, scale in zip(guidance, scales, strict=False)
-                if g is not None and scale > 1
-            ]
-            present = [
-                i < len(guidance) and guidance[i] is not None and scale > 1 for i, scale in enumerate(scales)
-            ]
-            joint = stack([own, *branches]) if branches else None
-            random = own.random.clone()
-            shape = (own.rows, int(counts.max()), self.latent_width)
-            x = random.normal(shape[1] * shape[2]).view(shape) * valid[..., None]
-            times = flow_schedule(sampling.steps, sampling.shift)
-            records: list[tuple[Tensor, Tensor, Tensor]] = []
-            for t, after in zip(times[:-1], times[1:], strict=True):
-                low, high = sampling.guidance_interval
-                if joint is not None and low < t <= high:
-                    copies = 1 + len(branches)
-                    every, joint = self._velocity(joint, x.repeat(copies, 1, 1), places.repeat(copies, 1),
-                                                  valid.repeat(copies, 1), t)
-                    parts = list(every.chunk(copies))
-                    velocity = parts.pop(0)
-                    text = parts.pop(0) if present[0] else None
-                    velocity = guide(velocity, text, parts.pop(0) if present[1] else None, sampling)
-                else:
-                    velocity, own = self._velocity(own, x, places, valid, t)
-                clean = x - t * velocity
-                if sampling.sde_sigma:
-                    mean = sde_mean(x, velocity, t, t - after, sampling.sde_sigma)
-                    noise = random.normal(shape[1] * shape[2]).view(shape) * valid[..., None]
-                    new = mean + sampling.sde_sigma * (t - after) ** 0.5 * noise
-                    logprob = sde_logprob(new, mean, t - after, sampling.sde_sigma, "sum")
-                    if sampling.logprob == "mean":
-                        logprob = logprob / (counts.to(logprob.device) * self.latent_width)
-                    records.append((x, new, logprob))
-                    x = new
-                else:
-                    x = ode_step(x, velocity, t - after)
-                yield _split(clean, grids, sizes)
-            done = _split(x, grids, sizes)
-            if records:
-                _attach_traces(done, records, times, sampling.sde_sigma)
-            counts_all = context.random.counts.clone()
-            counts_all[names] = random.counts
-            return replace(context, random=RowRandom(context.random.seeds, counts_all)), done
+        names = _named(context, rows)
+        own = context if len(names) == context.rows else context.select(names)
+        sizes = [s for s in own.sizes if s is not None]
+        if len(sizes) != own.rows:
+            raise ClearValueError("restore: a row has read no picture, so there is nothing to restore")
+        grids = [self.latent_grid(s) for s in sizes]
+        counts = torch.tensor([h * w for h, w in grids])
+        valid = (torch.arange(int(counts.max())) < counts[:, None]).to(self.device)
+        places = torch.zeros(valid.shape, dtype=torch.int64)
+        for i, grid in enumerate(grids):
+            places[i, : counts[i]] = grid_places(grid, self.config.latent_side)
+        places = places.to(self.device)
+        scales = (sampling.guidance_text, sampling.guidance_image)
+        branches = [
+            g.select(names) if len(names) != g.rows else g
+            for g, scale in zip(guidance, scales, strict=False)
+            if g is not None and scale > 1
+        ]
+        present = [
+            i < len(guidance) and guidance[i] is not None and scale > 1 for i, scale in enumerate(scales)
+        ]
+        joint = stack([own, *branches]) if branches else None
+        random = own.random.clone()
+        shape = (own.rows, int(counts.max()), self.latent_width)
+        x = random.normal(shape[1] * shape[2]).view(shape) * valid[..., None]
+        times = flow_schedule(sampling.steps, sampling.shift)
+        records: list[tuple[Tensor, Tensor, Tensor]] = []
+        for t, after in zip(times[:-1], times[1:], strict=True):
+            low, high = sampling.guidance_interval
+            if joint is not None and low < t <= high:
+                copies = 1 + len(branches)
+                every, joint = self._velocity(
+                    joint, x.repeat(copies, 1, 1), places.repeat(copies, 1), valid.repeat(copies, 1), t
+                )
+                parts = list(every.chunk(copies))
+                velocity = parts.pop(0)
+                text = parts.pop(0) if present[0] else None
+                velocity = guide(velocity, text, parts.pop(0) if present[1] else None, sampling)
+            else:
+                velocity, own = self._velocity(own, x, places, valid, t)
+            clean = x - t * velocity
+            if sampling.sde_sigma:
+                mean = sde_mean(x, velocity, t, t - after, sampling.sde_sigma)
+                noise = random.normal(shape[1] * shape[2]).view(shape) * valid[..., None]
+                new = mean + sampling.sde_sigma * (t - after) ** 0.5 * noise
+                logprob = sde_logprob(new, mean, t - after, sampling.sde_sigma, "sum")
+                if sampling.logprob == "mean":
+                    logprob = logprob / (counts.to(logprob.device) * self.latent_width)
+                records.append((x, new, logprob))
+                x = new
+            else:
+                x = ode_step(x, velocity, t - after)
+            yield _split(clean, grids, sizes)
+        done = _split(x, grids, sizes)
+        if records:
+            _attach_traces(done, records, times, sampling.sde_sigma)
+        counts_all = context.random.counts.clone()
+        counts_all[names] = random.counts
+        return replace(context, random=RowRandom(context.random.seeds, counts_all)), done
 
     def _velocity(
         self, context: Context, x: Tensor, places: Tensor, valid: Tensor, t: float
@@ -364,7 +400,9 @@ class BagelBackbone(Backbone):
         latents = latents.to(self.device)
         for i, r in enumerate(restorations):
             if r.latent is None:
-                raise ClearValueError(f"a restoration of kind {r.kind!r} holds no latent that BAGEL could read")
+                raise ClearValueError(
+                    f"a restoration of kind {r.kind!r} holds no latent that BAGEL could read"
+                )
             latents[i, : counts[i]] = r.latent[0].to(self.device)
             places[i, : counts[i]] = grid_places(r.grid, self.config.latent_side)
         valid = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).to(self.device)
@@ -406,7 +444,9 @@ class BagelBackbone(Backbone):
         valid = torch.cat((known, valid, known), 1)
         positions = context.position[:, None].expand(b, n + 2)
         if generation:
-            return self._pass(context, valid, positions, edges.reshape(2 * b, -1), tokens.flatten(0, 1), full=True)
+            return self._pass(
+                context, valid, positions, edges.reshape(2 * b, -1), tokens.flatten(0, 1), full=True
+            )
         und = torch.cat((edges[:, :1], tokens, edges[:, 1:]), 1).flatten(0, 1)
         return self._pass(context, valid, positions, und, None, full=True)
 
@@ -451,7 +491,10 @@ class BagelBackbone(Backbone):
     def encode(self, batch: PackedBatch, noise: Tensor | None = None) -> PackedBatch:
         clean = batch.latents
         if batch.pictures:
-            found = [encode_pixels(self.autoencoder, p, self.config.latent_patch).flatten(0, 1) for p in batch.pictures]
+            found = [
+                encode_pixels(self.autoencoder, p, self.config.latent_patch).flatten(0, 1)
+                for p in batch.pictures
+            ]
             stored = torch.cat(found)[batch.latent_source.clamp(min=0)]
             clean = torch.where((batch.latent_source >= 0)[:, None], stored, clean)
         noise = torch.randn_like(clean) if noise is None else noise
@@ -467,8 +510,10 @@ class BagelBackbone(Backbone):
         places = decoder.embed_tokens(batch.ids.flatten())
         if batch.patches is not None:
             seen = model.embed_patches(batch.patches, batch.patch_positions, batch.patch_valid)
-            places = places.index_copy(0, batch.patch_index, seen.flatten(0, 1)[batch.patch_source].to(places.dtype))
-        und = places[batch.und_index]
+            places = places.index_copy(
+                0, batch.patch_index, seen.flatten(0, 1).index_select(0, batch.patch_source).to(places.dtype)
+            )
+        und = places.index_select(0, batch.und_index)
         gen = und.new_zeros(0, und.shape[-1])
         if len(batch.latents):
             gen = model.embed_latents(batch.latents, batch.latent_positions, batch.latent_time)
@@ -484,8 +529,8 @@ class BagelBackbone(Backbone):
 
         states = spread(und, gen[:0])
         return ModelOutputs(
-            text_logits=model.logits(states[batch.text_at]),
-            velocity=model.velocity(gen[batch.velocity_at]),
+            text_logits=model.logits(states.index_select(0, batch.text_at)),
+            velocity=model.velocity(gen.index_select(0, batch.velocity_at)),
             hidden={i: spread(*k).view(b, length, -1) for i, k in kept.items()},
         )
 

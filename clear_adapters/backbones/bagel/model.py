@@ -84,8 +84,9 @@ class Attention(nn.Module):
         out = out.transpose(1, 2).reshape(b * length, -1)
         if und.shape[0] == b * length:
             return self.o_proj(out), gen
-        u = self.o_proj(out[frame.und_index])
-        return u, self.o_proj_moe_gen(out[frame.gen_index]) if gen.shape[0] else gen
+        # index_select, not indexing: its backward adds without sorting.
+        u = self.o_proj(out.index_select(0, frame.und_index))
+        return u, self.o_proj_moe_gen(out.index_select(0, frame.gen_index)) if gen.shape[0] else gen
 
 
 class Frame:
