@@ -70,3 +70,18 @@ class LatentBridge(nn.Module):
             (latent.to(weight.dtype), F.layer_norm(native.to(weight.dtype), native.shape[-1:])), dim=-1
         )
         return native + self.up(F.silu(self.down(seen))).to(native.dtype)
+
+
+def new_bridge(config: BridgeConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> LatentBridge:
+    """An untrained bridge in float32 with random inner weights from a seed; global random numbers stay as they are."""
+    with torch.device("meta"):
+        bridge = LatentBridge(config)
+    bridge.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    bound = bridge.down.in_features**-0.5
+    with torch.no_grad():
+        for parameter in bridge.down.parameters():
+            parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+        for parameter in bridge.up.parameters():
+            parameter.zero_()
+    return bridge.to(device)

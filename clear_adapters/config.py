@@ -21,6 +21,9 @@ from clear_adapters.sampling import LatentSampling, TextSampling
 SCHEMA_VERSION = 1
 """Raised when an older library could misread the file."""
 
+_ALIASES = {"text_sampling": "text", "latent_sampling": "latent"}
+"""Keys of the file whose attributes have shorter names."""
+
 _BUILTIN = re.compile(r"builtin:[A-Za-z0-9][A-Za-z0-9._-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -73,7 +76,9 @@ class LoraSettings:
             )
         bad = [name for name, value in alpha.items() if not value > 0]
         if bad:
-            raise ClearValueError(f"alpha[{bad[0]!r}]={alpha[bad[0]]}: must be positive, or the update does nothing")
+            raise ClearValueError(
+                f"alpha[{bad[0]!r}]={alpha[bad[0]]}: must be positive, or the update does nothing"
+            )
         dropout = _number("dropout", self.dropout)
         if not 0 <= dropout < 1:
             raise ClearValueError(f"dropout={dropout}: a probability in [0, 1)")
@@ -98,7 +103,12 @@ class LoraSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `clear_config.json`."""
-        return {"groups": self.ranks, "alpha": self.alphas, "dropout": self.dropout, "whole": list(self.whole)}
+        return {
+            "groups": self.ranks,
+            "alpha": self.alphas,
+            "dropout": self.dropout,
+            "whole": list(self.whole),
+        }
 
 
 def _ranks(groups: Any) -> dict[str, int]:
@@ -113,7 +123,9 @@ def _ranks(groups: Any) -> dict[str, int]:
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise ClearTypeError(f"groups[{name!r}]={rank!r}: a rank must be a whole number")
         if rank < 1:
-            raise ClearValueError(f"groups[{name!r}]={rank}: a rank must be at least 1; leave the group out instead")
+            raise ClearValueError(
+                f"groups[{name!r}]={rank}: a rank must be at least 1; leave the group out instead"
+            )
     return ranks
 
 
@@ -176,7 +188,9 @@ class ClearConfig:
         for name in ("base_model", "base_revision", "stage"):
             if not isinstance(getattr(self, name), str | None):
                 raise AdapterError(f"{name}={getattr(self, name)!r}: must be a string or null")
-        if self.base_model is not None and not (is_builtin_name(self.base_model) or is_hub_id(self.base_model)):
+        if self.base_model is not None and not (
+            is_builtin_name(self.base_model) or is_hub_id(self.base_model)
+        ):
             raise AdapterError(
                 f"base_model={self.base_model!r}: must be 'builtin:NAME' or a Hub id 'owner/name'. A path of one "
                 "machine means nothing, and may mean harm, on another"
@@ -215,7 +229,10 @@ class ClearConfig:
             AdapterError: `provenance` holds what JSON cannot.
         """
         try:
-            return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+            return (
+                json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+                + "\n"
+            )
         except (TypeError, ValueError) as error:
             raise AdapterError(f"provenance must be plain data that JSON can hold: {error}") from error
 
@@ -235,8 +252,10 @@ class ClearConfig:
             raise AdapterError(f"{source} must hold one JSON object, not {type(data).__name__}")
         missing = [key for key in ("backbone", "schema_version") if key not in data]
         if missing:
-            raise AdapterError(f"{source} lacks {' and '.join(missing)}: it does not describe a CLEAR adapter")
-        values = {{"text_sampling": "text", "latent_sampling": "latent"}.get(k, k): v for k, v in data.items()}
+            raise AdapterError(
+                f"{source} lacks {' and '.join(missing)}: it does not describe a CLEAR adapter"
+            )
+        values = {_ALIASES.get(str(key), str(key)): value for key, value in data.items()}
         try:
             newer = values["schema_version"]
             if isinstance(newer, int) and newer > SCHEMA_VERSION:
@@ -265,10 +284,14 @@ class ClearConfig:
             AdapterError: it is not JSON, or as for `from_dict`.
         """
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_constant=_refuse)
         except (ValueError, RecursionError) as error:
             raise AdapterError(f"{source} is not valid JSON: {error}") from error
         return cls.from_dict(data, source)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _known(values: dict[str, Any], cls: type, source: str) -> dict[str, Any]:

@@ -25,7 +25,14 @@ from clear_adapters.backbones.base import (
 )
 from clear_adapters.errors import ClearValueError
 from clear_adapters.sampling import sde_logprob, sde_mean
-from clear_adapters.transcript import ImageSegment, Origin, RestorationSegment, Segment, TextSegment, Transcript
+from clear_adapters.transcript import (
+    ImageSegment,
+    Origin,
+    RestorationSegment,
+    Segment,
+    TextSegment,
+    Transcript,
+)
 
 if TYPE_CHECKING:
     from clear_adapters.backbones.base import Backbone
@@ -70,7 +77,9 @@ class _Builder:
         ids = segment.ids
         if not len(ids) and segment.text:
             if self.encode_text is None:
-                raise ClearValueError(f"the text {segment.text[:40]!r} has no ids: pass encode_text to make them")
+                raise ClearValueError(
+                    f"the text {segment.text[:40]!r} has no ids: pass encode_text to make them"
+                )
             ids = self.encode_text(segment.text)
             if sampled and self.end_id is not None:
                 ids = torch.cat((ids, torch.tensor([self.end_id])))
@@ -108,7 +117,9 @@ class _Builder:
 
     def _sampled(self, segment: RestorationSegment, restoration: Restoration) -> None:
         if restoration.latent is None:
-            raise ClearValueError(f"a restoration of kind {restoration.kind!r} has no latent to stand in a row")
+            raise ClearValueError(
+                f"a restoration of kind {restoration.kind!r} has no latent to stand in a row"
+            )
         trace = restoration.trace
         if trace is not None and segment.origin is Origin.SAMPLED:
             chosen = range(len(trace.t)) if self.steps is None else next(self.steps, ())

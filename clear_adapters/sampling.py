@@ -45,7 +45,9 @@ class TextSampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: a turn needs at least 1 token")
+        _require(
+            self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: a turn needs at least 1 token"
+        )
         _require(
             math.isfinite(self.temperature) and self.temperature >= 0,
             f"temperature={self.temperature}: must be 0 (greedy) or a positive number",
@@ -89,7 +91,9 @@ class LatentSampling:
         _require(self.steps >= 2, f"steps={self.steps}: a schedule has at least 2 points, noise and picture")
         _require(self.shift > 0, f"shift={self.shift}: must be positive; 1 leaves the schedule even")
         for name in ("guidance_text", "guidance_image"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1, which is off")
+            _require(
+                getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1, which is off"
+            )
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
         _require(
             len(self.guidance_interval) == 2 and self.guidance_interval[0] <= self.guidance_interval[1],
@@ -159,7 +163,7 @@ class RowRandom:
 
     def bits(self, size: int, active: Tensor | None = None) -> Tensor:
         """(B, size) int64 of random bits; rows where `active` (B,) is False do not advance."""
-        key = _mix(_mix(self.seeds * 2 + 1) + self.counts * _GOLDEN)
+        key = _mix(_mix(self.seeds - _GOLDEN) + self.counts * _GOLDEN)
         lanes = torch.arange(1, size + 1, dtype=torch.int64, device=key.device)
         self.counts = self.counts + (1 if active is None else active.to(torch.int64))
         return _mix(key[:, None] + lanes[None] * _GOLDEN)
@@ -195,7 +199,7 @@ def choose_token(
         return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
     logprobs = (logits / sampling.temperature).log_softmax(-1)
     # Inverse CDF over tokens sorted by probability: one uniform number a row, whatever the vocabulary.
-    ordered, order = logprobs.sort(-1, descending=True, stable=True)
+    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
     probs = ordered.exp()
     if sampling.top_k:
         probs[:, sampling.top_k :] = 0

@@ -115,6 +115,7 @@ class Transcript:
         """Segments as plain data: kind, origin, text, sizes; no pixels and no latents."""
         rows: list[dict[str, Any]] = []
         for s in self.segments:
+            row: dict[str, Any]
             if isinstance(s, TextSegment):
                 row = {"kind": "text", "origin": s.origin.value, "text": s.text, "tokens": len(s.ids)}
                 if s.logprobs is not None:

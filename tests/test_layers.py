@@ -12,7 +12,7 @@ LAYERS = {
     7: ["cli", "ui"],
     6: ["training/", "mmd_bench/"],
     5: ["datasets/", "rewards/"],
-    4: ["adapter", "engine"],
+    4: ["adapter", "attached", "engine", "rollout", "reply", "replay"],
     3: ["backbones/*/", "hub/"],
     2: ["backbones/__init__", "backbones/base", "lora", "bridge", "store"],
     1: [

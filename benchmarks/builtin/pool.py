@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import re
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from clear_adapters.world import Scene, ask, describe, facts, render, sample_edit, sample_scene
+from clear_adapters.world import Scene, ask, describe, render, sample_edit, sample_scene
 from clear_adapters.world.questions import KINDS, pair_scenes
 
 SIDE = 128
-TEXT = 380  # text tokens in an understanding row
-CAPTION = 224  # ... in a drawing row
+TEXT = 256  # text tokens in an understanding row
+CAPTION = 240  # ... in a drawing row
 INSTRUCTION = 64  # ... in an editing row
 DESCRIBE = "Describe the picture."
-FACT = "State a fact."
+WORDS = "\nIn words."
+WHY = "\nWhy?"
 COMPLETE = "Complete the picture."
 START, END = 256, 257
 
@@ -54,17 +56,23 @@ class TextRow:
     block: np.ndarray  # (TEXT,) int8, -1 at padding
     branch: np.ndarray  # (TEXT,) int8
     target: np.ndarray  # (TEXT,) int16, the next token where it is scored, else -1
+    weight: np.ndarray  # (TEXT,) uint8, its weight in the loss
     kind: np.ndarray  # (32,) int8, kind of a branch's answer: index in KINDS, len(KINDS) else
 
 
 def text_row(pairs: list[tuple[str, str, int]]) -> TextRow:
-    """Lays (question, answer, kind) pairs out until the row is full."""
+    """Lays (question, answer, kind) pairs out until the row is full.
+
+    Answers weigh 3 and descriptions 1, but for the text of a sign in them, which weighs 4: one row in two hundred
+    of a description's bytes is a sign's, and without the weight reading hardly starts.
+    """
     row = TextRow(
         np.zeros(TEXT, np.int16),
         np.zeros(TEXT, np.int16),
         np.full(TEXT, -1, np.int8),
         np.zeros(TEXT, np.int8),
         np.full(TEXT, -1, np.int16),
+        np.zeros(TEXT, np.uint8),
         np.full(32, len(KINDS), np.int8),
     )
     at = branch = 0
@@ -81,33 +89,51 @@ def text_row(pairs: list[tuple[str, str, int]]) -> TextRow:
         row.block[at + len(q) : at + n] = 2 * branch + 1
         row.branch[at : at + n] = branch
         row.target[at + len(q) : at + n - 1] = a[1:]
+        weights = np.full(len(a) - 1, 3 if kind < len(KINDS) else 1, np.uint8)
+        sign = re.search(r"[Ss]ign [^:.]*(?::|reads) ([A-Z0-9]+)", answer)
+        if sign and kind == len(KINDS):
+            weights[sign.start(1) : sign.end(1)] = 4
+        row.weight[at + len(q) : at + n - 1] = weights
         row.kind[branch] = kind
         at += n
     return row
 
 
-def questions_of(scene: Scene, seed: int, each: int = 2) -> list[tuple[str, str, int]]:
-    """Some questions of every kind, shuffled."""
-    pairs = [(q.text, q.answer, KINDS.index(q.kind)) for q in ask(scene, seed=seed, n=each)]
-    order = np.random.default_rng([seed, 5]).permutation(len(pairs))
-    return [pairs[i] for i in order]
+def questions_of(scene: Scene, seed: int, aids: bool) -> list[tuple[str, str, int]]:
+    """Some questions of every kind, shuffled.
+
+    With aids, half of the lettered ones also ask for the option's words, and some ask for the evidence: choosing a
+    letter is two steps, finding the answer and finding its letter, and the first is learnt sooner alone.
+    """
+    other = len(KINDS)
+    rng = np.random.default_rng([seed, 5])
+    pairs = []
+    for q in ask(scene, seed=seed, n=1 if aids else 2):
+        pairs.append((q.text, q.answer, KINDS.index(q.kind)))
+        if aids and q.is_lettered and rng.random() < 0.6:
+            pairs.append((q.text + WORDS, q.options["ABCD".index(q.answer)], other))
+        if aids and rng.random() < 0.25:
+            pairs.append((q.text + WHY, q.fact, other))
+    return [pairs[i] for i in rng.permutation(len(pairs))]
 
 
 def train_item(index: int) -> tuple[np.ndarray, list[TextRow], np.ndarray]:
-    """One training scene: picture, two text rows, description ids."""
+    """One training scene: picture, two text rows (with and without its description), description ids."""
     scene = sample_scene(index, "train") if index % 8 else pair_scenes(index, "train")[index // 8 % 2 * 2]
     caption = describe(scene)
-    other = len(KINDS)
-    rows = []
-    for k in range(2):
-        seed = 2 * index + k
-        about = [(DESCRIBE, caption, other)] + [(FACT, f, other) for f in facts(scene, seed, 2)]
-        qa = questions_of(scene, seed)
-        rows.append(text_row(about[: 1 + k] + qa if k == 0 else qa[:6] + about + qa[6:]))
+    rows = [
+        text_row([(DESCRIBE, caption, len(KINDS)), *questions_of(scene, 2 * index, True)]),
+        text_row(questions_of(scene, 2 * index + 1, True)),
+    ]
+    return picture(scene), rows, caption_block(caption)
+
+
+def caption_block(caption: str) -> np.ndarray:
+    """(CAPTION,) int16, a block of text, -1 behind it."""
     ids = to_ids(caption)[: CAPTION - 2]
     block = np.full(CAPTION, -1, np.int16)
     block[: len(ids) + 2] = [START, *ids, END]
-    return picture(scene), rows, block
+    return block
 
 
 def edit_item(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,11 +149,7 @@ def edit_item(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def heldout_item(index: int) -> tuple[np.ndarray, list[TextRow], np.ndarray]:
     """One held-out scene with questions only."""
     scene = sample_scene(index, "heldout")
-    row = text_row(questions_of(scene, index))
-    ids = to_ids(describe(scene))[: CAPTION - 2]
-    block = np.full(CAPTION, -1, np.int16)
-    block[: len(ids) + 2] = [START, *ids, END]
-    return picture(scene), [row], block
+    return picture(scene), [text_row(questions_of(scene, index, False))], caption_block(describe(scene))
 
 
 class Pool:

@@ -6,7 +6,7 @@ First the autoencoder, then the network on three kinds of rows, side by side in 
 descriptions of a picture (understanding), a picture from its description (drawing), and editing or completing a
 picture (the picture as latent and as patches, then noised copies of the result). STUDY notes behind the choices:
 questions alone do not start to learn, so descriptions are in every row; a base that cannot draw cannot restore,
-so two thirds of the forward passes draw.
+so every step draws as well, several noised copies to a row.
 
 A quarter of the understanding rows show the picture as its latent only, and some show both. BAGEL itself learns to
 read latents for understanding only in stages 1 and 2; half a million adapter weights cannot teach that to a model
@@ -286,7 +286,7 @@ class Layouts:
         b = len(index)
         pixels = to_pixels(pool["picture"][index])
         head = self.picture_blocks(b, modes != 0, modes != 1)
-        text = {k: pool[k][index, version] for k in ("ids", "offset", "block", "branch", "target")}
+        text = {k: pool[k][index, version] for k in ("ids", "offset", "block", "branch", "target", "weight")}
         shift = (modes != 0).long() + (modes != 1).long()
         body = {
             "ids": text["ids"].long(),
@@ -306,6 +306,7 @@ class Layouts:
             (rows * length + places).flatten(),
             text["target"].long().flatten(),
         )
+        batch.text_weight = text["weight"].float().flatten()
         return batch, rows.flatten(), text["branch"].long().flatten()
 
     def text_block(self, ids: Tensor, position: int | Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -399,14 +400,46 @@ def accuracy(backbone: BagelBackbone, layouts: Layouts, pool: dict[str, Tensor],
     return {k: round(v, 4) for k, v in share.items()}
 
 
-def residents(pool: Pool, device: torch.device, autoencoder: nn.Module) -> dict[str, Tensor]:
-    """A pool on the device, with the latents of its pictures."""
-    found = {k: torch.from_numpy(v[: pool.ready]).to(device) for k, v in pool.arrays.items()}
-    for source, name in (("picture", "latent"), ("after", "after_latent")):
-        if source in found:
-            parts = [encode_pixels(autoencoder, to_pixels(p), 2).half() for p in found[source].split(512)]
-            found[name] = torch.cat(parts)
-    return found
+class Resident:
+    """A pool on the device, with the latents of its pictures; it grows while training runs.
+
+    Attributes:
+        table: arrays of the whole size; rows from `ready` on are not there yet.
+        ready: () float32 on the device.
+    """
+
+    def __init__(self, pool: Pool, device: torch.device, autoencoder: nn.Module) -> None:
+        self.pool = pool
+        self.device = device
+        self.autoencoder = autoencoder
+        self.have = 0
+        self.ready = torch.zeros((), device=device)
+        self.table: dict[str, Tensor] = {}
+        self.grow()
+
+    def grow(self) -> None:
+        """Brings over what has been made since."""
+        ready = self.pool.ready
+        if ready == self.have:
+            return
+        for name, values in self.pool.arrays.items():
+            if name not in self.table:
+                like = torch.from_numpy(values[:1])
+                self.table[name] = torch.zeros(values.shape, dtype=like.dtype, device=self.device)
+            self.table[name][self.have : ready] = torch.from_numpy(values[self.have : ready]).to(self.device)
+        for source, name in (("picture", "latent"), ("after", "after_latent")):
+            if source in self.table:
+                if name not in self.table:
+                    self.table[name] = torch.zeros(self.pool.size, N, 64, dtype=torch.float16, device=self.device)
+                for first in range(self.have, ready, 512):
+                    part = self.table[source][first : min(first + 512, ready)]
+                    self.table[name][first : first + len(part)] = encode_pixels(self.autoencoder, part.permute(0, 3, 1, 2), 2)
+        self.have = ready
+        self.ready.fill_(ready)
+
+    def pick(self, n: int) -> Tensor:
+        """(n,) random rows of those that are there."""
+        return (torch.rand(n, device=self.device) * self.ready).long()
 
 
 def main() -> None:
@@ -423,11 +456,12 @@ def main() -> None:
     parser.add_argument("--vae-batch", type=int, default=96)
     parser.add_argument("--vae-lr", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=8_000)
-    parser.add_argument("--rows", type=int, nargs=3, default=(96, 48, 96), help="understanding, drawing, editing")
+    parser.add_argument("--rows", type=int, nargs=3, default=(160, 24, 48), help="understanding, drawing, editing")
     parser.add_argument("--copies", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop (and save) after this long")
     parser.add_argument("--resume", type=Path, help="folder of an earlier run's state files")
+    parser.add_argument("--autoencoder", type=Path, help="folder of an earlier run whose autoencoder is taken over")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     started = time.time()
@@ -443,27 +477,31 @@ def main() -> None:
     heldout = Pool(heldout_item, args.heldout)
 
     def fill() -> None:
-        for pool in (heldout, scenes, edits):
-            pool.fill(workers)
-            print(f"pool of {pool.size} ready after {time.time() - started:.0f}s", flush=True)
+        heldout.fill(workers)
+        # Scenes and edits side by side, so that both kinds of rows can start early.
+        threads = [threading.Thread(target=pool.fill, args=(workers,), daemon=True) for pool in (scenes, edits)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(f"all data ready after {time.time() - started:.0f}s", flush=True)
 
-    filler = threading.Thread(target=fill, daemon=True)
-    filler.start()
+    threading.Thread(target=fill, daemon=True).start()
 
     model, autoencoder = initialise(builtin_config(), args.seed)
     model, autoencoder = model.to(device), autoencoder.to(device)
     backbone = BagelBackbone(model, autoencoder, byte_tokenizer())
     notes: dict[str, object] = {}
-    if args.resume:
-        load_state(args.resume, model, autoencoder)
+    while min(scenes.ready / args.scenes, edits.ready / args.edits) < 0.05:
+        time.sleep(0.2)
+    source = args.resume or args.autoencoder
+    if source:
+        load_state(source, model if args.resume else None, autoencoder)
     else:
-        while scenes.ready < min(4_000, args.scenes):
-            time.sleep(0.5)
         notes["vae_psnr"] = train_autoencoder(autoencoder, scenes, args, device)
         print(f"autoencoder: {notes['vae_psnr']:.2f} dB, scale {autoencoder.config.scaling_factor:.4f}", flush=True)
-    filler.join()
-    tables = [residents(p, device, autoencoder) for p in (scenes, edits, heldout)]
-    print(f"data resident after {time.time() - started:.0f}s", flush=True)
+    tables = [Resident(p, device, autoencoder) for p in (scenes, edits, heldout)]
+    print(f"first data resident after {time.time() - started:.0f}s", flush=True)
     layouts = Layouts(backbone, device)
     if args.compile:
         torch._dynamo.config.cache_size_limit = 64
@@ -474,7 +512,14 @@ def main() -> None:
     train(backbone, layouts, tables, args, started, notes)
 
 
-def train(backbone: BagelBackbone, layouts: Layouts, tables: list[dict[str, Tensor]], args: argparse.Namespace, started: float, notes: dict) -> None:
+def train(
+    backbone: BagelBackbone,
+    layouts: Layouts,
+    tables: list[Resident],
+    args: argparse.Namespace,
+    started: float,
+    notes: dict,
+) -> None:
     """The network's training."""
     scenes, edits, heldout = tables
     model, device = backbone.model, layouts.device
@@ -498,21 +543,19 @@ def train(backbone: BagelBackbone, layouts: Layouts, tables: list[dict[str, Tens
     begin = json.loads((args.resume / "state.json").read_text())["step"] if args.resume else 0
     keep = torch.tensor(0.0, device=device)
 
-    def pick(table: dict[str, Tensor], n: int) -> Tensor:
-        return torch.randint(len(table["picture"]), (n,), device=device)
-
     def one_step() -> tuple[Tensor, ...]:
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda, cache_enabled=False)
         optimizer.zero_grad(set_to_none=True)
         chance = torch.rand(u_rows, device=device)
         modes = (chance > 0.6).long() + (chance > 0.85).long()
         version = torch.randint(2, (u_rows,), device=device)
-        batch, _, _ = layouts.understanding(scenes, pick(scenes, u_rows), version, modes)
+        batch, _, _ = layouts.understanding(scenes.table, scenes.pick(u_rows), version, modes)
         with autocast:
             out = backbone.forward(batch)
-        text = F.cross_entropy(out.text_logits.float(), batch.text_targets, ignore_index=-1)
+        each = F.cross_entropy(out.text_logits.float(), batch.text_targets, ignore_index=-1, reduction="none")
+        text = (each * batch.text_weight).sum() / batch.text_weight.sum()
         text.backward()
-        batch = layouts.drawing(scenes, pick(scenes, d_rows), args.copies)
+        batch = layouts.drawing(scenes.table, scenes.pick(d_rows), args.copies)
         with autocast:
             out = backbone.forward(batch)
         draw = F.mse_loss(out.velocity, batch.target)
@@ -520,10 +563,10 @@ def train(backbone: BagelBackbone, layouts: Layouts, tables: list[dict[str, Tens
         half = e_rows // 2
         with autocast:
             batch = layouts.editing(
-                edits,
-                scenes,
-                pick(edits, half),
-                pick(scenes, e_rows - half),
+                edits.table,
+                scenes.table,
+                edits.pick(half),
+                scenes.pick(e_rows - half),
                 args.copies,
                 lambda x: encode_pixels(backbone.autoencoder, x, 2),
             )
@@ -549,6 +592,9 @@ def train(backbone: BagelBackbone, layouts: Layouts, tables: list[dict[str, Tens
         losses = captured()
         step += 1
         last = share >= 1 or step >= args.steps
+        if step % 50 == 0:
+            for resident in (scenes, edits):
+                resident.grow()
         if step % 500 == 0 or last or step in (begin + 1, begin + 20):
             values = [round(float(x), 4) for x in losses]
             row = dict(zip(("text", "draw", "edit", "norm"), values, strict=True))
@@ -556,7 +602,7 @@ def train(backbone: BagelBackbone, layouts: Layouts, tables: list[dict[str, Tens
             if not all(math.isfinite(v) for v in values):
                 raise SystemExit(f"training diverged: {row}")
             if step % 1000 == 0 or last:
-                row["heldout"] = accuracy(backbone, layouts, heldout, 0, 512)
+                row["heldout"] = accuracy(backbone, layouts, heldout.table, 0, 512)
             log.append(row)
             print(row, flush=True)
         if last:
@@ -567,7 +613,7 @@ def train(backbone: BagelBackbone, layouts: Layouts, tables: list[dict[str, Tens
     for p, a in zip(weights, average, strict=True):
         p.data.copy_(a)
     model.eval()
-    notes["heldout"] = {m: accuracy(backbone, layouts, heldout, i, 1024) for i, m in enumerate(("patches", "latent", "both"))}
+    notes["heldout"] = {m: accuracy(backbone, layouts, heldout.table, i, 1024) for i, m in enumerate(("patches", "latent", "both"))}
     notes |= {"steps": step, "train_seconds": time.time() - train_started, "args": {k: str(v) for k, v in vars(args).items()}}
     if device.type == "cuda":
         notes["device"] = torch.cuda.get_device_name()
@@ -588,12 +634,13 @@ def save_state(folder: Path, tensors: dict[str, Tensor], autoencoder: nn.Module,
     (folder / "state.json").write_text(json.dumps({"step": step, **config}))
 
 
-def load_state(folder: Path, model: nn.Module, autoencoder: nn.Module) -> None:
-    """Reads what `save_state` wrote."""
-    tensors: dict[str, Tensor] = {}
-    for part in range(2):
-        tensors |= torch.load(folder / f"state{part}.pt", weights_only=True)
-    model.load_state_dict(tensors)
+def load_state(folder: Path, model: nn.Module | None, autoencoder: nn.Module) -> None:
+    """Reads what `save_state` wrote; without a model, the autoencoder only."""
+    if model is not None:
+        tensors: dict[str, Tensor] = {}
+        for part in range(2):
+            tensors |= torch.load(folder / f"state{part}.pt", weights_only=True)
+        model.load_state_dict(tensors)
     autoencoder.load_state_dict(torch.load(folder / "autoencoder.pt", weights_only=True))
     state = json.loads((folder / "state.json").read_text())
     autoencoder.register_to_config(scaling_factor=state["scaling_factor"], shift_factor=state["shift_factor"])

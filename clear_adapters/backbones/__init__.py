@@ -40,7 +40,9 @@ def register_backbone(spec: BackboneSpec) -> None:
     """
     name = getattr(spec, "name", None)
     if not isinstance(name, str):
-        raise ClearTypeError(f"a backbone is registered by its BackboneSpec, not by {type(spec).__name__} {spec!r}")
+        raise ClearTypeError(
+            f"a backbone is registered by its BackboneSpec, not by {type(spec).__name__} {spec!r}"
+        )
     BACKBONES.register(name, spec, stacklevel=2)
 
 
@@ -80,7 +82,9 @@ def backbone_class(spec: BackboneSpec) -> type[Backbone]:
 
     found = resolve(spec.backbone, spec)
     if not (isinstance(found, type) and issubclass(found, Backbone)):
-        raise ClearTypeError(f"backbone {spec.name!r} names {spec.backbone!r}, which is no subclass of Backbone")
+        raise ClearTypeError(
+            f"backbone {spec.name!r} names {spec.backbone!r}, which is no subclass of Backbone"
+        )
     return found
 
 

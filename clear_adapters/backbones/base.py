@@ -288,8 +288,8 @@ class PreparedImage:
     """A picture resized and normalised as a family wants it; made on the CPU, in data workers.
 
     Attributes:
-        pixels: (3, H, W) float32 in [-1, 1] for the autoencoder.
-        patches: (P, patch_dim) float32 for the understanding encoder, or the family's own form.
+        pixels: (3, H, W) uint8, or floating in [-1, 1], for the autoencoder.
+        patches: (P, patch_dim) of the same type for the understanding encoder, or the family's own form.
         patch_grid: (h, w) of the patches.
     """
 
@@ -319,12 +319,12 @@ class PackedBatch:
         branch: (B, L) int64.
         und_index: (U,) int64, flat places that the understanding expert processes.
         gen_index: (G,) int64, flat places that the generation expert processes; latent tokens, in order.
-        patches: (I, P, patch_dim) float32 or None, padded.
+        patches: (I, P, patch_dim) uint8 or floating in [-1, 1], padded; None without any.
         patch_positions: (I, P) int64.
         patch_valid: (I, P) bool, or None where there is no padding.
         patch_source: (K,) int64, flat places of the valid patches in I x P.
         patch_index: (K,) int64, flat places in B x L where they stand.
-        pictures: pixel groups (n, 3, H, W) float32 to encode, equal sizes together.
+        pictures: pixel groups (n, 3, H, W), uint8 or floating, to encode; equal sizes together.
         latents: (G, C) float32, latent tokens at `gen_index`; rows from pictures are filled by `Backbone.encode`.
         latent_source: (G,) int64, row of the pictures' flattened latents that stands there; -1 given in `latents`.
         latent_positions: (G,) int64, place in the latent grid.

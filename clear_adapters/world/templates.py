@@ -162,9 +162,8 @@ def _text(scene: Scene, rng: np.random.Generator) -> Draft | None:
     stems = ["What does the sign say?", "Read the sign.", "What is written on the sign?"]
     if scene.sign.is_number:
         stems += ["What number is on the sign?", "Which number is on the sign?"]
-    return Draft(
-        "text", pick(rng, stems), scene.sign.text, f"The sign reads {scene.sign.text}.", scene.sign.cells
-    )
+    fact = f"The sign reads {scene.sign.text}."
+    return Draft("text", pick(rng, stems), scene.sign.text, fact, scene.sign.cells, chance=0.02)
 
 
 def _character(scene: Scene, rng: np.random.Generator) -> Draft | None:

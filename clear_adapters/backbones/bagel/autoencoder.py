@@ -10,12 +10,13 @@ from einops import rearrange
 from torch import Tensor
 
 from clear_adapters.backbones.bagel.config import AutoencoderConfig
+from clear_adapters.backbones.bagel.images import normalise
 
 _SIDES = ("encoder.", "decoder.")
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
-    """diffusers' class at the sizes of a FLUX-type autoencoder (no quantisation convolutions)."""
+    """The class of diffusers at the sizes of a FLUX-type autoencoder (no quantisation convolutions)."""
     channels = tuple(config.ch * m for m in config.ch_mult)
     return AutoencoderKL(
         in_channels=3,
@@ -93,7 +94,7 @@ def encode_pixels(autoencoder: AutoencoderKL, pixels: Tensor, patch: int) -> Ten
 
     Args:
         autoencoder: the frozen autoencoder.
-        pixels: (n, 3, H, W) in [-1, 1].
+        pixels: (n, 3, H, W) uint8, or floating in [-1, 1].
         patch: latent cells per side of a token.
 
     Returns:
@@ -101,7 +102,7 @@ def encode_pixels(autoencoder: AutoencoderKL, pixels: Tensor, patch: int) -> Ten
     """
     weight = autoencoder.encoder.conv_in.weight
     with torch.no_grad():
-        mean = autoencoder.encode(pixels.to(weight.device, weight.dtype)).latent_dist.mean
+        mean = autoencoder.encode(normalise(pixels.to(weight.device)).to(weight.dtype)).latent_dist.mean
     z = (mean.float() - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
     return rearrange(z, "n c (h p) (w q) -> n (h w) (p q c)", p=patch, q=patch)
 

@@ -1,9 +1,11 @@
 """BAGEL's verbs: reading and writing with the cache, sampling latents, and the uncached forward."""
+# ruff: noqa: D102  (the verbs are documented in backbones/base.py)
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +56,7 @@ class BagelBackbone(Backbone):
     """A loaded BAGEL: network, autoencoder, tokenizer."""
 
     spec = SPEC
+    model: BagelModel
 
     def __init__(
         self, model: BagelModel, autoencoder: AutoencoderKL, tokenizer: Any, marks: Marks | None = None
@@ -189,7 +192,7 @@ class BagelBackbone(Backbone):
     def start(self, rows: int, seeds: Sequence[int]) -> Context:
         if len(seeds) != rows:
             raise ClearValueError(f"{len(seeds)} seeds for {rows} rows: give one seed a row")
-        attention = self.model.language_model.model.layers[0].self_attn
+        attention: Any = self.model.language_model.model.layers[0].self_attn
         return Context(
             cache=Cache.empty(
                 self.layers, rows, attention.kv_heads, attention.head_dim, self.dtype, self.device
@@ -271,7 +274,9 @@ class BagelBackbone(Backbone):
         active = torch.zeros(context.rows, dtype=torch.bool)
         active[names] = True
         active = active.to(self.device)
-        tokens, logprobs, kept = [], [], []
+        tokens: list[Tensor] = []
+        logprobs: list[Tensor] = []
+        kept: list[Tensor] = []
         feed = torch.full((context.rows,), self.marks.start, device=self.device)
         random = context.random.clone()
         # Asking a GPU whether all rows are finished stalls it, so it is asked now and then only.
@@ -345,7 +350,7 @@ class BagelBackbone(Backbone):
         x = random.normal(shape[1] * shape[2]).view(shape) * valid[..., None]
         times = flow_schedule(sampling.steps, sampling.shift)
         records: list[tuple[Tensor, Tensor, Tensor]] = []
-        for t, after in zip(times[:-1], times[1:], strict=True):
+        for t, after in pairwise(times):
             low, high = sampling.guidance_interval
             if joint is not None and low < t <= high:
                 copies = 1 + len(branches)
@@ -509,6 +514,8 @@ class BagelBackbone(Backbone):
         b, length = batch.ids.shape
         places = decoder.embed_tokens(batch.ids.flatten())
         if batch.patches is not None:
+            assert batch.patch_positions is not None and batch.patch_source is not None
+            assert batch.patch_index is not None
             seen = model.embed_patches(batch.patches, batch.patch_positions, batch.patch_valid)
             places = places.index_copy(
                 0, batch.patch_index, seen.flatten(0, 1).index_select(0, batch.patch_source).to(places.dtype)

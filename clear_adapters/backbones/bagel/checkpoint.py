@@ -48,7 +48,9 @@ def load_checkpoint(
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 if name in where:
-                    raise CheckpointError(f"{name} stands both in {where[name].name} and in {file.name} of {folder}")
+                    raise CheckpointError(
+                        f"{name} stands both in {where[name].name} and in {file.name} of {folder}"
+                    )
                 where[name] = file
                 shapes[name] = tuple(opened.get_slice(name).get_shape())
     config = BagelConfig.from_folder(folder, shapes)
@@ -85,7 +87,9 @@ def _check(
     for name, shape in shapes.items():
         root, path = targets[name]
         wanted = tuple(root.get_parameter(path).shape)
-        squeezed = shape[:2] if is_autoencoder_key(name) and "mid.attn_1" in name and len(shape) == 4 else shape
+        squeezed = (
+            shape[:2] if is_autoencoder_key(name) and "mid.attn_1" in name and len(shape) == 4 else shape
+        )
         if tuple(squeezed) != wanted:
             raise CheckpointError(
                 f"{name} in {folder} has shape {shape}, but the configuration asks for {wanted}: weights and "

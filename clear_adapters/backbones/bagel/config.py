@@ -119,13 +119,17 @@ class BagelConfig:
                 scale_factor=found.get("scale_factor", ae.scale_factor),
                 shift_factor=found.get("shift_factor", ae.shift_factor),
             )
-        sizes: dict[str, Resize] = {}
+        sizes: dict[str, Any] = {}
         if (folder / "preprocessor_config.json").is_file():
             found = _read(folder / "preprocessor_config.json", ("vae", "vit"))
             sizes = {"vae_resize": Resize(**found["vae"]), "vit_resize": Resize(**found["vit"])}
         prefix = "vit_model.vision_model.encoder.layers."
         layers = {int(k[len(prefix) :].split(".")[0]) for k in shapes if k.startswith(prefix)}
-        if not layers or "vit_pos_embed.pos_embed" not in shapes or "latent_pos_embed.pos_embed" not in shapes:
+        if (
+            not layers
+            or "vit_pos_embed.pos_embed" not in shapes
+            or "latent_pos_embed.pos_embed" not in shapes
+        ):
             raise CheckpointError(
                 f"{folder} has no BAGEL weights: tensors named {prefix}*, vit_pos_embed.pos_embed and "
                 "latent_pos_embed.pos_embed are expected in its safetensors files"
@@ -147,7 +151,9 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.name} is missing in {path.parent}: not a BAGEL checkpoint folder") from None
+        raise CheckpointError(
+            f"{path.name} is missing in {path.parent}: not a BAGEL checkpoint folder"
+        ) from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     missing = [k for k in keys if not isinstance(found, dict) or k not in found]

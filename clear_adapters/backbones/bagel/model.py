@@ -19,6 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from clear_adapters.backbones.bagel.config import BagelConfig
+from clear_adapters.backbones.bagel.images import normalise
 
 
 class KeyValues(Protocol):
@@ -31,6 +32,9 @@ class KeyValues(Protocol):
 
 class Attention(nn.Module):
     """Grouped-query attention with a projection set for each expert, over both kinds of tokens together."""
+
+    o_proj: nn.Linear
+    o_proj_moe_gen: nn.Linear
 
     def __init__(self, config: BagelConfig, layer: int) -> None:
         super().__init__()
@@ -56,10 +60,12 @@ class Attention(nn.Module):
         k = get("k_norm")(get("k_proj")(x).view(-1, self.kv_heads, self.head_dim))
         return q, k, get("v_proj")(x).view(-1, self.kv_heads, self.head_dim)
 
-    def forward(self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | None
+    ) -> tuple[Tensor, Tensor]:
         """Args: und (U, D), gen (G, D). Returns: the same shapes."""
         b, length = frame.shape
-        parts = self._project(und, "")
+        parts: tuple[Tensor, ...] = self._project(und, "")
         if gen.shape[0]:
             parts = tuple(
                 # Both experts' tokens into one (B L, heads, d) layout; places of neither stay zero.
@@ -128,7 +134,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: BagelConfig, index: int) -> None:
         super().__init__()
-        llm = Qwen2Config(**{k: v for k, v in config.llm.items() if k in ("hidden_size", "intermediate_size")})
+        llm = Qwen2Config(
+            **{k: v for k, v in config.llm.items() if k in ("hidden_size", "intermediate_size")}
+        )
         eps = float(config.llm.get("rms_norm_eps", 1e-6))
         self.self_attn = Attention(config, index)
         self.mlp = Qwen2MLP(llm)
@@ -170,7 +178,9 @@ class Decoder(nn.Module):
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, 1, L, d) at positions (B, L), computed in float32."""
-        exponent = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
+        exponent = (
+            torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
+        )
         angles = positions[:, None, :, None].float() * self.theta**-exponent
         angles = torch.cat((angles, angles), dim=-1)
         dtype = self.embed_tokens.weight.dtype
@@ -220,15 +230,18 @@ class VisionEncoder(nn.Module):
         )
         vit._attn_implementation = "sdpa"
         width = int(config.vit["hidden_size"])
-        self.embeddings = nn.Module()
-        self.embeddings.patch_embedding = nn.Linear(3 * config.patch**2, width)
-        self.embeddings.position_embedding = nn.Embedding(config.vit_side**2, width)
+        self.embeddings = nn.ModuleDict(
+            {
+                "patch_embedding": nn.Linear(3 * config.patch**2, width),
+                "position_embedding": nn.Embedding(config.vit_side**2, width),
+            }
+        )
         self.encoder = SiglipEncoder(vit)
         self.post_layernorm = nn.LayerNorm(width, eps=vit.layer_norm_eps)
 
     def forward(self, patches: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:
         """Args: patches (I, P, patch_dim), positions (I, P), valid (I, P) or None. Returns: (I, P, width)."""
-        x = self.embeddings.patch_embedding(patches) + self.embeddings.position_embedding(positions)
+        x = self.embeddings["patch_embedding"](patches) + self.embeddings["position_embedding"](positions)
         mask = None
         if valid is not None:
             # A padding patch sees itself, so that its row of the softmax is not empty.
@@ -276,7 +289,8 @@ class TimeEmbedder(nn.Module):
         half = self.frequencies // 2
         rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t[:, None].float() * rates
-        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.mlp[0].weight.dtype))
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class BagelModel(nn.Module):
@@ -286,8 +300,7 @@ class BagelModel(nn.Module):
         super().__init__()
         self.config = config
         self.language_model = LanguageModel(config)
-        self.vit_model = nn.Module()
-        self.vit_model.vision_model = VisionEncoder(config)
+        self.vit_model = nn.ModuleDict({"vision_model": VisionEncoder(config)})
         self.connector = Connector(int(config.vit["hidden_size"]), config.width)
         self.vit_pos_embed = PositionTable(config.vit_side, config.width)
         self.time_embedder = TimeEmbedder(config.width)
@@ -297,7 +310,7 @@ class BagelModel(nn.Module):
 
     def embed_patches(self, patches: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:
         """Understanding tokens (I, P, D) of patches; `valid` is None where there is no padding."""
-        seen = self.vit_model.vision_model(patches.to(self.vae2llm.weight.dtype), positions, valid)
+        seen = self.vit_model["vision_model"](normalise(patches).to(self.vae2llm.weight.dtype), positions, valid)
         return self.connector(seen) + self.vit_pos_embed(positions)
 
     def embed_latents(self, latents: Tensor, positions: Tensor, time: Tensor) -> Tensor:

@@ -189,9 +189,13 @@ class Packer:
             latent_time=per_token([p.time for _, p in pieces], torch.float32),
             latent_noised=per_token([p.time > 0 and not p.noised for _, p in pieces], torch.bool),
             latent_bridged=per_token([p.bridged for _, p in pieces], torch.bool),
-            velocity_at=torch.cat([v for _, v in velocity]) if velocity else torch.zeros(0, dtype=torch.int64),
+            velocity_at=torch.cat([v for _, v in velocity])
+            if velocity
+            else torch.zeros(0, dtype=torch.int64),
             velocity_row=torch.tensor([n for n, v in velocity for _ in range(len(v))], dtype=torch.int64),
-            text_at=torch.tensor([r * length + p for r, p in zip(text[0], text[1], strict=True)], dtype=torch.int64),
+            text_at=torch.tensor(
+                [r * length + p for r, p in zip(text[0], text[1], strict=True)], dtype=torch.int64
+            ),
             text_targets=torch.tensor(text[2], dtype=torch.int64),
             text_row=torch.tensor(text[0], dtype=torch.int64),
             text_weight=torch.tensor(text[3], dtype=torch.float32),
@@ -234,7 +238,7 @@ class Packer:
 def pad_patches(images: Sequence[tuple[Tensor, tuple[int, int]]], side: int) -> tuple[Tensor, Tensor, Tensor]:
     """Patches (I, P, patch_dim), their table places (I, P) and validity (I, P) of pictures of any grid."""
     longest = max(len(p) for p, _ in images)
-    patches = torch.zeros(len(images), longest, images[0][0].shape[-1])
+    patches = torch.zeros(len(images), longest, images[0][0].shape[-1], dtype=images[0][0].dtype)
     positions = torch.zeros(len(images), longest, dtype=torch.int64)
     valid = torch.zeros(len(images), longest, dtype=torch.bool)
     for i, (own, grid) in enumerate(images):

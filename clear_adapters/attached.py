@@ -1,0 +1,369 @@
+"""The attached model: a backbone with LoRA and bridge in place, and the ways to use, save and undo them."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from clear_adapters import store
+from clear_adapters.backbones.base import Backbone, ModelOutputs, PackedBatch
+from clear_adapters.bridge import LatentBridge
+from clear_adapters.config import ClearConfig
+from clear_adapters.engine import Engine
+from clear_adapters.errors import AdapterError, AttachError
+from clear_adapters.lora import Lora, Snapshot, config_dict
+
+if TYPE_CHECKING:
+    from clear_adapters.images import ImageLike
+    from clear_adapters.reply import Event, Reply
+    from clear_adapters.rollout import LatentFrom, Restore
+    from clear_adapters.sampling import LatentSampling, TextSampling
+
+ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The networks that have an adapter now."""
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """How large an adapter is.
+
+    Attributes:
+        parameters: numbers in it.
+        bytes: what they take as they are held now.
+    """
+
+    parameters: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.parameters:,} parameters, {self.bytes / 1e6:.1f} MB"
+
+
+class ClearModule(nn.Module):
+    """Base model and bridge as one module: what an optimizer sees and DDP or FSDP wraps.
+
+    Attributes:
+        base: the network with its adapted layers.
+        bridge: the bridge, or None.
+    """
+
+    def __init__(self, backbone: Backbone, bridge: LatentBridge | None, enabled: Callable[[], bool]) -> None:
+        super().__init__()
+        self.base = backbone.model
+        self.bridge = bridge
+        self._backbone = backbone
+        self._enabled = enabled
+
+    def forward(self, batch: PackedBatch) -> ModelOutputs:
+        """One uncached parallel forward."""
+        return self._backbone.forward(batch, self.bridge if self._enabled() else None)
+
+
+class AttachedModel:
+    """A model with the CLEAR skill; made by `attach`.
+
+    Attributes:
+        backbone: the verbs over the adapted network.
+        lora: the adapter's weights inside it, or None.
+        bridge: the bridge, or None.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: ClearConfig,
+        lora: Lora | None,
+        bridge: LatentBridge | None,
+        snapshot: Snapshot,
+        base: Any,
+    ) -> None:
+        self.backbone = backbone
+        self.lora = lora
+        self.bridge = bridge
+        self.module = ClearModule(backbone, bridge, lambda: self._enabled)
+        self._config = config
+        self._snapshot: Snapshot | None = snapshot
+        self._base = base
+        self._enabled = True
+        self._engine: Engine | None = None
+
+    # -- state
+
+    @property
+    def config(self) -> ClearConfig:
+        """What is written beside the weights. Set it to change protocol, sampling, stage or provenance.
+
+        Raises:
+            AdapterError: on setting one that describes other weights than these.
+        """
+        return self._config
+
+    @config.setter
+    def config(self, value: ClearConfig) -> None:
+        for name in ("backbone", "bridge", "lora"):
+            if getattr(value, name) != getattr(self._config, name):
+                raise AdapterError(
+                    f"config.{name} describes weights that are in place: attach anew to change it"
+                )
+        self._config = value
+        self._engine = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the skill is on; off, the model is its plain self."""
+        return self._enabled
+
+    @property
+    def engine(self) -> Engine:
+        """The state machine behind `answer`, `stream`, rollouts and replays."""
+        self._require()
+        if self._engine is None:
+            c = self._config
+            self._engine = Engine(self.backbone, self.bridge, c.protocol, c.text, c.latent)
+        return self._engine
+
+    def _require(self) -> None:
+        if self._snapshot is None:
+            raise AttachError("this adapter was detached or merged: attach again to use it")
+
+    def _set_enabled(self, enabled: bool) -> None:
+        if self._snapshot is not None and self._enabled != enabled:
+            if self.lora is not None:
+                self.lora.set_enabled(enabled)
+            self._enabled = enabled
+
+    @contextmanager
+    def disabled(self) -> Iterator[AttachedModel]:
+        """The plain model inside a `with`: no LoRA, no bridge, no protocol. Leaves the state that it found."""
+        self._require()
+        before = self._enabled
+        self._set_enabled(False)
+        try:
+            yield self
+        finally:
+            self._set_enabled(before)
+
+    # -- answers
+
+    def answer(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        question: str | Sequence[str],
+        *,
+        restore: Restore = "auto",
+        text: TextSampling | None = None,
+        latent: LatentSampling | None = None,
+        latent_from: LatentFrom = "own",
+        clean_image: ImageLike | Sequence[ImageLike] | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> Reply | list[Reply]:
+        """Answers questions about pictures, restoring those that are too poor for their question.
+
+        Args:
+            image: one picture, or a list of them.
+            question: one question a picture; a list of questions gives a list of replies.
+            restore: let the model decide, always restore, or never.
+            text: how text is sampled; None is the adapter's default.
+            latent: how restorations are sampled; None is the adapter's default.
+            latent_from: the latent that is read: the model's own, that of the picture as given, that of `clean_image`,
+                or the model's own decoded and encoded again in the bridge's place.
+            clean_image: the true clean picture or pictures, for `latent_from="clean"`.
+            seed: of every row, so that a reply does not depend on its place in the list.
+            batch_size: rows at a time; None takes all at once.
+
+        Raises:
+            ImageError: a picture cannot be read.
+            ClearValueError: lists of different lengths, or values out of their range.
+            AttachError: the adapter was detached.
+        """
+        replies = self.engine.answer(
+            image,
+            question,
+            restore=restore,
+            text=text,
+            latent=latent,
+            latent_from=latent_from,
+            clean_images=clean_image,
+            seed=seed,
+            batch_size=batch_size,
+            plain=not self._enabled,
+        )
+        return replies[0] if isinstance(question, str) else replies
+
+    def stream(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        restore: Restore = "auto",
+        text: TextSampling | None = None,
+        latent: LatentSampling | None = None,
+        latent_from: LatentFrom = "own",
+        clean_image: ImageLike | None = None,
+        seed: int = 0,
+    ) -> Iterator[Event]:
+        """Answers one question and tells what happens meanwhile; arguments and errors as for `answer`.
+
+        Raises:
+            AttachError: while it runs, the adapter was switched on or off, or detached.
+        """
+        events = self.engine.stream(
+            image,
+            question,
+            restore=restore,
+            text=text,
+            latent=latent,
+            latent_from=latent_from,
+            clean_image=clean_image,
+            seed=seed,
+            plain=not self._enabled,
+        )
+        return self._guarded(events, self._enabled)
+
+    def _guarded(self, events: Iterator[Event], enabled: bool) -> Iterator[Event]:
+        while True:
+            self._require()
+            if self._enabled != enabled:
+                raise AttachError(
+                    "disabled() was entered or left while stream() ran: half an answer of either model"
+                )
+            try:
+                event = next(events)
+            except StopIteration:
+                return
+            yield event
+
+    # -- taking out
+
+    def detach(self) -> Any:
+        """Takes everything out and gives back the model that was given to `attach` (its `Backbone` if by name).
+
+        Modules, trainability and modes are those from before; weights were never touched.
+
+        Raises:
+            AttachError: it was detached already.
+        """
+        self._require()
+        snapshot, self._snapshot = self._snapshot, None
+        assert snapshot is not None
+        snapshot.restore()
+        ATTACHED.discard(self.backbone.model)
+        self._engine = None
+        return self._base
+
+    def merge(self, *, keep_bridge: bool = False) -> Any:
+        """Folds LoRA into the base weights and gives back the model, which has no adapter afterwards.
+
+        Args:
+            keep_bridge: that you go on using `bridge` yourself, as in `attach(model, lora=False, bridge=bridge)`.
+
+        Raises:
+            AttachError: it was detached already, or a trained bridge would be lost.
+            ClearValueError: a weight is not finite.
+        """
+        self._require()
+        if self.bridge is not None and not keep_bridge and not _untrained(self.bridge):
+            raise AttachError(
+                "the bridge is trained, and a base model has no place for it: call merge(keep_bridge=True) and go on "
+                "with attach(model, lora=False, bridge=attached.bridge), or detach() to keep the adapter apart"
+            )
+        if self.lora is not None:
+            self.lora.merge()
+        return self.detach()
+
+    # -- files
+
+    def save_pretrained(
+        self, folder: str | Path, *, overwrite: bool = False, dtype: torch.dtype | None = None
+    ) -> Path:
+        """Writes the adapter folder.
+
+        Args:
+            folder: new or empty, unless `overwrite`; other files in it are kept.
+            overwrite: replace an adapter that is there.
+            dtype: type of the weights in the files; None as they are.
+
+        Raises:
+            AdapterError: the folder is not empty.
+            AttachError: it was detached.
+        """
+        self._require()
+        lora, extra = ({}, {}) if self.lora is None else self.lora.state_dict()
+        settings = self._config.lora
+        has_groups = settings is not None and bool(settings.ranks)
+        return store.write_adapter(
+            Path(folder),
+            self._config,
+            adapter_config=config_dict(self.backbone, settings, self._config.base_model)
+            if settings is not None and has_groups
+            else None,
+            lora=lora,
+            bridge={}
+            if self.bridge is None
+            else {n: t.detach() for n, t in self.bridge.state_dict().items()},
+            extra=extra,
+            overwrite=overwrite,
+            dtype=dtype,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload CLEAR adapter",
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Uploads the adapter folder to a model repository, which is made if need be; gives the commit's address.
+
+        Raises:
+            AttachError: it was detached.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = self.save_pretrained(Path(temporary) / "adapter", dtype=dtype)
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message, revision=revision
+            )
+        return str(commit.commit_url)
+
+    # -- facts
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Everything that the adapter consists of; the bridge's names begin with `bridge.`."""
+        if self.lora is not None:
+            yield from self.lora.parameters()
+        if self.bridge is not None:
+            yield from ((f"bridge.{n}", p) for n, p in self.bridge.named_parameters())
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of them that receive gradients now."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def size(self) -> AdapterSize:
+        """How large the adapter is."""
+        held = [p for _, p in self.named_parameters()]
+        return AdapterSize(sum(p.numel() for p in held), sum(p.numel() * p.element_size() for p in held))
+
+    def __repr__(self) -> str:
+        state = "detached" if self._snapshot is None else "on" if self._enabled else "off"
+        base = self._config.base_model or type(self.backbone.model).__name__
+        return f"AttachedModel(backbone={self._config.backbone!r}, base={base!r}, adapter: {self.size()}, {state})"
+
+
+def _untrained(bridge: LatentBridge) -> bool:
+    return not any(bool(p.detach().any()) for p in bridge.up.parameters())

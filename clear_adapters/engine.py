@@ -1,0 +1,385 @@
+"""The engine: answers, rollouts, streams and replays over one backbone and one bridge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from clear_adapters.backbones.base import drain
+from clear_adapters.errors import ClearTypeError, ClearValueError
+from clear_adapters.images import ImageLike, load_image, load_images
+from clear_adapters.prompts import Protocol, get_protocol
+from clear_adapters.replay import Replay, replay
+from clear_adapters.reply import (
+    Answer,
+    BlockText,
+    Decision,
+    DenoisingStep,
+    Event,
+    Reply,
+    Restored,
+    TextDelta,
+    Timing,
+)
+from clear_adapters.rollout import Closed, Decided, Estimated, LatentFrom, Read, Restore, Rollout, Task, Wrote
+from clear_adapters.sampling import LatentSampling, TextSampling
+from clear_adapters.transcript import Origin, Transcript
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from clear_adapters.backbones.base import Backbone
+    from clear_adapters.bridge import LatentBridge
+
+__all__ = ["Engine", "Reply"]
+
+_MARKS = 8
+"""Room in the length check for block marks and picture positions of a prompt."""
+
+
+class Engine:
+    """Decides when a model writes, restores, reads and answers.
+
+    Attributes:
+        backbone: the verbs.
+        bridge: what restorations are read through; None is the backbone's own way back in.
+        protocol: the system prompt.
+        text: settings where a call gives none.
+        latent: likewise.
+        max_restores: the most restorations in one reply; then an answer is asked for.
+
+    Raises:
+        ClearValueError: a negative `max_restores`.
+        UnknownNameError: a protocol of an unknown name.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        bridge: LatentBridge | None = None,
+        protocol: Protocol | str = "default",
+        text: TextSampling | None = None,
+        latent: LatentSampling | None = None,
+        max_restores: int = 2,
+    ) -> None:
+        if max_restores < 0:
+            raise ClearValueError(f"max_restores={max_restores}: must be 0 or more; 0 grants no request")
+        self.backbone = backbone
+        self.bridge = bridge
+        self.protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
+        self.text = text or TextSampling()
+        self.latent = latent or LatentSampling()
+        self.max_restores = max_restores
+
+    # -- many rows
+
+    def rollout(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        questions: str | Sequence[str],
+        *,
+        seeds: Sequence[int],
+        restore: Restore = "auto",
+        text: TextSampling | None = None,
+        latent: LatentSampling | None = None,
+        latent_from: LatentFrom = "own",
+        clean_images: ImageLike | Sequence[ImageLike] | None = None,
+        group: int = 1,
+    ) -> list[Transcript]:
+        """Lets the model answer N questions, `group` times each, in one batch.
+
+        A prompt is read once for its whole group. A row's outcome depends on its seed and its prompt, not on its
+        neighbours.
+
+        Args:
+            images: one picture a question.
+            questions: N questions.
+            seeds: one for each of the N x group rows, a group's rows neighbours.
+            restore: `auto` lets the model decide, `always` writes the request for it, `never` replaces a request by a
+                sentence of refusal and lets it go on.
+            text: how text is sampled.
+            latent: how restorations are sampled.
+            latent_from: what stands for a restoration: the model's `own`; controls are the `degraded` picture's latent,
+                the `clean` picture's, or the model's own decoded and re-encoded (`reencode`).
+            clean_images: N pictures, for `latent_from="clean"`.
+            group: rows a prompt.
+
+        Returns:
+            N x group transcripts.
+
+        Raises:
+            ClearValueError: an unknown choice, lists of unequal length, a prompt that does not fit.
+            ImageError: a picture that cannot be loaded.
+        """
+        task = self._task(
+            images, questions, seeds, restore, text, latent, latent_from, clean_images, group, plain=False
+        )
+        run = Rollout(self.backbone, self.bridge, task)
+        drain(run.steps())
+        return run.transcripts
+
+    def answer(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        questions: str | Sequence[str],
+        *,
+        restore: Restore = "auto",
+        text: TextSampling | None = None,
+        latent: LatentSampling | None = None,
+        latent_from: LatentFrom = "own",
+        clean_images: ImageLike | Sequence[ImageLike] | None = None,
+        seed: int | Sequence[int] = 0,
+        batch_size: int | None = None,
+        plain: bool = False,
+    ) -> list[Reply]:
+        """Answers questions.
+
+        With one seed every row starts from it, so a reply does not depend on what else is asked.
+
+        Args:
+            images: as in `rollout`.
+            questions: as in `rollout`.
+            restore: as in `rollout`.
+            text: as in `rollout`.
+            latent: as in `rollout`.
+            latent_from: as in `rollout`.
+            clean_images: as in `rollout`.
+            seed: one for every row, or a list with one each.
+            batch_size: rows at a time; None takes all at once.
+            plain: ask without the protocol, the picture read by the understanding encoder only. (Weights are not
+                touched: taking LoRA out is the caller's part.)
+
+        Raises:
+            ClearValueError: as in `rollout`; a batch size below 1.
+            ImageError: a picture that cannot be loaded.
+        """
+        pictures, asked, _ = load_images(images, questions)
+        clean = self._clean(clean_images, len(asked))
+        if batch_size is not None and batch_size < 1:
+            raise ClearValueError(
+                f"batch_size={batch_size}: must be at least 1, or None for all rows at once"
+            )
+        seeds = [seed] * len(asked) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(asked):
+            raise ClearValueError(
+                f"{len(seeds)} seeds for {len(asked)} questions: give one, or one for each question"
+            )
+        size = batch_size or len(asked)
+        tasks = [
+            self._task(
+                pictures[at : at + size],
+                asked[at : at + size],
+                seeds[at : at + size],
+                restore,
+                text,
+                latent,
+                latent_from,
+                None if clean is None else clean[at : at + size],
+                1,
+                plain,
+            )
+            for at in range(0, len(asked), size)
+        ]
+        replies: list[Reply] = []
+        for task in tasks:  # all were checked before the first runs
+            run = Rollout(self.backbone, self.bridge, task)
+            drain(run.steps())
+            replies += [
+                Reply(t, dict(run.clock.seconds), plain, self.backbone.decode) for t in run.transcripts
+            ]
+        return replies
+
+    # -- one row, as it happens
+
+    def stream(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        restore: Restore = "auto",
+        text: TextSampling | None = None,
+        latent: LatentSampling | None = None,
+        latent_from: LatentFrom = "own",
+        clean_image: ImageLike | None = None,
+        seed: int = 0,
+        plain: bool = False,
+    ) -> Iterator[Event]:
+        """Answers one question and tells what happens meanwhile; the reply equals that of `answer`.
+
+        The deltas joined are `reply.transcript.reply`. Arguments are checked at once, not at the first event.
+
+        Args:
+            image: the picture.
+            question: the question.
+            restore: as in `rollout`.
+            text: as in `rollout`.
+            latent: as in `rollout`.
+            latent_from: as in `rollout`.
+            clean_image: the clean picture, for `latent_from="clean"`.
+            seed: as in `answer`.
+            plain: as in `answer`.
+
+        Returns:
+            An iterator of events; `Answer` and `Timing` come last. Dropping it stops the work.
+
+        Raises:
+            ClearValueError: as in `rollout`.
+            ImageError: the picture cannot be loaded.
+        """
+        if not isinstance(question, str):
+            raise ClearTypeError(f"stream takes one question as a string, not {type(question).__name__}")
+        task = self._task(
+            image, question, [seed], restore, text, latent, latent_from, clean_image, 1, plain=plain
+        )
+        return self._events(Rollout(self.backbone, self.bridge, task), task)
+
+    def _events(self, run: Rollout, task: Task) -> Iterator[Event]:
+        # A request that will be refused is not shown: its text is replaced, from the tag on.
+        decode, hold = self.backbone.decode_text, task.restore == "never" and not task.plain
+        block: BlockText | None = None
+        first = True
+        for moment in run.steps():
+            if isinstance(moment, Wrote | Closed):
+                if isinstance(moment, Closed) and not moment.rows:
+                    continue  # taken back; the block that stands in its place comes next
+                if block is None:
+                    block = BlockText(decode, hold)
+                    if not first:
+                        yield TextDelta("\n", _origin(moment))
+                    first = False
+            if isinstance(moment, Wrote):
+                token = int(moment.ids[0])
+                shown = block.feed(token) if block is not None and token >= 0 else ""
+                if shown:
+                    yield TextDelta(shown)
+            elif isinstance(moment, Closed):
+                rest = block.close(moment.segments[0].text) if block is not None else ""
+                if rest:
+                    yield TextDelta(rest, _origin(moment))
+                block = None
+            elif isinstance(moment, Decided):
+                yield Decision(
+                    moment.actions[0], moment.forced and moment.actions[0] not in ("answer", "stop")
+                )
+            elif isinstance(moment, Estimated):
+                yield DenoisingStep(moment.estimates[0], moment.step, moment.steps)
+            elif isinstance(moment, Read):
+                yield Restored(moment.segments[0].restoration, moment.segments[0].origin)
+        reply = Reply(run.transcripts[0], dict(run.clock.seconds), task.plain, self.backbone.decode)
+        yield Answer(reply.text, reply)
+        yield Timing(reply.timings)
+
+    # -- scoring
+
+    def replay(
+        self,
+        transcripts: Sequence[Transcript],
+        *,
+        temperature: float | None = None,
+        logprob: Literal["mean", "sum"] | None = None,
+        steps: Sequence[Sequence[Sequence[int]]] | None = None,
+        with_hidden: tuple[int, ...] = (),
+    ) -> Replay:
+        """Scores transcripts in one parallel forward; see `clear_adapters.replay.replay`.
+
+        `temperature` and `logprob` are the engine's own settings where they are None.
+        """
+        return replay(
+            self.backbone,
+            self.bridge,
+            transcripts,
+            temperature=self.text.temperature if temperature is None else temperature,
+            logprob=logprob or self.latent.logprob,
+            steps=steps,
+            with_hidden=with_hidden,
+        )
+
+    # -- checks
+
+    def _task(
+        self,
+        images: Any,
+        questions: Any,
+        seeds: Sequence[int],
+        restore: Restore,
+        text: TextSampling | None,
+        latent: LatentSampling | None,
+        latent_from: LatentFrom,
+        clean_images: Any,
+        group: int,
+        plain: bool,
+    ) -> Task:
+        _one_of("restore", restore, get_args(Restore))
+        _one_of("latent_from", latent_from, get_args(LatentFrom))
+        pictures, asked, _ = load_images(images, questions)
+        clean = self._clean(clean_images, len(asked))
+        if latent_from == "clean" and clean is None:
+            raise ClearValueError(
+                "latent_from='clean' reads the clean pictures' latents: pass clean_images too"
+            )
+        if latent_from == "reencode" and not self.backbone.spec.decodes:
+            raise ClearValueError(
+                f"latent_from='reencode': backbone {self.backbone.spec.name!r} decodes no pixels"
+            )
+        if restore == "always" and not plain and self.max_restores == 0:
+            raise ClearValueError(
+                "restore='always' with max_restores=0: nothing may be restored; raise max_restores"
+            )
+        if group < 1:
+            raise ClearValueError(f"group={group}: must be at least 1")
+        if len(seeds) != len(asked) * group:
+            raise ClearValueError(
+                f"{len(seeds)} seeds for {len(asked)} questions in groups of {group}: give one seed for each of the "
+                f"{len(asked) * group} rows"
+            )
+        text = text or self.text
+        system = "" if plain else self.protocol.system
+        asked = [self.protocol.ask_plainly(q) for q in asked] if plain else asked
+        self._check_length(system, asked, text)
+        return Task(
+            images=pictures,
+            questions=asked,
+            clean=clean,
+            seeds=list(seeds),
+            system=system,
+            restore=restore,
+            latent_from=latent_from,
+            text=text,
+            latent=latent or self.latent,
+            max_restores=self.max_restores,
+            group=group,
+            plain=plain,
+        )
+
+    def _clean(self, images: Any, count: int) -> list[Image] | None:
+        if images is None:
+            return None
+        listed = images if isinstance(images, list | tuple) else [images]
+        if len(listed) != count:
+            raise ClearValueError(
+                f"{len(listed)} clean images for {count} questions: give one for each question"
+            )
+        return [load_image(image) for image in listed]
+
+    def _check_length(self, system: str, questions: list[str], text: TextSampling) -> None:
+        limit = self.backbone.max_positions
+        if limit is None:
+            return
+        shared = len(self.backbone.encode_text(system)) + _MARKS + text.max_new_tokens
+        for place, question in enumerate(questions):
+            needed = shared + len(self.backbone.encode_text(question))
+            if needed > limit:
+                raise ClearValueError(
+                    f"question {place} needs {needed} positions (system prompt, question and max_new_tokens="
+                    f"{text.max_new_tokens}), and backbone {self.backbone.spec.name!r} has {limit}: shorten the "
+                    "question or lower max_new_tokens"
+                )
+
+
+def _origin(moment: Wrote | Closed) -> Origin:
+    return moment.segments[0].origin if isinstance(moment, Closed) else Origin.SAMPLED
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ClearValueError(f"{name}={value!r}: one of {', '.join(repr(a) for a in allowed)}")

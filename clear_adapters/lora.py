@@ -1,0 +1,339 @@
+"""LoRA on exactly the modules that a backbone names, put in and taken out without a trace.
+
+PEFT matches the entries of `target_modules` by suffix and leaves a half-adapted model behind when it fails. So every
+name is a full path, what was hit is compared with what was asked for, and the original modules are put back by this
+file itself, after a failure and after a detach alike.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from clear_adapters.backbones.base import Backbone
+from clear_adapters.config import LoraSettings
+from clear_adapters.errors import AttachError, BackboneMismatchError, ClearValueError
+
+ADAPTER_NAME = "clear_adapter"
+"""PEFT's name of the adapter. Not a word that `nn.ModuleDict` has as a method: PEFT fails on those."""
+
+PREFIX = "base_model.model."
+"""What stands before a module's name in a stock PEFT file."""
+
+
+def target_names(backbone: Backbone, settings: LoraSettings) -> dict[str, str]:
+    """Every module name that is adapted, to the name of its group, in the backbone's order.
+
+    Raises:
+        BackboneMismatchError: an unknown group, a name that the model lacks, or a module in two groups.
+    """
+    found: dict[str, str] = {}
+    for group in settings.ranks:
+        for name in backbone.lora_names([group]):
+            if name in found:
+                raise BackboneMismatchError(
+                    f"module {name!r} stands in the LoRA groups {found[name]!r} and {group!r} of "
+                    f"{backbone.spec.name!r}: a module can have one rank only"
+                )
+            found[name] = group
+    return found
+
+
+def build_config(backbone: Backbone, settings: LoraSettings) -> LoraConfig:
+    """The one stock PEFT configuration of the settings; the first group's rank is the default of the others.
+
+    Raises:
+        BackboneMismatchError: as for `target_names`.
+    """
+    targets = target_names(backbone, settings)
+    first = next(iter(settings.ranks))
+    rank, alpha = settings.ranks[first], settings.alphas[first]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=_whole(alpha),
+        lora_dropout=settings.dropout,
+        target_modules=sorted(targets),
+        rank_pattern={n: settings.ranks[g] for n, g in sorted(targets.items()) if settings.ranks[g] != rank},
+        alpha_pattern={
+            n: _whole(settings.alphas[g]) for n, g in sorted(targets.items()) if settings.alphas[g] != alpha
+        },
+        bias="none",
+    )
+
+
+def config_dict(backbone: Backbone, settings: LoraSettings, base_model: str | None) -> dict[str, Any]:
+    """The contents of `adapter_config.json`, names in a fixed order."""
+    data = build_config(backbone, settings).to_dict()
+    data = {k: v.value if hasattr(v, "value") else v for k, v in data.items()}
+    data["target_modules"] = sorted(data["target_modules"])
+    data["base_model_name_or_path"] = base_model
+    data["inference_mode"] = True
+    return data
+
+
+def expected_shapes(backbone: Backbone, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of `adapter_model.safetensors`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, group in target_names(backbone, settings).items():
+        module = backbone.model.get_submodule(name)
+        linear: Any = getattr(module, "base_layer", module)
+        rank = settings.ranks[group]
+        shapes[f"{PREFIX}{name}.lora_A.weight"] = (rank, linear.in_features)
+        shapes[f"{PREFIX}{name}.lora_B.weight"] = (linear.out_features, rank)
+    return shapes
+
+
+def whole_parameters(backbone: Backbone, settings: LoraSettings) -> list[str]:
+    """Parameter names of the modules that are trained whole, in order.
+
+    Raises:
+        BackboneMismatchError: a module that the spec does not offer for it, or that the model lacks.
+    """
+    names: list[str] = []
+    for path in settings.whole:
+        if path not in backbone.spec.extras:
+            raise BackboneMismatchError(
+                f"module {path!r} cannot be trained whole: backbone {backbone.spec.name!r} offers "
+                f"{', '.join(backbone.spec.extras) or 'none'}"
+            )
+        try:
+            module = backbone.model.get_submodule(path)
+        except AttributeError:
+            raise BackboneMismatchError(
+                f"the model has no module {path!r} that could be trained whole"
+            ) from None
+        names += [f"{path}.{n}" for n, _ in module.named_parameters()]
+    return names
+
+
+class Snapshot:
+    """What a model was: modules in their places, flags, modes, attributes. Weights are not copied."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules = [(m, dict(m._modules), m.training, dict(m._parameters)) for m in model.modules()]
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        self._attributes = set(vars(model))
+
+    def restore(self) -> None:
+        """Puts back the very same objects."""
+        for module, children, training, parameters in self._modules:
+            for held, found in ((module._modules, children), (module._parameters, parameters)):
+                held.clear()
+                held.update(found)  # type: ignore[arg-type]  # each with its own
+            module.training = training
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        for name in set(vars(self._model)) - self._attributes:
+            delattr(self._model, name)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A parameter that is trained whole, and the one whose place it takes."""
+
+    name: str
+    module: nn.Module
+    leaf: str
+    original: nn.Parameter
+    own: nn.Parameter
+
+
+class Lora:
+    """The adapter's weights inside a model.
+
+    Attributes:
+        settings: what is adapted.
+        names: module names, in the backbone's order.
+    """
+
+    def __init__(self, backbone: Backbone, settings: LoraSettings, *, seed: int = 0) -> None:
+        """Puts zero updates in place; base parameters are frozen. The caller undoes it by a `Snapshot`.
+
+        Args:
+            backbone: whose model is adapted.
+            settings: what is adapted.
+            seed: of the first factor of each update; global random numbers stay as they are.
+
+        Raises:
+            BackboneMismatchError: the model lacks a module, or other modules were hit than those asked for.
+            AttachError: the model already has layers of some PEFT adapter.
+        """
+        model = backbone.model
+        self.settings = settings
+        targets = target_names(backbone, settings)
+        whole = whole_parameters(backbone, settings)
+        self.names = list(targets)
+        self.enabled = True
+        if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+            raise AttachError("the model already holds layers of a PEFT adapter: unload that one first")
+        model.requires_grad_(False)
+        self.layers: dict[str, LoraLayer] = {}
+        if targets:
+            with warnings.catch_warnings():
+                # Asked of the factors on the meta device; they are filled right below.
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+                LoraModel(model, build_config(backbone, settings), ADAPTER_NAME, low_cpu_mem_usage=True)
+            self.layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+            if set(self.layers) != set(targets):
+                wrong = sorted(set(self.layers) ^ set(targets))
+                raise BackboneMismatchError(
+                    f"LoRA hit other modules than backbone {backbone.spec.name!r} names: {', '.join(wrong[:4])}"
+                )
+        generator = torch.Generator().manual_seed(seed)
+        for name in self.names:
+            self._initialise(name, targets[name], generator)
+        self.whole = [self._take_over(model, name) for name in whole]
+
+    def _initialise(self, name: str, group: str, generator: torch.Generator) -> None:
+        layer, rank = self.layers[name], self.settings.ranks[group]
+        scale = self.settings.alphas[group] / rank
+        if layer.r[ADAPTER_NAME] != rank or not math.isclose(layer.scaling[ADAPTER_NAME], scale):
+            raise BackboneMismatchError(f"LoRA gave {name!r} another rank or scale than group {group!r} has")
+        base = layer.get_base_layer()
+        bound = base.in_features**-0.5  # what PEFT's kaiming_uniform(a=sqrt(5)) comes to
+        first = (torch.rand(rank, base.in_features, generator=generator) * 2 - 1) * bound
+        device = base.weight.device
+        layer.lora_A[ADAPTER_NAME].weight = nn.Parameter(first.to(device))
+        layer.lora_B[ADAPTER_NAME].weight = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        layer.train(base.training)
+
+    def _take_over(self, model: nn.Module, name: str) -> _Whole:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        original = module.get_parameter(leaf)
+        own = nn.Parameter(original.detach().clone())
+        module._parameters[leaf] = own
+        return _Whole(name, module, leaf, original, own)
+
+    # -- weights
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name, as in the files, and parameter of everything that the adapter adds to the model."""
+        for name in self.names:
+            for factor in ("lora_A", "lora_B"):
+                held = getattr(self.layers[name], factor)[ADAPTER_NAME].weight
+                yield f"{PREFIX}{name}.{factor}.weight", held
+        for w in self.whole:
+            yield w.name, w.own
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Tensors of the stock PEFT file, and those of the modules trained whole; detached, not copied."""
+        own = {n: p.detach() for n, p in self.parameters()}
+        whole = {w.name for w in self.whole}
+        return {n: t for n, t in own.items() if n not in whole}, {n: own[n] for n in sorted(whole)}
+
+    @torch.no_grad()
+    def load_state_dict(self, lora: Mapping[str, Tensor], whole: Mapping[str, Tensor] | None = None) -> None:
+        """Takes weights over; factors keep the wider of the stored type and the model's, so nothing is lost.
+
+        Raises:
+            BackboneMismatchError: names or shapes are not exactly those of this adapter; nothing is changed then.
+        """
+        given = {**lora, **(whole or {})}
+        own = dict(self.parameters())
+        check_tensors(given, {n: tuple(p.shape) for n, p in own.items()}, "the adapter's weights")
+        extras = {w.name for w in self.whole}
+        for name, parameter in own.items():
+            tensor = given[name]
+            dtype = parameter.dtype
+            if name not in extras:
+                base = self.layers[name[len(PREFIX) : name.index(".lora_")]].get_base_layer().weight.dtype
+                dtype = torch.promote_types(tensor.dtype, base) if base.is_floating_point else tensor.dtype
+            parameter.data = tensor.detach().to(parameter.device, dtype, copy=True)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Gives the factors another type: float32 before training, the model's own for the fastest answers."""
+        for name in self.names:
+            for factor in ("lora_A", "lora_B"):
+                held = getattr(self.layers[name], factor)[ADAPTER_NAME].weight
+                held.data = held.data.to(dtype)
+
+    # -- on, off, for good
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Lets the model be its plain self or not; which parameters are trained stays as it was."""
+        flags = [(p, p.requires_grad) for _, p in self.parameters()]
+        for layer in self.layers.values():
+            layer.enable_adapters(enabled)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for w in self.whole:
+            w.module._parameters[w.leaf] = w.own if enabled else w.original
+        self.enabled = enabled
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Folds the updates into the base weights; the adapted layers are still in place afterwards.
+
+        Raises:
+            ClearValueError: a weight is not finite; nothing is changed then.
+        """
+        for name, parameter in self.parameters():
+            if not bool(parameter.isfinite().all()):
+                raise ClearValueError(
+                    f"{name} holds values that are not finite: merging would ruin the model"
+                )
+        for layer in self.layers.values():
+            weight = layer.get_base_layer().weight
+            weight += layer.get_delta_weight(ADAPTER_NAME).to(weight.dtype)
+        for w in self.whole:
+            w.original.copy_(w.own)
+
+
+@contextmanager
+def undo_on_failure(model: nn.Module) -> Iterator[Snapshot]:
+    """Restores a model when the body fails; gives the snapshot that a later detach restores from."""
+    snapshot = Snapshot(model)
+    try:
+        yield snapshot
+    except BaseException:
+        snapshot.restore()
+        raise
+
+
+def check_tensors(given: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Compares names and shapes.
+
+    Args:
+        given: tensors, or anything with a `shape`.
+        expected: shape by name.
+        what: what messages call the tensors.
+
+    Raises:
+        BackboneMismatchError: a name is missing or left over, or a shape differs.
+    """
+    parts = [
+        f"{len(names)} {word}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for names, word in (
+            (sorted(set(expected) - set(given)), "missing"),
+            (sorted(set(given) - set(expected)), "unexpected"),
+        )
+        if names
+    ]
+    if parts:
+        raise BackboneMismatchError(
+            f"{what} do not fit the model ({'; '.join(parts)}): they were made for another model or for other settings"
+        )
+    for name, shape in expected.items():
+        found = tuple(given[name].shape)
+        if found != tuple(shape):
+            raise BackboneMismatchError(
+                f"{what} do not fit the model: {name} has shape {found}, but the model asks for {tuple(shape)}; "
+                "they were made for a model of other widths"
+            )
+
+
+def _whole(number: float) -> float:
+    """Whole numbers as such: stock PEFT calls alpha an integer."""
+    return int(number) if number == int(number) else number

@@ -1,0 +1,673 @@
+"""What every registered backbone must do (invariants 1 to 6, 9, 11, 12), on the real classes at toy size.
+
+Adding an entry to the registry adds its tests; its adapted modules must be stated in `ADAPTED`. LoRA and bridge are
+filled with random weights wherever an update of zero would prove nothing.
+"""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from torch import nn
+
+from clear_adapters import adapter as adapter_module
+from clear_adapters.adapter import attach
+from clear_adapters.attached import AttachedModel
+from clear_adapters.backbones import backbone_class, find_for_model, get_backbone, list_backbones, resolve
+from clear_adapters.backbones.base import ImagePiece, LatentPiece, TextPiece
+from clear_adapters.bridge import BridgeConfig
+from clear_adapters.config import LoraSettings
+from clear_adapters.errors import AttachError, BackboneMismatchError
+from clear_adapters.lora import ADAPTER_NAME, Lora
+from clear_adapters.sampling import LatentSampling, TextSampling, sde_logprob, sde_mean
+
+TOLERANCE = 1e-4  # float32 on a CPU; batches and masks change the order of summation (seen: 3e-6)
+
+BAGEL_PROJECTIONS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+ADAPTED = {
+    "bagel": {
+        "understanding": {
+            f"language_model.model.layers.{i}.{m}"
+            for i in (0, 1)
+            for m in [*BAGEL_PROJECTIONS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        },
+        "generation": {
+            f"language_model.model.layers.{i}.{m}"
+            for i in (0, 1)
+            for m in [
+                *(f"{p}_moe_gen" for p in BAGEL_PROJECTIONS),
+                *(f"mlp_moe_gen.{p}" for p in ("gate_proj", "up_proj", "down_proj")),
+            ]
+        },
+    },
+}
+"""Every module that each group adapts in the toy of each family, written out and not derived from its spec."""
+
+GREEDY = TextSampling(max_new_tokens=6)
+WARM = TextSampling(max_new_tokens=6, temperature=1.0)
+ODE = LatentSampling(steps=4, guidance_text=1, guidance_image=1)
+SDE = replace(ODE, sde_sigma=0.3)
+GUIDED = LatentSampling(steps=4)
+SIZES = [(64, 48), (40, 64), (64, 64)]
+QUESTIONS = ["What is it?", "Which colour, and why so?", "é?"]
+SMALL = LoraSettings({"understanding": 3, "generation": 2})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Toys are too small for threads, which only wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=list_backbones())
+def backbone(request):
+    spec = get_backbone(request.param)
+    return resolve(spec.tiny, spec)(0)
+
+
+@pytest.fixture
+def attached(backbone):
+    model = randomise(attach(backbone, lora=SMALL))
+    yield model
+    if backbone.model in adapter_module.ATTACHED:
+        model.detach()
+
+
+def randomise(attached: AttachedModel, seed: int = 0) -> AttachedModel:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in attached.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return attached
+
+
+def pictures(backbone):
+    out = []
+    for seed, (width, height) in enumerate(SIZES):
+        values = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        out.append(backbone.prepare(Image.fromarray(values)))
+    return out
+
+
+def ask(backbone, rows, seeds=None):
+    """Contexts of some of the three rows, before the first turn, and without the picture."""
+    images = [pictures(backbone)[r] for r in rows]
+    questions = [backbone.encode_text(QUESTIONS[r]) for r in rows]
+    context = backbone.start(len(rows), [10 + r for r in rows] if seeds is None else seeds)
+    context = backbone.read_text(context, [backbone.encode_text("Look.")] * len(rows))
+    blind = backbone.read_text(context.fork(), questions)
+    return backbone.read_text(backbone.read_image(context, images), questions), blind
+
+
+def run(backbone, bridge, rows, latent=SDE, text=WARM):
+    """A whole path: write, restore, read back, write; everything that came out, a dict a row."""
+    context, blind = ask(backbone, rows)
+    unthought = context.fork()
+    context, first = backbone.write_text(context, text)
+    context, restorations = backbone.restore(context, latent, [unthought, blind])
+    context = backbone.read_restoration(context, restorations, bridge)
+    _, second = backbone.write_text(context, text)
+    return [
+        {"ids": (f.ids.tolist(), s.ids.tolist()), "logprobs": (f.logprobs, s.logprobs), "restoration": r}
+        for f, s, r in zip(first, second, restorations, strict=True)
+    ]
+
+
+def same(a, b, *, exact=True):
+    tolerance = 0 if exact else TOLERANCE
+    for x, y in zip(a, b, strict=True):
+        assert x["ids"] == y["ids"]
+        for p, q in zip(x["logprobs"], y["logprobs"], strict=True):
+            torch.testing.assert_close(p, q, atol=tolerance, rtol=0)
+        left, right = x["restoration"], y["restoration"]
+        assert (left.grid, left.size, left.codes is None) == (right.grid, right.size, right.codes is None)
+        if left.latent is not None:
+            torch.testing.assert_close(left.latent, right.latent, atol=tolerance, rtol=0)
+        else:
+            assert torch.equal(left.codes, right.codes)
+
+
+def differ(a, b):
+    with pytest.raises(AssertionError):
+        same(a, b, exact=False)
+
+
+def describe(backbone):
+    """Everything about a model that attach could change, by identity."""
+    model = backbone.model
+    return {
+        "modules": [(n, id(m), m.training, sorted(vars(m))) for n, m in model.named_modules()],
+        "order": [list(m._modules) for m in model.modules()],
+        "parameters": [
+            (n, id(p), p.data_ptr(), p.requires_grad, p.dtype) for n, p in model.named_parameters()
+        ],
+        "sum": [float(p.double().sum()) for p in model.parameters()],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- facts
+
+
+def test_every_backbone_states_its_modules():
+    assert set(ADAPTED) == set(list_backbones())
+
+
+def test_spec(backbone):
+    spec = backbone.spec
+    assert get_backbone(spec.name) is spec
+    assert type(backbone) is backbone_class(spec)
+    assert find_for_model(backbone.model) is spec
+    assert find_for_model(nn.Linear(1, 1)) is None
+    assert {"understanding", "generation"} <= set(spec.groups)
+    assert spec.checkpoints
+    assert spec.license
+    assert spec.sources
+    for path in (*spec.extras, *spec.never):
+        backbone.model.get_submodule(path)
+
+
+def test_lora_names_are_the_stated_ones(backbone):
+    never = tuple(f"{p}." for p in backbone.spec.never)
+    for group, names in ADAPTED[backbone.spec.name].items():
+        found = backbone.lora_names([group])
+        assert len(found) == len(set(found))
+        assert set(found) == names
+        assert not [n for n in found if n.startswith(never)]
+        assert all(isinstance(backbone.model.get_submodule(n), nn.Linear) for n in found)
+    assert set(ADAPTED[backbone.spec.name]) == set(backbone.spec.groups)
+
+
+@pytest.mark.parametrize("groups", [("understanding",), ("generation",), ("understanding", "generation")])
+def test_exactly_the_named_modules_are_adapted(backbone, groups):
+    ranks = {g: i + 2 for i, g in enumerate(groups)}
+    attached = attach(backbone, lora=LoraSettings(ranks, alpha={g: 3.0 * r * r for g, r in ranks.items()}))
+    try:
+        adapted = {n: m for n, m in backbone.model.named_modules() if isinstance(m, BaseTunerLayer)}
+        expected = {n: g for g in groups for n in ADAPTED[backbone.spec.name][g]}
+        assert set(adapted) == set(expected)
+        for name, layer in adapted.items():
+            rank = ranks[expected[name]]
+            assert layer.lora_A[ADAPTER_NAME].weight.shape[0] == rank
+            assert layer.scaling[ADAPTER_NAME] == 3 * rank
+        trained = {id(p) for p in attached.trainable_parameters().values()}
+        assert {id(p) for p in attached.module.parameters() if p.requires_grad} == trained
+        assert len(trained) == 2 * len(expected) + 4
+    finally:
+        attached.detach()
+
+
+def test_initialisation_is_seeded_and_leaves_the_global_random_numbers(backbone):
+    state = torch.get_rng_state()
+    first = attach(backbone)
+    weights = {n: p.detach().clone() for n, p in first.named_parameters()}
+    first.detach()
+    second = attach(backbone)
+    assert torch.equal(state, torch.get_rng_state())
+    for name, parameter in second.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+        zero = "lora_B" in name or "bridge.up" in name
+        assert bool((parameter == 0).all()) is zero, name
+        assert zero or float(parameter.detach().std()) > 0.01
+    second.detach()
+
+
+# ------------------------------------------------------------------------------------------ attach and detach
+
+
+def test_attach_and_detach_leave_the_model_as_it_was(backbone):
+    """Invariant 1, from a state that is not the usual one: some frozen, some in training mode."""
+    modules, parameters = list(backbone.model.modules()), list(backbone.model.parameters())
+    flags = [(p, p.requires_grad) for p in parameters]
+    modes = [(m, m.training) for m in modules]
+    for i, m in enumerate(modules):
+        m.training = i % 3 == 0
+    for i, p in enumerate(parameters):
+        p.requires_grad_(i % 2 == 0)
+    try:
+        before, out = describe(backbone), run(backbone, None, [0, 1])
+        attached = randomise(attach(backbone, lora=replace(SMALL, dropout=0.1, whole=backbone.spec.extras)))
+        differ(out, run(backbone, attached.bridge, [0, 1]))
+        attached.module.train()
+        attached.module.requires_grad_(True)
+        assert attached.detach() is backbone
+        assert describe(backbone) == before
+        same(out, run(backbone, None, [0, 1]))
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for m, mode in modes:
+            m.training = mode
+
+
+def test_new_layers_are_in_the_mode_of_those_they_stand_for(backbone):
+    backbone.model.train()
+    attached = attach(backbone, lora=replace(SMALL, dropout=0.5))
+    assert all(m.training for m in backbone.model.modules())
+    attached.detach()
+    backbone.model.eval()
+    attached = attach(backbone, lora=replace(SMALL, dropout=0.5))
+    assert not any(m.training for m in backbone.model.modules())
+    attached.detach()
+
+
+class Broken(BaseException):
+    """Not an Exception: a KeyboardInterrupt must be undone too."""
+
+
+def break_at(monkeypatch, owner, name, call):
+    original, calls = getattr(owner, name), []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise Broken
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, broken)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (LoraModel, "_create_and_replace", 1),
+        (LoraModel, "_create_and_replace", 5),
+        (LoraModel, "set_adapter", 1),
+        (Lora, "_initialise", 3),
+        (Lora, "_take_over", 2),
+        (Lora, "load_state_dict", 1),
+        (nn.Module, "load_state_dict", 1),
+        (adapter_module, "new_bridge", 1),
+        (AttachedModel, "__init__", 1),
+    ],
+)
+def test_a_failed_attach_leaves_no_trace(backbone, monkeypatch, tmp_path, owner, name, call):
+    settings = replace(SMALL, whole=backbone.spec.extras)
+    first = randomise(attach(backbone, lora=settings))
+    first.save_pretrained(tmp_path / "a")
+    first.detach()
+    before, out = describe(backbone), run(backbone, None, [0])
+    with monkeypatch.context() as patch:
+        break_at(patch, owner, name, call)
+        with pytest.raises(Broken):
+            attach(backbone, tmp_path / "a")
+    assert describe(backbone) == before
+    same(out, run(backbone, None, [0]))
+    attach(backbone, tmp_path / "a").detach()  # and it is not taken for attached
+
+
+def test_a_second_attach_is_refused(backbone, attached):
+    before = describe(backbone)
+    for given in (backbone, attached):
+        with pytest.raises(AttachError, match="detach"):
+            attach(given)
+    assert describe(backbone) == before
+
+
+def test_disabled_is_the_plain_model(backbone):
+    """Invariant 3, and the state found is what is left: nested, after an error, with partly frozen weights."""
+    plain = run(backbone, None, [0, 1])
+    attached = randomise(attach(backbone, lora=replace(SMALL, whole=backbone.spec.extras)))
+    try:
+        adapted = run(backbone, attached.bridge, [0, 1])
+        differ(plain, adapted)
+        frozen = list(attached.trainable_parameters().values())[::2]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        before = describe(backbone)
+        with attached.disabled() as same_one:
+            assert same_one is attached
+            same(plain, run(backbone, None, [0, 1]))
+            with pytest.raises(ValueError, match="inside"), attached.disabled():
+                raise ValueError("inside")
+            assert not attached.enabled
+            same(plain, run(backbone, None, [0, 1]))
+        assert attached.enabled
+        assert describe(backbone) == before
+        same(adapted, run(backbone, attached.bridge, [0, 1]))
+    finally:
+        attached.detach()
+
+
+def test_detach_inside_disabled(backbone):
+    plain, before = run(backbone, None, [0]), describe(backbone)
+    attached = randomise(attach(backbone))
+    with attached.disabled():
+        attached.detach()
+    assert describe(backbone) == before
+    same(plain, run(backbone, None, [0]))
+
+
+def test_merge(backbone, tmp_path):
+    other = resolve(backbone.spec.tiny, backbone.spec)(0)
+    attached = randomise(attach(other, lora=replace(SMALL, whole=backbone.spec.extras)))
+    adapted = run(other, attached.bridge, [0], latent=ODE)
+    weights = [p.data_ptr() for p in backbone.model.parameters()]
+    with pytest.raises(AttachError, match="keep_bridge"):
+        attached.merge()
+    assert attached.merge(keep_bridge=True) is other
+    assert not [m for m in other.model.modules() if isinstance(m, BaseTunerLayer)]
+    assert len(weights) == len(list(other.model.parameters()))
+    same(adapted, run(other, attached.bridge, [0], latent=ODE), exact=False)
+    again = attach(other, lora=False, bridge=attached.bridge)
+    assert again.bridge is attached.bridge
+    assert again.merge(keep_bridge=True) is other
+
+
+# --------------------------------------------------------------------------------------------- bridge and files
+
+
+def test_an_untrained_bridge_is_the_own_way_back_in(backbone):
+    """Invariant 6, bit for bit; and a trained one is read."""
+    attached = attach(backbone, lora=False)
+    try:
+        native = run(backbone, None, [0, 1, 2])
+        same(native, run(backbone, attached.bridge, [0, 1, 2]))
+        differ(native, run(backbone, randomise(attached).bridge, [0, 1, 2]))
+    finally:
+        attached.detach()
+
+
+def test_saved_and_loaded_it_does_the_same(backbone, tmp_path):
+    """Invariant 9."""
+    attached = randomise(attach(backbone, lora=replace(SMALL, whole=backbone.spec.extras)))
+    out = run(backbone, attached.bridge, [0, 1])
+    weights = {n: p.detach().clone() for n, p in attached.named_parameters()}
+    folder = attached.save_pretrained(tmp_path / "adapter")
+    attached.detach()
+    loaded = attach(backbone, folder)
+    try:
+        assert loaded.config == attached.config
+        assert {n: p.dtype for n, p in loaded.named_parameters()} == {n: w.dtype for n, w in weights.items()}
+        assert all(torch.equal(p, weights[n]) for n, p in loaded.named_parameters())
+        same(out, run(backbone, loaded.bridge, [0, 1]))
+        again = loaded.save_pretrained(tmp_path / "again")
+        for file in (p for p in folder.rglob("*") if p.is_file()):
+            assert file.read_bytes() == (again / file.relative_to(folder)).read_bytes(), file
+    finally:
+        loaded.detach()
+
+
+def test_stock_peft_loads_the_lora_folder(backbone, tmp_path):
+    attached = randomise(attach(backbone, lora=SMALL))
+    out = run(backbone, None, [0, 1])
+    folder = attached.save_pretrained(tmp_path / "adapter")
+    attached.detach()
+    other = resolve(backbone.spec.tiny, backbone.spec)(0)
+    differ(out, run(other, None, [0, 1]))
+    peft = PeftModel.from_pretrained(other.model, folder / "lora")
+    same(out, run(other, None, [0, 1]))
+    names = {n for n, m in other.model.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert names == set().union(*ADAPTED[backbone.spec.name].values())
+    with pytest.raises(AttachError, match="PEFT"):
+        attach(other)
+    peft.unload()
+
+
+def test_half_precision_files_lose_only_their_rounding(backbone, attached, tmp_path):
+    folder = attached.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    weights = {n: p.detach().bfloat16().float() for n, p in attached.named_parameters()}
+    attached.detach()
+    loaded = attach(backbone, folder)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == torch.float32  # the toy's own type: nothing is computed in less
+        assert torch.equal(parameter, weights[name])
+    loaded.detach()
+
+
+def test_a_bridge_of_other_widths_is_refused(backbone):
+    before = describe(backbone)
+    with pytest.raises(BackboneMismatchError, match="width"):
+        attach(backbone, bridge=BridgeConfig(backbone.latent_width, backbone.width + 1))
+    assert describe(backbone) == before
+
+
+# ------------------------------------------------------------------------------------------------------- verbs
+
+
+@pytest.mark.parametrize("latent", [ODE, SDE, GUIDED], ids=["ode", "sde", "guided"])
+@pytest.mark.parametrize("text", [GREEDY, WARM], ids=["greedy", "sampled"])
+def test_a_batch_gives_what_its_rows_give(backbone, attached, text, latent):
+    """Invariant 5, with pictures and questions of different lengths."""
+    together = run(backbone, attached.bridge, [0, 1, 2], latent, text)
+    alone = [run(backbone, attached.bridge, [r], latent, text)[0] for r in range(3)]
+    assert len({t["restoration"].grid for t in together}) > 1
+    same(together, alone, exact=False)
+    for t, a in zip(together, alone, strict=True):
+        if latent.sde_sigma and t["restoration"].trace is not None:
+            left, right = t["restoration"].trace, a["restoration"].trace
+            torch.testing.assert_close(left.logprobs, right.logprobs, atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(left.x, right.x, atol=TOLERANCE, rtol=0)
+
+
+def test_some_rows_restore_and_the_others_wait(backbone, attached):
+    """A row with holes goes on as one that was never in a batch, and draws its own random numbers."""
+
+    def path(rows, restoring):
+        context, blind = ask(backbone, rows)
+        some = [i for i, r in enumerate(rows) if r in restoring]
+        if some:
+            context, found = backbone.restore(context, GUIDED, [context.fork(), blind], rows=some)
+            context = backbone.read_restoration(context, found, attached.bridge, rows=some)
+        _, written = backbone.write_text(context, WARM)
+        return written
+
+    together = path([0, 1, 2], {1})
+    for r in range(3):
+        alone = path([r], {1})[0]
+        assert together[r].ids.tolist() == alone.ids.tolist()
+        torch.testing.assert_close(together[r].logprobs, alone.logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_writing_for_some_rows(backbone, attached):
+    context, _ = ask(backbone, [0, 1, 2])
+    all_rows, _ = backbone.write_text(context.fork(), WARM)
+    context, some = backbone.write_text(context, WARM, rows=[0, 2])
+    assert len(some) == 2
+    _, late = backbone.write_text(context, WARM, rows=[1])
+    alone = backbone.write_text(ask(backbone, [1])[0], WARM)[1]
+    assert late[0].ids.tolist() == alone[0].ids.tolist()
+    assert all_rows.rows == 3
+
+
+def test_reencode(backbone, attached):
+    """Decoded and read again by the understanding encoder: another reading than the bridge's, rows as alone."""
+    if not backbone.spec.decodes:
+        pytest.skip("this family decodes no pixels")
+
+    def path(rows):
+        context, _ = ask(backbone, rows)
+        context, found = backbone.restore(context, ODE)
+        return backbone.write_text(backbone.reencode(context, found), GREEDY)[1], found
+
+    (together, found), alone = path([0, 1]), [path([r])[0][0] for r in (0, 1)]
+    for a, b in zip(together, alone, strict=True):
+        assert a.ids.tolist() == b.ids.tolist()
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=TOLERANCE, rtol=0)
+    images = [backbone.decode(r)[0] for r in found]
+    assert [i.size for i in images] == [(r.size[1], r.size[0]) for r in found]
+
+
+def test_forks_do_not_see_each_other(backbone, attached):
+    context, _ = ask(backbone, [0, 1])
+    long, short = [backbone.encode_text("A thought of some length.")] * 2, [backbone.encode_text("No.")] * 2
+
+    def ending(c, ids):
+        return [s.logprobs for s in backbone.write_text(backbone.read_text(c, ids), WARM)[1]]
+
+    wanted = ending(ask(backbone, [0, 1])[0], long), ending(ask(backbone, [0, 1])[0], short)
+    left, right = context.fork(), context.fork()
+    one = backbone.read_text(left, long)
+    two = backbone.read_text(right, short)
+    found = [[s.logprobs for s in backbone.write_text(c, WARM)[1]] for c in (one, two)]
+    again = ending(context, long)
+    for a, b in zip([*found[0], *found[1], *again], [*wanted[0], *wanted[1], *wanted[0]], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_expand_and_select(backbone, attached):
+    context, _ = ask(backbone, [0, 1])
+    reference = backbone.write_text(context.fork(), WARM)[1]
+    wide = backbone.write_text(context.expand(3), WARM)[1]
+    assert [s.ids.tolist() for s in wide] == [reference[i // 3].ids.tolist() for i in range(6)]
+    turned = backbone.write_text(context.select([1, 0, 1]), WARM)[1]
+    assert [s.ids.tolist() for s in turned] == [reference[i].ids.tolist() for i in (1, 0, 1)]
+    last = backbone.write_text(context, WARM)[1]
+    assert [s.ids.tolist() for s in last] == [s.ids.tolist() for s in reference]
+
+
+def test_the_limit_of_a_turn(backbone, attached):
+    """A turn cut off has no end token, is closed, and reads on as the same ids given would."""
+    context, _ = ask(backbone, [0, 1])
+    one = TextSampling(max_new_tokens=1)
+    cut, segments = backbone.write_text(context.fork(), one)
+    assert [len(s.ids) for s in segments] == [1, 1]
+    assert [len(s.logprobs) for s in segments] == [1, 1]
+    given = backbone.read_text(context, [s.ids for s in segments])
+    assert cut.position.tolist() == given.position.tolist()
+    for a, b in zip(backbone.write_text(cut, GREEDY)[1], backbone.write_text(given, GREEDY)[1], strict=True):
+        assert a.ids.tolist() == b.ids.tolist()
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_the_end_token_ends_a_turn(backbone, attached, monkeypatch):
+    """It is sampled, scored and left out of the text; a row that ended waits for the others."""
+    encoded = backbone.encode_text("ab")
+    assert backbone.decode_text(torch.cat((encoded, torch.tensor([backbone.end_id])))) == "ab"
+    assert backbone.end_id not in encoded.tolist()
+    module = sys.modules[type(backbone).__module__]
+    original, steps = module.choose_token, []
+
+    def ends_first_row_at_third(logits, *args, **kwargs):
+        token, logprob = original(logits, *args, **kwargs)
+        steps.append(1)
+        token[0] = backbone.end_id if len(steps) == 3 else int(encoded[0])
+        token[1] = int(encoded[1])
+        return token, logprob
+
+    monkeypatch.setattr(module, "choose_token", ends_first_row_at_third)
+    context, _ = ask(backbone, [0, 1])
+    after, (first, second) = backbone.write_text(context, GREEDY)
+    assert first.ids.tolist() == [int(encoded[0])] * 2 + [backbone.end_id]
+    assert first.text == "aa"
+    assert second.ids.tolist() == [int(encoded[1])] * GREEDY.max_new_tokens
+    monkeypatch.undo()
+    given = backbone.read_text(ask(backbone, [0, 1])[0], [first.ids, second.ids])
+    assert after.position.tolist() == given.position.tolist()
+    for a, b in zip(
+        backbone.write_text(after, GREEDY)[1], backbone.write_text(given, GREEDY)[1], strict=True
+    ):
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=TOLERANCE, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------ the uncached path
+
+
+def pieces(backbone, row, first, restoration, second, *, step=None):
+    """A path as pieces; with `step` a noised copy of the restoration stands in a branch of its own."""
+    out = [
+        TextPiece(backbone.encode_text("Look.")),
+        ImagePiece(pictures(backbone)[row]),
+        TextPiece(backbone.encode_text(QUESTIONS[row])),
+        TextPiece(first, scored=True),
+    ]
+    if step is not None:
+        trace = restoration.trace
+        out.append(
+            LatentPiece(
+                trace.x[0, step],
+                grid=restoration.grid,
+                time=float(trace.t[step]),
+                noised=True,
+                velocity=True,
+                branch=1,
+            )
+        )
+    final = LatentPiece(restoration.latent[0], grid=restoration.grid, bridged=True)
+    return [*out, final, TextPiece(second, scored=True)]
+
+
+def test_the_uncached_forward_equals_the_cached_verbs(backbone, attached):
+    """Invariant 4 at the level of verbs: text before and after a restoration, and every flow step."""
+    if backbone.spec.kind != "flow":
+        pytest.skip("velocities are those of flow latents")
+    rows = run(backbone, attached.bridge, [0, 1, 2])
+    for step in range(SDE.steps - 1):
+        packed = backbone.pack(
+            [
+                pieces(
+                    backbone,
+                    i,
+                    torch.tensor(r["ids"][0]),
+                    r["restoration"],
+                    torch.tensor(r["ids"][1]),
+                    step=step,
+                )
+                for i, r in enumerate(rows)
+            ]
+        )
+        with torch.no_grad():
+            out = attached.module(backbone.encode(packed))
+        logprobs = out.text_logits.float().log_softmax(-1).gather(1, packed.text_targets[:, None])[:, 0]
+        for i, r in enumerate(rows):
+            mine = logprobs[packed.text_row == i]
+            torch.testing.assert_close(mine, torch.cat(r["logprobs"]), atol=TOLERANCE, rtol=0)
+            trace, velocity = r["restoration"].trace, out.velocity[packed.velocity_row == i]
+            t, dt = float(trace.t[step]), float(trace.dt[step])
+            mean = sde_mean(trace.x[0, step], velocity, t, dt, trace.sigma)
+            score = sde_logprob(trace.x_next[0, step], mean, dt, trace.sigma, SDE.logprob)
+            torch.testing.assert_close(score, trace.logprobs[0, step], atol=TOLERANCE, rtol=0)
+
+
+def test_gradients_reach_every_adapter_weight_and_nothing_else(backbone):
+    """Invariant 11, in a batch in which one row restores and another does not."""
+    if backbone.spec.kind != "flow":
+        pytest.skip("the mixed batch is one of flow latents")
+    attached = randomise(attach(backbone, lora=replace(SMALL, whole=backbone.spec.extras)))
+    try:
+        row = run(backbone, attached.bridge, [0])[0]
+        ids = [torch.tensor(i) for i in row["ids"]]
+        packed = backbone.pack(
+            [
+                pieces(backbone, 0, ids[0], row["restoration"], ids[1], step=1),
+                [ImagePiece(pictures(backbone)[1]), TextPiece(ids[0], scored=True)],
+            ]
+        )
+        attached.module.train()
+        out = attached.module(backbone.encode(packed))
+        (out.text_logits.float().log_softmax(-1).square().mean() + out.velocity.square().mean()).backward()
+        own = dict(attached.named_parameters())
+        for name, parameter in own.items():
+            assert parameter.grad is not None, name
+            assert bool(parameter.grad.any()), name
+        ids_of_own = {id(p) for p in own.values()}
+        assert not [
+            n
+            for n, p in attached.module.named_parameters()
+            if id(p) not in ids_of_own and (p.requires_grad or p.grad is not None)
+        ]
+    finally:
+        attached.detach()
+
+
+def test_the_module_is_plain_while_disabled(backbone, attached):
+    packed = backbone.pack(
+        [[ImagePiece(pictures(backbone)[0]), TextPiece(torch.tensor([5, 6]), scored=True)]]
+    )
+    batch = backbone.encode(packed)
+    with torch.no_grad(), attached.disabled():
+        off = attached.module(batch).text_logits
+    with torch.no_grad():
+        on = attached.module(batch).text_logits
+    attached.detach()
+    with torch.no_grad():
+        assert torch.equal(backbone.forward(batch).text_logits, off)
+    assert not torch.allclose(on, off, atol=1e-3)
