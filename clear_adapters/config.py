@@ -82,7 +82,7 @@ class LoraSettings:
         dropout = _number("dropout", self.dropout)
         if not 0 <= dropout < 1:
             raise ClearValueError(f"dropout={dropout}: a probability in [0, 1)")
-        if isinstance(self.whole, str) or not all(isinstance(name, str) for name in self.whole):
+        if not isinstance(self.whole, tuple | list) or not all(isinstance(n, str) for n in self.whole):
             raise ClearTypeError(f"whole={self.whole!r}: must be a tuple of module names")
         if not groups and not self.whole:
             raise ClearValueError("groups is empty: name at least one LoRA group, or a module in `whole`")
@@ -269,7 +269,7 @@ class ClearConfig:
                 ("latent", LatentSampling),
             ):
                 if known.get(name) is not None:
-                    known[name] = _part(known[name], part, f"{source}: {name}")
+                    known[name] = _part(known[name], part, name, source)
                 elif name in known and name != "lora":
                     del known[name]
             return cls(**known)
@@ -306,26 +306,24 @@ def _known(values: dict[str, Any], cls: type, source: str) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k in names}
 
 
-def _part(value: Any, cls: type, source: str) -> Any:
+def _part(value: Any, cls: type, name: str, source: str) -> Any:
     """One nested dataclass, its values' types compared with those of the defaults."""
     if not isinstance(value, dict):
-        raise ClearTypeError(f"must be an object, not {value!r}")
-    values = _known(value, cls, source)
+        raise ClearTypeError(f"{name} must be an object, not {value!r}")
+    values = _known(value, cls, f"{source}: {name}")
     for f in fields(cls):
         if f.name not in values or cls is LoraSettings:
-            continue  # LoraSettings checks its own types
+            continue  # that one checks its own types
         wanted, given = str(f.type), values[f.name]
-        if wanted.startswith("tuple") and isinstance(given, list):
+        if wanted.startswith("tuple") and isinstance(given, list | tuple):
             if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in given):
-                raise ClearTypeError(f"{f.name}={given!r}: must be a list of numbers")
+                raise ClearTypeError(f"{name}: {f.name}={given!r}: must be a list of numbers")
             values[f.name] = tuple(given)
             continue
         allowed = {"int": (int,), "float": (int, float)}.get(wanted, (str,))
         if isinstance(given, bool) or not isinstance(given, allowed):
-            raise ClearTypeError(f"{f.name}={given!r}: must be of type {wanted}")
-    if cls is LoraSettings and isinstance(values.get("whole"), list):
-        values["whole"] = tuple(values["whole"])
+            raise ClearTypeError(f"{name}: {f.name}={given!r}: must be of type {wanted}")
     try:
         return cls(**values)
-    except TypeError as error:
-        raise ClearTypeError(str(error)) from error
+    except (ClearError, TypeError) as error:
+        raise ClearTypeError(f"{name}: {error}") from error

@@ -68,9 +68,7 @@ def _builtin_root() -> Path:
 def _kind_of(folder: Path) -> Kind | None:
     if (folder / CONFIG).is_file():
         return "adapter"
-    if (folder / "config.json").is_file() or any(folder.glob("*_config.json")):
-        return "model"
-    return None
+    return "model" if any(folder.glob("*config.json")) else None
 
 
 def builtin_names(kind: Kind | None = None) -> list[str]:

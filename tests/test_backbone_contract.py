@@ -150,7 +150,7 @@ def describe(backbone):
         "parameters": [
             (n, id(p), p.data_ptr(), p.requires_grad, p.dtype) for n, p in model.named_parameters()
         ],
-        "sum": [float(p.double().sum()) for p in model.parameters()],
+        "sum": [float(p.detach().double().sum()) for p in model.parameters()],
     }
 
 
@@ -511,6 +511,25 @@ def test_forks_do_not_see_each_other(backbone, attached):
     again = ending(context, long)
     for a, b in zip([*found[0], *found[1], *again], [*wanted[0], *wanted[1], *wanted[0]], strict=True):
         assert torch.equal(a, b)
+
+
+def test_random_streams_advance_in_the_rows_that_draw_and_in_no_fork(backbone, attached):
+    context, _ = ask(backbone, [0, 1])
+    fork = context.fork()
+    fork.random.uniform(3)
+    assert context.random.counts.tolist() == [0, 0]
+    after, first = backbone.restore(context, ODE, rows=[1])
+    assert context.random.counts.tolist() == [0, 0]
+    assert after.random.counts[0] == 0
+    assert after.random.counts[1] > 0
+
+    def values(restoration):
+        return restoration.latent if restoration.latent is not None else restoration.codes
+
+    again = backbone.restore(context, ODE, rows=[1])[1]
+    later = backbone.restore(after, ODE, rows=[1])[1]
+    assert torch.equal(values(first[0]), values(again[0]))
+    assert not torch.equal(values(first[0]), values(later[0]))
 
 
 def test_expand_and_select(backbone, attached):

@@ -1,106 +1,39 @@
 """The state machine, on the real classes at toy size. What the toy writes is scripted where a path needs it."""
 
 import dataclasses
-from collections import defaultdict
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from clear_adapters.backbones.bagel import backbone as bagel
-from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.bridge import BridgeConfig, LatentBridge
-from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearTypeError, ClearValueError, ImageError
 from clear_adapters.prompts import FORCED_DECLINE, FORCED_RESTORE
 from clear_adapters.reply import (
     Answer,
-    BlockText,
-    Decision,
     DenoisingStep,
     Reply,
     Restored,
     TextDelta,
     Timing,
 )
-from clear_adapters.sampling import LatentSampling, TextSampling, choose_token
+from clear_adapters.sampling import LatentSampling, TextSampling
 from clear_adapters.transcript import ImageSegment, Origin, TextSegment
+from tests.scripted import ANSWER, ASK, ODE, SDE, Script, make_engine, picture, toy
 
-ASK = "<think>dark</think>\n<image_restore>"
-ANSWER = "<think>red</think><answer>red</answer>"
-ODE = LatentSampling(steps=4, guidance_text=1, guidance_image=1)
-SDE = dataclasses.replace(ODE, sde_sigma=0.3)
 WARM = TextSampling(max_new_tokens=80, temperature=1.0)
-
-
-def picture(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
-    values = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(values)
-
-
 IMAGES = [picture(0), picture(1, (40, 64)), picture(2)]
 QUESTIONS = ["What?", "Which colour is it, and why?", "Is é there?"]
 
 
-class Script:
-    """Makes rows write given turns: text to be written, numbers for that many tokens of their own.
-
-    A row is known by its seed, so that scripts hold in any batch. Rows without one write freely.
-    """
-
-    def __init__(self, turns: dict[int, list[list[str | int]]], end: int) -> None:
-        self.end = end
-        self.turns = {seed: [self._plan(t) for t in own] for seed, own in turns.items()}
-        self.place: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-
-    def _plan(self, turn: list[str | int]) -> list[int]:
-        plan: list[int] = []
-        for part in [turn] if isinstance(turn, str) else turn:
-            plan += [-1] * part if isinstance(part, int) else ENCODE(part)
-        return [*plan, self.end]
-
-    def __call__(self, logits, sampling, random, active=None):
-        token, logprob = choose_token(logits, sampling, random, active)
-        scale = sampling.temperature or 1.0
-        logprobs = (logits.float() / scale).log_softmax(-1)
-        for i, seed in enumerate(random.seeds.tolist()):
-            if seed not in self.turns or not bool(active[i]):
-                continue
-            turn, at = self.place[seed]
-            plan = self.turns[seed][turn]
-            if plan[at] >= 0:
-                token[i] = plan[at]
-            elif int(token[i]) == self.end:
-                token[i] = 65
-            logprob[i] = logprobs[i, token[i]]
-            self.place[seed] = [turn, at + 1] if at + 1 < len(plan) else [turn + 1, 0]
-        return token, logprob
-
-
 @pytest.fixture(scope="module")
 def backbone():
-    return build(0)
-
-
-def ENCODE(text: str) -> list[int]:
-    return TOKENIZER.encode(text, add_special_tokens=False)
-
-
-TOKENIZER = build(0).tokenizer
+    return toy()
 
 
 @pytest.fixture
 def script(monkeypatch, backbone):
-    def install(turns):
-        monkeypatch.setattr(bagel, "choose_token", Script(turns, backbone.end_id))
-
-    return install
-
-
-def engine(backbone, **changes) -> Engine:
-    settings = {"protocol": "tiny", "text": TextSampling(max_new_tokens=80), "latent": ODE} | changes
-    return Engine(backbone, **settings)
+    return lambda turns: monkeypatch.setattr(bagel, "choose_token", Script(backbone, turns))
 
 
 def kinds(transcript) -> list[str]:
@@ -163,7 +96,7 @@ def same(a, b, tolerance=1e-5) -> None:
     ],
 )
 def test_a_path_and_its_stream(backbone, script, turns, options, expected, text):
-    own = engine(backbone)
+    own = make_engine(backbone)
     script({7: turns})
     reply = own.answer(IMAGES[:1], ["What?"], seed=7, **options)[0]
     assert kinds(reply.transcript) == expected
@@ -187,13 +120,13 @@ def test_a_path_and_its_stream(backbone, script, turns, options, expected, text)
 
 def test_no_restoration_granted_at_all(backbone, script):
     script({7: [ASK, ANSWER]})
-    reply = engine(backbone, max_restores=0).answer(IMAGES[0], "What?", seed=7)[0]
+    reply = make_engine(backbone, max_restores=0).answer(IMAGES[0], "What?", seed=7)[0]
     assert kinds(reply.transcript) == "PiPSFS"
     assert reply.thoughts == ("dark", "red")
 
 
 def test_forced_texts(backbone, script):
-    own = engine(backbone)
+    own = make_engine(backbone)
     script({7: [["<think>so ", 3, " dark <image_restore> and on"], ANSWER]})
     forced = own.answer(IMAGES[0], "What?", seed=7, restore="never")[0].transcript.segments[3]
     assert forced.origin is Origin.FORCED
@@ -204,49 +137,6 @@ def test_forced_texts(backbone, script):
     script({7: [ANSWER]})
     always = own.answer(IMAGES[0], "What?", seed=7, restore="always")[0].transcript.segments[3]
     assert (always.text, always.origin) == (FORCED_RESTORE, Origin.FORCED)
-
-
-def test_decisions_of_a_stream(backbone, script):
-    own = engine(backbone)
-
-    def decisions(turns, **options):
-        script({7: turns})
-        return [
-            (e.action, e.forced)
-            for e in own.stream(IMAGES[0], "What?", seed=7, **options)
-            if isinstance(e, Decision)
-        ]
-
-    assert decisions([ASK, ANSWER]) == [("restore", False), ("answer", False)]
-    assert decisions([ANSWER], restore="always") == [("restore", True), ("answer", False)]
-    assert decisions([ASK, ANSWER], restore="never") == [("decline", True), ("answer", False)]
-    assert decisions([ASK, ASK, ASK, "x"]) == [
-        ("restore", False),
-        ("restore", False),
-        ("limit", True),
-        ("stop", False),
-    ]
-
-
-def test_a_refused_request_is_never_shown(backbone, script):
-    script({7: [["<think>hm</think>\n<image_restore>please"], ANSWER]})
-    shown = ""
-    for event in engine(backbone).stream(IMAGES[0], "What?", seed=7, restore="never"):
-        if isinstance(event, TextDelta):
-            shown += event.text
-            assert "<image" not in shown
-    assert shown == f"<think>hm</think>\n{FORCED_DECLINE}\n{ANSWER}"
-
-
-def test_a_dropped_stream_leaves_gradients_on(backbone, script):
-    script({7: [ASK, ANSWER]})
-    stream = engine(backbone).stream(IMAGES[0], "What?", seed=7)
-    for event in stream:
-        assert torch.is_grad_enabled()
-        if isinstance(event, DenoisingStep):
-            break
-    assert torch.is_grad_enabled()
-    stream.close()
 
 
 # --------------------------------------------------------------------------------------------- batch and seeds
@@ -264,7 +154,7 @@ MIXED = {
 @pytest.mark.parametrize("options", [{}, {"restore": "never"}, {"restore": "always"}])
 @pytest.mark.parametrize("latent", [SDE, LatentSampling(steps=4)], ids=["sde", "guided"])
 def test_rows_do_not_depend_on_their_batch(backbone, script, options, latent):
-    own = engine(backbone, text=WARM, latent=latent)
+    own = make_engine(backbone, text=WARM, latent=latent)
     script(MIXED)
     together = own.rollout(IMAGES, QUESTIONS, seeds=[1, 2, 3, 4, 5, 6], group=2, **options)
     for i, (a, seed) in enumerate(zip(together, MIXED, strict=True)):
@@ -284,18 +174,18 @@ def test_rows_do_not_depend_on_their_batch(backbone, script, options, latent):
 
 
 def test_free_rows_do_not_depend_on_their_batch(backbone):
-    own = engine(backbone, text=dataclasses.replace(WARM, max_new_tokens=12), latent=SDE)
+    own = make_engine(backbone, text=dataclasses.replace(WARM, max_new_tokens=12), latent=SDE)
     together = own.rollout(IMAGES, QUESTIONS, seeds=[3, 4, 5], restore="always")
     for i, t in enumerate(together):
         same(t, own.rollout(IMAGES[i], QUESTIONS[i], seeds=[3 + i], restore="always")[0])
-    greedy = engine(backbone, text=TextSampling(max_new_tokens=12))
+    greedy = make_engine(backbone, text=TextSampling(max_new_tokens=12))
     together = greedy.rollout(IMAGES, QUESTIONS, seeds=[0, 0, 0])
     for i, t in enumerate(together):
         same(t, greedy.rollout(IMAGES[i], QUESTIONS[i], seeds=[0])[0])
 
 
 def test_same_seed_same_rollout_and_another_seed_another(backbone):
-    own = engine(backbone, text=dataclasses.replace(WARM, max_new_tokens=10), latent=SDE)
+    own = make_engine(backbone, text=dataclasses.replace(WARM, max_new_tokens=10), latent=SDE)
     first, again = (
         own.rollout(IMAGES[:1], QUESTIONS[:1], seeds=[3, 4], group=2, restore="always") for _ in range(2)
     )
@@ -307,7 +197,7 @@ def test_same_seed_same_rollout_and_another_seed_another(backbone):
 
 
 def test_answer_by_chunks(backbone, script):
-    own = engine(backbone, text=WARM)
+    own = make_engine(backbone, text=WARM)
     whole = own.answer(IMAGES, QUESTIONS, seed=[11, 12, 13])
     for size in (1, 2):
         for a, b in zip(
@@ -334,7 +224,7 @@ def test_guidance_contexts(backbone, script, monkeypatch):
     monkeypatch.setattr(type(backbone), "restore_steps", spy)
     turns = {1: [[3, ASK], [2, ASK], ANSWER], 2: [ANSWER], 3: [[6, ASK], [4, ASK], [ANSWER]]}
     script(turns)
-    own = engine(backbone, text=WARM, latent=LatentSampling(steps=3))
+    own = make_engine(backbone, text=WARM, latent=LatentSampling(steps=3))
     transcripts = own.rollout(IMAGES, QUESTIONS, seeds=[1, 2, 3])
     assert [kinds(t) for t in transcripts] == ["PiPSrSrS", "PiPS", "PiPSrSrS"]
 
@@ -377,7 +267,7 @@ def test_no_guidance_contexts_without_guidance(backbone, script, monkeypatch):
     monkeypatch.setattr(type(backbone), "restore_steps", spy)
     for latent in (ODE, SDE, dataclasses.replace(ODE, guidance_image=2.0)):
         script({1: [ASK, ANSWER]})
-        engine(backbone, latent=latent).rollout(IMAGES[0], "What?", seeds=[1])
+        make_engine(backbone, latent=latent).rollout(IMAGES[0], "What?", seeds=[1])
     assert seen[:2] == [(None, None), (None, None)]
     assert seen[2][0] is None
     assert seen[2][1] is not None
@@ -387,7 +277,7 @@ def test_no_guidance_contexts_without_guidance(backbone, script, monkeypatch):
 
 
 def test_controls_read_what_they_say(backbone, script):
-    own = engine(backbone)
+    own = make_engine(backbone)
     clean = picture(9)
 
     def run(**options):
@@ -415,11 +305,11 @@ def test_the_bridge_is_read_through(backbone, script):
     results = []
     for own in (None, bridge):
         script({1: [ASK, ANSWER]})
-        results.append(engine(backbone, bridge=own).rollout(IMAGES[0], "What?", seeds=[1])[0])
+        results.append(make_engine(backbone, bridge=own).rollout(IMAGES[0], "What?", seeds=[1])[0])
     same(*results, tolerance=0)  # invariant 6: an untrained bridge changes nothing
     torch.nn.init.normal_(bridge.up.weight)
     script({1: [ASK, ANSWER]})
-    trained = engine(backbone, bridge=bridge).rollout(IMAGES[0], "What?", seeds=[1])[0]
+    trained = make_engine(backbone, bridge=bridge).rollout(IMAGES[0], "What?", seeds=[1])[0]
     assert (trained.segments[-1].logprobs - results[0].segments[-1].logprobs).abs().max() > 1e-3
 
 
@@ -428,7 +318,7 @@ def test_reply(backbone, script, monkeypatch):
     original = type(backbone).decode
     monkeypatch.setattr(type(backbone), "decode", lambda self, r: decoded.append(1) or original(self, r))
     script({1: [ASK, ANSWER], 2: [ANSWER]})
-    restored, direct = engine(backbone).answer(IMAGES[:2], QUESTIONS[:2], seed=[1, 2])
+    restored, direct = make_engine(backbone).answer(IMAGES[:2], QUESTIONS[:2], seed=[1, 2])
     assert not decoded
     assert restored.restored_image.size == IMAGES[0].size
     assert restored.restored_image is restored.restored_image
@@ -443,11 +333,11 @@ def test_reply(backbone, script, monkeypatch):
 
 
 def test_a_written_turn_keeps_its_ids(backbone):
-    own = engine(backbone, text=dataclasses.replace(WARM, max_new_tokens=30))
+    own = make_engine(backbone, text=dataclasses.replace(WARM, max_new_tokens=30))
     segment = own.rollout(IMAGES[0], "What?", seeds=[5])[0].segments[-1]
     # Random bytes are no valid text: encoding the text again would give other ids.
     assert backbone.encode_text(segment.text).tolist() != segment.ids.tolist()
-    assert len(segment.ids) == len(segment.logprobs) == 30
+    assert len(segment.ids) == len(segment.logprobs) > 10
 
 
 # ------------------------------------------------------------------------------------------------------ errors
@@ -470,11 +360,11 @@ def test_a_written_turn_keeps_its_ids(backbone):
 def test_errors(backbone, options, message):
     arguments = {"images": IMAGES[0], "questions": "What?", "seeds": [1]} | options
     with pytest.raises(ClearValueError, match=message):
-        engine(backbone).rollout(arguments.pop("images"), arguments.pop("questions"), **arguments)
+        make_engine(backbone).rollout(arguments.pop("images"), arguments.pop("questions"), **arguments)
 
 
 def test_other_errors(backbone, monkeypatch):
-    own = engine(backbone)
+    own = make_engine(backbone)
     with pytest.raises(ImageError):
         own.answer("nowhere.png", "What?")
     with pytest.raises(ClearValueError, match="batch_size=0"):
@@ -486,37 +376,9 @@ def test_other_errors(backbone, monkeypatch):
     with pytest.raises(ClearValueError, match="restore='x'"):
         own.stream(IMAGES[0], "What?", restore="x")  # at the call, not at the first event
     with pytest.raises(ClearValueError, match="max_restores=-1"):
-        engine(backbone, max_restores=-1)
+        make_engine(backbone, max_restores=-1)
     with pytest.raises(ClearValueError, match="max_restores=0"):
-        engine(backbone, max_restores=0).answer(IMAGES[0], "What?", restore="always")
+        make_engine(backbone, max_restores=0).answer(IMAGES[0], "What?", restore="always")
     monkeypatch.setattr(type(backbone), "max_positions", 100)
-    with pytest.raises(ClearValueError, match="question 1 needs .* has 100"):
-        engine(backbone, text=TextSampling(max_new_tokens=20)).answer(IMAGES[:2], ["a", "b" * 90])
-
-
-# ------------------------------------------------------------------------------------------------ partial text
-
-
-def test_characters_are_held_back_until_they_are_whole(backbone):
-    text = "aé漢🙂 b"
-    block = BlockText(backbone.decode_text)
-    shown = [block.feed(i) for i in backbone.encode_text(text).tolist()]
-    assert "".join(shown) == text
-    assert shown == ["a", "", "é", "", "", "漢", "", "", "", "🙂", " ", "b"]
-    assert block.close(text) == ""
-
-
-def test_invalid_bytes_come_out_as_in_the_whole_text(backbone):
-    ids = np.random.default_rng(0).integers(0, 256, 400).tolist()
-    block = BlockText(backbone.decode_text)
-    shown = "".join(block.feed(i) for i in ids)
-    whole = backbone.decode_text(ids)
-    assert len(shown) > 300
-    assert shown + block.close(whole) == whole
-
-
-def test_what_may_become_a_request_is_held_back(backbone):
-    block = BlockText(backbone.decode_text, hold_request=True)
-    shown = "".join(block.feed(i) for i in backbone.encode_text("a < b <image_x <image_restore> c").tolist())
-    assert shown == "a < b <image_x "
-    assert block.close("a < b <image_x no") == "no"
+    with pytest.raises(ClearValueError, match=r"question 1 needs .* has 100"):
+        make_engine(backbone, text=TextSampling(max_new_tokens=20)).answer(IMAGES[:2], ["a", "b" * 90])

@@ -2,50 +2,38 @@
 
 import copy
 import dataclasses
-from collections import defaultdict
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from clear_adapters.backbones.bagel import backbone as bagel
-from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.backbones.base import ImagePiece, LatentPiece, TextPiece
 from clear_adapters.bridge import BridgeConfig, LatentBridge
 from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearValueError
 from clear_adapters.replay import pieces, replay
-from clear_adapters.sampling import LatentSampling, TextSampling, choose_token
+from clear_adapters.sampling import TextSampling
 from clear_adapters.transcript import ImageSegment, Origin, RestorationSegment, TextSegment, Transcript
+from tests.scripted import ANSWER, ASK, SDE, Script, make_engine, picture, toy
 
 TOLERANCE = 1e-4
 TEMPERATURE = 0.8
-TEXT = TextSampling(max_new_tokens=60, temperature=TEMPERATURE)
-SDE = LatentSampling(steps=5, guidance_text=1, guidance_image=1, sde_sigma=0.3)
-ASK, ANSWER = "<think>dark</think><image_restore>", "<answer>red</answer>"
+TEXT = TextSampling(max_new_tokens=80, temperature=TEMPERATURE)
 TURNS = {
-    1: [(4, ASK), (9, ANSWER)],
-    2: [(2, ANSWER)],
-    3: [(5, ASK), (1, ASK), (3, ANSWER)],
-    4: [(60, "")],
-    5: [(1, ASK), (1, ASK), (2, ASK), (3, ANSWER)],
+    1: [[4, ASK], [9, ANSWER]],
+    2: [[2, ANSWER]],
+    3: [[5, ASK], [1, ASK], [3, ANSWER]],
+    4: [[80]],
+    5: [[1, ASK], [1, ASK], [2, ASK], [3, ANSWER]],
 }
 SEEDS = list(TURNS)
-
-
-def picture(seed: int, size: tuple[int, int]) -> Image.Image:
-    values = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(values)
-
-
 IMAGES = [picture(i, size) for i, size in enumerate([(64, 48), (40, 64), (64, 64), (33, 50), (64, 48)])]
 QUESTIONS = ["What?", "Which colour is it?", "Who?", "How many are there, and where?", "é?"]
 
 
 @pytest.fixture
 def backbone():
-    return build(0)
+    return toy()
 
 
 @pytest.fixture
@@ -58,32 +46,11 @@ def bridge(backbone):
 
 @pytest.fixture(autouse=True)
 def _script(monkeypatch):
-    """Rows write some tokens of their own and then the script's; log-probabilities are the model's."""
-    base = build(0)
-    plans = {
-        s: [[-1] * n + base.encode_text(t).tolist() + [base.end_id] for n, t in own]
-        for s, own in TURNS.items()
-    }
-    place = defaultdict(lambda: [0, 0])
-
-    def choose(logits, sampling, random, active=None):
-        token, logprob = choose_token(logits, sampling, random, active)
-        logprobs = (logits.float() / (sampling.temperature or 1)).log_softmax(-1)
-        for i, seed in enumerate(random.seeds.tolist()):
-            if seed not in plans or not bool(active[i]):
-                continue
-            turn, at = place[seed]
-            plan = plans[seed][turn % len(plans[seed])]
-            token[i] = plan[at] if plan[at] >= 0 else 65 if int(token[i]) == base.end_id else token[i]
-            logprob[i] = logprobs[i, token[i]]
-            place[seed] = [turn, at + 1] if at + 1 < len(plan) else [turn + 1, 0]
-        return token, logprob
-
-    monkeypatch.setattr(bagel, "choose_token", choose)
+    monkeypatch.setattr(bagel, "choose_token", Script(toy(), TURNS))
 
 
 def engine(backbone, bridge=None, **changes) -> Engine:
-    return Engine(backbone, bridge, **({"protocol": "tiny", "text": TEXT, "latent": SDE} | changes))
+    return make_engine(backbone, bridge=bridge, **({"text": TEXT, "latent": SDE} | changes))
 
 
 def recorded_text(t: Transcript) -> torch.Tensor:
@@ -127,7 +94,7 @@ def test_replay_after_a_change_of_weights(backbone, bridge):
     own = engine(backbone, bridge)
     transcripts = own.rollout(IMAGES, QUESTIONS, seeds=SEEDS)
     agree(own, transcripts)
-    other = engine(build(0), bridge).replay(transcripts)
+    other = engine(toy(), bridge).replay(transcripts)
     assert any(
         (a - recorded_text(t)).abs().max() > 1e-2
         for a, t in zip(other.text_logprobs, transcripts, strict=True)

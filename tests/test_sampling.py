@@ -1,5 +1,6 @@
 """Sampling settings and functions, against formulas written out again and against statistics with fixed seeds."""
 
+import itertools
 import math
 
 import pytest
@@ -77,7 +78,7 @@ def test_normal_numbers_are_normal():
 
 def test_uniform_numbers_are_uniform():
     u = rows(*range(64)).uniform(4096)
-    assert 0 < u.min()
+    assert u.min() > 0
     assert u.max() < 1
     counts = torch.histc(u, 64, 0, 1)
     chi = ((counts - u.numel() / 64) ** 2 / (u.numel() / 64)).sum()
@@ -208,7 +209,7 @@ def test_schedule():
     assert flow_schedule(3, 1.0) == [1.0, 0.5, 0.0]
     times = flow_schedule(20, 3.0)
     assert (len(times), times[0], times[-1]) == (20, 1.0, 0.0)
-    assert all(a > b for a, b in zip(times[:-1], times[1:], strict=True))
+    assert all(a > b for a, b in itertools.pairwise(times))
     assert times[10] == pytest.approx(3 * (9 / 19) / (1 + 2 * 9 / 19))
     t = torch.tensor([0.0, 9 / 19, 1.0])
     torch.testing.assert_close(shift_time(t, 3.0), torch.tensor([0.0, times[10], 1.0]))
@@ -218,7 +219,7 @@ def test_ode_recovers_the_picture_of_a_straight_path():
     picture, noise = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).unbind(0)
     x = noise
     times = flow_schedule(7, 3.0)
-    for t, after in zip(times[:-1], times[1:], strict=True):
+    for t, after in itertools.pairwise(times):
         torch.testing.assert_close(x, (1 - t) * picture + t * noise)
         x = ode_step(x, noise - picture, t - after)
     torch.testing.assert_close(x, picture, atol=1e-6, rtol=1e-5)
@@ -247,7 +248,7 @@ def test_sde_keeps_the_marginal_of_the_flow():
     random = rows(*range(n))
     x = random.normal(1)
     times = flow_schedule(200, 1.0)
-    for t, after in zip(times[:-1], times[1:], strict=True):
+    for t, after in itertools.pairwise(times):
         variance = (1 - t) ** 2 * scale**2 + t**2
         v = x * (t - (1 - t) * scale**2) / variance  # E[noise - picture | x]
         dt = t - after

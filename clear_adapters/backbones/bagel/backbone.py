@@ -514,7 +514,8 @@ class BagelBackbone(Backbone):
         b, length = batch.ids.shape
         places = decoder.embed_tokens(batch.ids.flatten())
         if batch.patches is not None:
-            assert batch.patch_positions is not None and batch.patch_source is not None
+            assert batch.patch_positions is not None
+            assert batch.patch_source is not None
             assert batch.patch_index is not None
             seen = model.embed_patches(batch.patches, batch.patch_positions, batch.patch_valid)
             places = places.index_copy(

@@ -310,7 +310,9 @@ class BagelModel(nn.Module):
 
     def embed_patches(self, patches: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:
         """Understanding tokens (I, P, D) of patches; `valid` is None where there is no padding."""
-        seen = self.vit_model["vision_model"](normalise(patches).to(self.vae2llm.weight.dtype), positions, valid)
+        seen = self.vit_model["vision_model"](
+            normalise(patches).to(self.vae2llm.weight.dtype), positions, valid
+        )
         return self.connector(seen) + self.vit_pos_embed(positions)
 
     def embed_latents(self, latents: Tensor, positions: Tensor, time: Tensor) -> Tensor:

@@ -1,0 +1,294 @@
+"""Measures base, direct tuning and CLEAR on held-out degraded scenes; one command, one result file.
+
+    python benchmarks/degraded_world/evaluate.py --model builtin:bagel-tiny \\
+        --direct runs/direct-0 runs/direct-1 runs/direct-2 --clear runs/clear-0 runs/clear-1 runs/clear-2 \\
+        --output benchmarks/results/degraded_world.json --cache runs/heldout
+
+Every finished cell (one system under one condition with one adapter) is written at once, so a run that is cut off
+goes on where it was. `--systems`, `--conditions` and `--limit` choose a part; report.py makes table and figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from heldout import CONDITIONS, HeldOut, build, training_statistics  # noqa: E402
+from systems import BY_NAME, SYSTEMS, Settings, System, digest, load, read_signs, run_cell  # noqa: E402
+
+from clear_adapters.errors import ClearError, ClearValueError, unknown_name  # noqa: E402
+from clear_adapters.results import ResultFile, read_result  # noqa: E402
+
+if TYPE_CHECKING:
+    from clear_adapters.adapter import AttachedModel
+    from clear_adapters.engine import Reply
+
+KIND = "degraded_world"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell to be measured.
+
+    Attributes:
+        system: which.
+        condition: under which.
+        run: number of the adapter.
+        adapter: its folder or name; None for the base.
+    """
+
+    system: System
+    condition: str
+    run: int
+    adapter: str | None
+
+    @property
+    def key(self) -> str:
+        """Its name in the result file."""
+        return f"{self.system.name}/{self.condition}/{self.run}"
+
+    @property
+    def measures_pictures(self) -> bool:
+        """Whether its restorations are measured too."""
+        return self.key == "clear-always/high/0"
+
+
+@dataclass
+class Record:
+    """The result file as it grows.
+
+    Attributes:
+        path: where it is.
+        payload: what is in it.
+        device: in words.
+        command: that made it.
+    """
+
+    path: Path
+    payload: dict[str, Any]
+    device: str
+    seeds: list[int] = field(default_factory=list)
+
+    def write(self) -> None:
+        """Writes it whole."""
+        ResultFile.collect(KIND, self.payload, device=self.device, seeds=self.seeds, packages=["scikit-image"]).write(
+            self.path
+        )
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="builtin:bagel-tiny", help="the base: builtin:NAME, folder or Hub id")
+    p.add_argument("--clear", nargs="*", default=[], metavar="ADAPTER", help="CLEAR adapters, one a training seed")
+    p.add_argument("--direct", nargs="*", default=[], metavar="ADAPTER", help="adapters tuned to answer directly")
+    p.add_argument("--output", type=Path, default=Path("runs/degraded_world.json"))
+    p.add_argument("--cache", type=Path, help="folder that keeps the pictures for the next run")
+    p.add_argument("--systems", help="comma-separated, of " + ", ".join(BY_NAME))
+    p.add_argument("--conditions", help="comma-separated, of " + ", ".join(CONDITIONS))
+    p.add_argument("--limit", type=int, default=1000, metavar="N", help="questions")
+    p.add_argument("--seed", type=int, default=0, help="of the held-out set")
+    p.add_argument("--seconds", type=float, help="begin no cell that would end after this")
+    p.add_argument("--device", help="cuda or cpu; the GPU if there is one")
+    p.add_argument("--dtype", help="float32, bfloat16; as stored on a GPU, float32 on a CPU")
+    p.add_argument("--batch-size", type=int, help="rows at a time; 512 on a GPU, 32 on a CPU")
+    p.add_argument("--workers", type=int, default=0, help="processes that make pictures; 0 is one a core")
+    p.add_argument("--plain-tokens", type=int, default=48, help="longest plain answer")
+    p.add_argument("--clear-tokens", type=int, help="longest turn under the protocol; the adapter's own")
+    p.add_argument("--steps", type=int, help="points of the flow schedule; the adapter's own")
+    p.add_argument("--answers", type=Path, metavar="FOLDER", help="also write every reply, one file a cell")
+    p.add_argument("--fresh", action="store_true", help="ignore an earlier result file")
+    return p.parse_args(arguments)
+
+
+def chosen(text: str | None, known: tuple[str, ...], what: str) -> tuple[str, ...]:
+    """A comma-separated choice, checked."""
+    if text is None:
+        return known
+    names = tuple(n.strip() for n in text.split(",") if n.strip())
+    for name in names:
+        if name not in known:
+            raise unknown_name(what, name, known)
+    return tuple(n for n in known if n in names)
+
+
+def plan(args: argparse.Namespace) -> list[Job]:
+    """All cells, those of the first adapters first; one model is loaded for neighbours."""
+    systems = [BY_NAME[n] for n in chosen(args.systems, tuple(BY_NAME), "system")]
+    conditions = chosen(args.conditions, CONDITIONS, "condition")
+    adapters: dict[str, list[str | None]] = {"none": [None], "direct": args.direct, "clear": args.clear}
+    jobs = []
+    for run in range(max(1, len(args.direct), len(args.clear))):
+        for system in systems:
+            own = adapters[system.adapter]
+            if run < (len(own) if system.every_seed else min(1, len(own))):
+                jobs += [Job(system, c, run, own[run]) for c in conditions if c in system.conditions]
+    if not jobs:
+        raise ClearValueError("nothing to measure: pass --clear and --direct with adapters, or choose other systems")
+    return jobs
+
+
+def identity(name: str, kind: str) -> dict[str, Any]:
+    """What a result file says about a model or an adapter: its name, hash, stage and seed, no path."""
+    from clear_adapters import store
+
+    folder = store.resolve(name, kind)  # type: ignore[arg-type]
+    facts: dict[str, Any] = {"name": name if name.startswith("builtin:") else folder.resolve().name, "digest": digest(folder)}
+    if kind == "adapter":
+        config = store.read_adapter(folder).config
+        facts |= {"stage": config.stage, "seed": config.provenance.get("seed")}
+    return facts
+
+
+def open_record(args: argparse.Namespace, facts: dict[str, Any], device: str) -> Record:
+    """An earlier result file of the same set and model to go on with, or an empty one."""
+    payload: dict[str, Any] = {"set": facts, "model": identity(args.model, "model"), "cells": {}}
+    if args.output.is_file() and not args.fresh:
+        before = read_result(args.output)
+        for name in ("set", "model"):
+            old, new = before.payload.get(name, {}), payload[name]
+            if before.kind != KIND or old.get("digest") != new["digest"] or old.get("n") != new.get("n"):
+                raise ClearValueError(
+                    f"{args.output} was measured with another {name}: choose another --output, or pass --fresh to "
+                    "replace it"
+                )
+        payload = dict(before.payload)
+    return Record(args.output, payload, device)
+
+
+def describe_device(args: argparse.Namespace) -> tuple[str, str]:
+    """The device and its name in words."""
+    import torch
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    words = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    return device, f"{words}, {args.dtype or ('float32' if device == 'cpu' else 'stored type')}"
+
+
+def measure_pictures(
+    model: AttachedModel, settings: Settings, data: HeldOut, replies: list[Reply], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Restorations of the replies against the clean scenes; also draws the sheet."""
+    import numpy as np
+    from restorers import WAYS, measure
+    from sheet import draw_sheet
+
+    pictures = [r.restored_image for r in replies]
+    found = [p for p in pictures if p is not None]
+    if len(found) != len(pictures):
+        raise ClearValueError(f"{len(pictures) - len(found)} of {len(pictures)} replies hold no decodable restoration")
+    restored = [np.asarray(p) for p in found]
+    statistics = training_statistics(workers=args.workers)
+    ways = measure(data.pictures["clean"], data.pictures["high"], restored, statistics, args.workers)
+    sheet = args.output.with_name(args.output.stem + "_restorations.png")
+    draw_sheet(data, restored, ways, sheet)
+    return {"ways": {w: ways[w] for w in WAYS}, "signs": read_signs(model, settings, data, found)}
+
+
+def run(args: argparse.Namespace) -> Record:
+    """Measures what is asked for and not yet in the result file."""
+    began = time.perf_counter()
+    jobs = plan(args)
+    needed = {"clean"} | {j.condition for j in jobs}
+    if any(j.measures_pictures for j in jobs):
+        needed.add("high")
+    data = build(
+        args.limit,
+        seed=args.seed,
+        conditions=[c for c in CONDITIONS if c in needed],
+        cache=args.cache,
+        workers=args.workers,
+    )
+    device, words = describe_device(args)
+    print(f"{len(data.items)} questions ready after {time.perf_counter() - began:.0f} s; {words}", flush=True)
+    settings = Settings(
+        model=args.model,
+        device=device,
+        dtype=args.dtype,
+        batch_size=args.batch_size or (32 if device == "cpu" else 512),
+        plain_tokens=args.plain_tokens,
+        clear_tokens=args.clear_tokens,
+        steps=args.steps,
+    )
+    record = open_record(args, data.facts(), words)
+    took: dict[tuple[str, str], float] = {}
+    for job, model, adapter in with_models(jobs, record, settings):
+        kind = (job.system.adapter if job.system.plain else "clear", job.system.restore)
+        elapsed = time.perf_counter() - began
+        if args.seconds is not None and elapsed + took.get(kind, 0.0) > args.seconds:
+            print(f"stopped before {job.key}: {elapsed:.0f} s of {args.seconds:.0f} are used", flush=True)
+            break
+        cell, replies = run_cell(model, job.system, job.condition, settings, data)
+        if job.measures_pictures:
+            record.payload["restorations"] = measure_pictures(model, settings, data, replies, args)
+        record.payload["cells"][job.key] = cell | {"run": job.run, "adapter": adapter}
+        cells = record.payload["cells"].values()
+        record.seeds = sorted({c["adapter"]["seed"] for c in cells if c["adapter"] and c["adapter"]["seed"] is not None})
+        record.write()
+        if args.answers is not None:
+            write_answers(args.answers / f"{job.key.replace('/', '_')}.json", data, replies)
+        took[kind] = max(took.get(kind, 0.0), time.perf_counter() - began - elapsed)
+        share = cell["correct"].count("1") / len(data.items)
+        extra = f", restored {cell['restored'].count('1') / len(data.items):.1%}" if "restored" in cell else ""
+        print(f"{job.key:26s} {share:6.1%} right{extra}, {cell['seconds_per_question'] * 1e3:.1f} ms each", flush=True)
+    return record
+
+
+def with_models(
+    jobs: list[Job], record: Record, settings: Settings
+) -> Iterator[tuple[Job, AttachedModel, dict[str, Any] | None]]:
+    """The cells that are missing, or of another adapter, each with its model; neighbours share one."""
+    names = {j.adapter for j in jobs if j.adapter is not None}
+    known = {name: identity(name, "adapter") for name in sorted(names)}
+    loaded: tuple[str | None, AttachedModel] | None = None
+    for job in jobs:
+        facts = None if job.adapter is None else known[job.adapter]
+        cell = record.payload["cells"].get(job.key)
+        complete = "restorations" in record.payload or not job.measures_pictures
+        if cell is not None and cell["adapter"] == facts and complete:
+            print(f"{job.key:26s} is there already", flush=True)
+            continue
+        if loaded is None or loaded[0] != job.adapter:
+            loaded = (job.adapter, load(settings, job.adapter))
+        yield job, loaded[1], facts
+
+
+def write_answers(path: Path, data: HeldOut, replies: list[Reply]) -> None:
+    """Every question with its truth and reply."""
+    rows = [
+        {
+            "kind": i.kind,
+            "degradation": i.degradation,
+            "question": i.text,
+            "truth": i.truth,
+            "answer": r.text,
+            "right": i.score(r.text),
+            "written": r.transcript.reply,
+        }
+        for i, r in zip(data.items, replies, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs, and tells in one line what the library refuses."""
+    try:
+        record = run(parse(arguments))
+    except ClearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(record.payload['cells'])} cells in {record.path} ({len(SYSTEMS)} systems are known)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The held-out set: questions over scenes that no training saw, each with one picture clean and at three severities.
+
+Question i depends on the seed and on i alone, so a smaller set is the beginning of a larger one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing as mp
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clear_adapters.degradations import degrade, draw
+from clear_adapters.scoring import score
+from clear_adapters.world import KINDS, Question, Scene, ask, pair_scenes, render, sample_scene
+
+VERSION = 1
+"""Raised when the same seed no longer gives the same questions or pictures."""
+SIDE = 256
+"""Pictures are drawn and degraded at this size; a model then reduces them itself."""
+CONDITIONS = ("clean", "low", "mid", "high")
+
+_FIRST = 1_000_000
+"""Where scene seeds begin: those below belong to training scripts, which look at held-out scenes as they go."""
+_TRIES = 16
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        index: its place in the set.
+        kind: one of the six kinds.
+        text: as it is asked.
+        truth: the letter, number or words of the answer.
+        options: what the letters stand for; empty where there are none.
+        sign: what the scene's sign says; empty without one.
+        degradation: the corruption of its picture.
+        seed: of the corruption.
+    """
+
+    index: int
+    kind: str
+    text: str
+    truth: str
+    options: tuple[str, ...]
+    sign: str
+    degradation: str
+    seed: int
+
+    def score(self, answer: str) -> bool | None:
+        """Right, wrong, or None where a letter or number is asked for and none can be read."""
+        if self.options:
+            return score(answer, self.truth, "option", options=self.options)
+        # A sign's digits are a text: "07" is not 7.
+        number = self.kind == "spatial" and self.truth.isdigit()
+        return score(answer, self.truth, "number" if number else "exact")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The set, with the pictures of some conditions.
+
+    Attributes:
+        items: the questions.
+        pictures: by condition, (N, SIDE, SIDE, 3) uint8.
+        seed: what it was drawn with.
+    """
+
+    items: list[Item]
+    pictures: dict[str, np.ndarray]
+    seed: int
+
+    def images(self, condition: str) -> list[Image.Image]:
+        """The pictures of one condition."""
+        return [Image.fromarray(a) for a in self.pictures[condition]]
+
+    def facts(self) -> dict[str, Any]:
+        """What a result file records of it."""
+        listed = json.dumps([asdict(i) for i in self.items], sort_keys=True).encode()
+        return {
+            "n": len(self.items),
+            "seed": self.seed,
+            "version": VERSION,
+            "side": SIDE,
+            "formulas": "legacy",
+            "weights": "benchmark",
+            "digest": hashlib.sha256(listed).hexdigest()[:16],
+            "kinds": [i.kind for i in self.items],
+            "degradations": [i.degradation for i in self.items],
+        }
+
+
+def build(
+    n: int, *, seed: int = 0, conditions: Sequence[str] = CONDITIONS, cache: Path | None = None, workers: int = 0
+) -> HeldOut:
+    """Makes the set, on all cores, or reads its pictures from an earlier run.
+
+    Args:
+        n: how many questions.
+        seed: of the set.
+        conditions: whose pictures are wanted.
+        cache: folder for the pictures; None makes them anew.
+        workers: processes; 0 is one a core.
+    """
+    items = [item for item, _ in map_parallel(partial(draw_item, seed), range(n), workers)]
+    pictures: dict[str, np.ndarray] = {}
+    missing = []
+    for condition in conditions:
+        path = _path(cache, seed, n, condition)
+        if path is not None and path.is_file():
+            pictures[condition] = np.load(path, mmap_mode="r")
+        else:
+            missing.append(condition)
+    if missing:
+        made = map_parallel(partial(draw_pictures, seed, tuple(missing)), range(n), workers)
+        for place, condition in enumerate(missing):
+            pictures[condition] = np.stack([m[place] for m in made])
+            path = _path(cache, seed, n, condition)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                half = path.with_suffix(".half.npy")
+                np.save(half, pictures[condition])
+                half.replace(path)
+    return HeldOut(items, pictures, seed)
+
+
+def _path(cache: Path | None, seed: int, n: int, condition: str) -> Path | None:
+    return None if cache is None else cache / f"heldout-v{VERSION}-s{seed}-n{n}-{condition}.npy"
+
+
+def draw_item(seed: int, index: int) -> tuple[Item, Scene]:
+    """Question `index` and the scene it is about; kinds take turns."""
+    kind = KINDS[index % len(KINDS)]
+    base = _FIRST * (seed + 1)
+    if kind == "pair":  # neighbours of this kind are the two halves of a pair
+        number = index // len(KINDS)
+        first, question, second, other = pair_scenes(base + number // 2, "heldout")
+        scene, question = (second, other) if number % 2 else (first, question)
+    else:
+        scene, question = _ask_one(kind, base + index * _TRIES)
+    lettered = question.options if question.is_lettered else ()
+    item = Item(
+        index=index,
+        kind=kind,
+        text=question.text,
+        truth=question.answer,
+        options=tuple(lettered),
+        sign=scene.sign.text if scene.sign else "",
+        degradation=draw(base + index),
+        seed=base + index,
+    )
+    return item, scene
+
+
+def _ask_one(kind: str, start: int) -> tuple[Scene, Question]:
+    for number in range(start, start + _TRIES):
+        scene = sample_scene(number, "heldout")
+        questions = ask(scene, number, (kind,), 1)
+        if questions:
+            return scene, questions[0]
+    raise RuntimeError(f"no scene of seeds {start} to {start + _TRIES - 1} allows a question of kind {kind!r}")
+
+
+def draw_pictures(seed: int, conditions: tuple[str, ...], index: int) -> list[np.ndarray]:
+    """The pictures of question `index`: one scene, one corruption, several severities."""
+    item, scene = draw_item(seed, index)
+    clean = render(scene, SIDE)
+    return [np.asarray(degraded(clean, item, c)) for c in conditions]
+
+
+def degraded(clean: Image.Image, item: Item, condition: str) -> Image.Image:
+    """The picture of one condition."""
+    return clean if condition == "clean" else degrade(clean, item.degradation, severity=condition, seed=item.seed)  # type: ignore[arg-type]
+
+
+def training_statistics(count: int = 200, workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, averaged over clean training scenes."""
+    found = np.array(map_parallel(_moments, range(count), workers))
+    return found[:, 0].mean(0), found[:, 1].mean(0)
+
+
+def _moments(index: int) -> tuple[np.ndarray, np.ndarray]:
+    pixels = np.asarray(render(sample_scene(index, "train"), SIDE), np.float64)
+    return pixels.mean((0, 1)), pixels.std((0, 1))
+
+
+def map_parallel(function: Callable[[Any], Any], values: Iterable[Any], workers: int = 0) -> list[Any]:
+    """`map` over all cores; short lists stay in this process."""
+    values = list(values)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, max(1, len(values) // 16))
+    if workers == 1:
+        return [function(v) for v in values]
+    with mp.get_context("spawn").Pool(workers) as pool:  # forking would copy a GPU's state
+        return pool.map(function, values, chunksize=max(1, len(values) // (workers * 4)))

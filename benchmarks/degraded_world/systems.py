@@ -1,0 +1,200 @@
+"""What is compared: the systems, and one system's answers under one condition."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from heldout import HeldOut, Item
+    from PIL import Image
+
+    from clear_adapters.adapter import AttachedModel
+    from clear_adapters.engine import Reply
+
+WARNING = "The picture may be degraded: blurred, noisy, dark, compressed or painted over. Look closely.\n{question}"
+SIGN = "What does the sign say?"
+ENDS = ("clean", "high")
+ALL = ("clean", "low", "mid", "high")
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to answer.
+
+    Attributes:
+        name: in result files and on the command line.
+        title: in tables.
+        adapter: which adapters it runs with.
+        conditions: where it is measured.
+        every_seed: whether with all adapters of the kind, or with the first only.
+        plain: asked in the family's own chat format, without the protocol.
+        warned: with a sentence on degradation before the question.
+        restore: as in `answer`.
+        latent_from: as in `answer`.
+    """
+
+    name: str
+    title: str
+    adapter: Literal["none", "direct", "clear"]
+    conditions: tuple[str, ...] = ENDS
+    every_seed: bool = False
+    plain: bool = False
+    warned: bool = False
+    restore: Literal["auto", "always", "never"] = "auto"
+    latent_from: Literal["own", "degraded", "clean", "reencode"] = "own"
+
+
+SYSTEMS = (
+    System("base", "base", "none", ALL, plain=True),
+    System("base-warned", "base, warned of degradation", "none", plain=True, warned=True),
+    System("direct", "direct LoRA", "direct", ALL, every_seed=True, plain=True),
+    System("clear-auto", "CLEAR, deciding", "clear", ALL, every_seed=True),
+    System("clear-always", "CLEAR, always restoring", "clear", restore="always"),
+    System("clear-never", "CLEAR, never restoring", "clear", restore="never"),
+    System("clear-degraded", "control: latent of the degraded picture", "clear", restore="always", latent_from="degraded"),
+    System("clear-clean", "control: latent of the true clean picture", "clear", restore="always", latent_from="clean"),
+)
+BY_NAME = {s.name: s for s in SYSTEMS}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are loaded and asked.
+
+    Attributes:
+        model: the base.
+        device: where.
+        dtype: type of the weights; None is the stored one on a GPU, float32 on a CPU.
+        batch_size: rows at a time.
+        plain_tokens: longest answer of a plainly asked model.
+        clear_tokens: longest turn under the protocol; None is the adapter's own.
+        steps: points of the flow schedule; None is the adapter's own.
+    """
+
+    model: str
+    device: str
+    dtype: str | None = None
+    batch_size: int = 256
+    plain_tokens: int = 48
+    clear_tokens: int | None = None
+    steps: int | None = None
+
+
+def load(settings: Settings, adapter: str | None) -> AttachedModel:
+    """The base with an adapter, or, without one, the base alone behind the same door."""
+    from clear_adapters import attach
+    from clear_adapters.prompts import Protocol
+
+    if adapter is None:
+        model = attach(settings.model, lora=False, bridge=False, dtype=settings.dtype, device=settings.device)
+        model.config = replace(model.config, protocol=Protocol("plain", "1", ""))
+        return model
+    return attach(settings.model, adapter, dtype=settings.dtype, device=settings.device)
+
+
+def ask(
+    model: AttachedModel,
+    system: System,
+    settings: Settings,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    clean: Sequence[Image.Image] | None = None,
+) -> list[Reply]:
+    """The replies of one system."""
+    engine, config = model.engine, model.config
+    text, latent, protocol = config.text, config.latent, config.protocol
+    if system.plain:
+        text = replace(text, max_new_tokens=settings.plain_tokens)
+    elif settings.clear_tokens is not None:
+        text = replace(text, max_new_tokens=settings.clear_tokens)
+    if settings.steps is not None:
+        latent = replace(latent, steps=settings.steps)
+    engine.protocol = replace(protocol, plain=WARNING) if system.warned else protocol
+    try:
+        return engine.answer(
+            list(images),
+            list(questions),
+            restore=system.restore,
+            text=text,
+            latent=latent,
+            latent_from=system.latent_from,
+            clean_images=list(clean) if system.latent_from == "clean" and clean is not None else None,
+            seed=list(range(len(questions))),
+            batch_size=settings.batch_size,
+            plain=system.plain,
+        )
+    finally:
+        engine.protocol = protocol
+
+
+def run_cell(
+    model: AttachedModel, system: System, condition: str, settings: Settings, data: HeldOut
+) -> tuple[dict[str, Any], list[Reply]]:
+    """One system's answers under one condition, scored.
+
+    Returns:
+        What the result file keeps (one character a question in `correct` and `restored`), and the replies.
+    """
+    clean = data.images("clean") if system.latent_from == "clean" else None
+    began = time.perf_counter()
+    replies = ask(model, system, settings, data.images(condition), [i.text for i in data.items], clean)
+    seconds = time.perf_counter() - began
+    scores = [item.score(reply.text) for item, reply in zip(data.items, replies, strict=True)]
+    cell: dict[str, Any] = {
+        "system": system.name,
+        "condition": condition,
+        "correct": bits(s is True for s in scores),
+        "unread": sum(s is None for s in scores),
+        "seconds_per_question": round(seconds / len(replies), 5),
+    }
+    if not system.plain:
+        cell["restored"] = bits(r.restored for r in replies)
+        cell["unanswered"] = sum(not r.answered for r in replies)
+    return cell, replies
+
+
+def read_signs(
+    model: AttachedModel, settings: Settings, data: HeldOut, restored: Sequence[Image.Image]
+) -> dict[str, str]:
+    """Whether the plain base model reads the sign in the clean, the degraded and the restored picture."""
+    chosen = [i for i in data.items if i.sign]
+    sources = {"clean": data.images("clean"), "high": data.images("high"), "restored": list(restored)}
+    found: dict[str, str] = {"asked": bits(bool(i.sign) for i in data.items)}
+    if not chosen:
+        return found
+    with model.disabled():
+        for name, images in sources.items():
+            pictures = [images[i.index] for i in chosen]
+            replies = ask(model, BY_NAME["base"], settings, pictures, [SIGN] * len(chosen))
+            found[name] = bits(_says(i, r.text) for i, r in zip(chosen, replies, strict=True))
+    return found
+
+
+def _says(item: Item, answer: str) -> bool:
+    from clear_adapters.scoring import exact_match
+
+    return exact_match(answer, item.sign)
+
+
+def bits(values: Any) -> str:
+    """Truth values as a string of 0 and 1."""
+    return "".join("1" if v else "0" for v in values)
+
+
+def digest(folder: Path) -> str:
+    """A short hash of a folder's files: their names, sizes, and the first and last MiB of each."""
+    found = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
+        size = path.stat().st_size
+        found.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            found.update(file.read(2**20))
+            if size > 2**20:
+                file.seek(max(2**20, size - 2**20))
+                found.update(file.read())
+    return found.hexdigest()[:16]

@@ -1,0 +1,302 @@
+"""The command line: quick start, answers, degradations, data and training.
+
+Libraries that take seconds to import are imported inside the commands, so `--help` is fast. What the library refuses is
+one line on stderr and exit code 2; `--debug` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from clear_adapters._version import __version__
+from clear_adapters.errors import ClearError, ClearValueError
+
+if TYPE_CHECKING:
+    from clear_adapters.attached import AttachedModel
+    from clear_adapters.reply import Reply
+
+MODEL = "builtin:bagel-tiny"
+ADAPTER = "builtin:clear-bagel-tiny"
+
+
+class _Guarded(TyperGroup):
+    """A group whose commands tell a refusal in one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ClearError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            message = " ".join(str(error).split())
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+            raise typer.Exit(2) from error
+
+
+main = typer.Typer(
+    cls=_Guarded,
+    name="clear-adapters",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Let unified multimodal models restore a poor picture as a latent before they answer.",
+    epilog="Begin with [bold]clear-adapters quickstart[/]: it is offline, on the CPU, and takes under a minute.",
+)
+train = typer.Typer(no_args_is_help=True, help="Train an adapter, one stage a command.")
+data = typer.Typer(no_args_is_help=True, help="Make training data.")
+main.add_typer(train, name="train")
+main.add_typer(data, name="data")
+
+
+class Restoring(StrEnum):
+    """When to restore."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class Formulas(StrEnum):
+    """Which formulas corrupt."""
+
+    legacy = "legacy"
+    fixed = "fixed"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"clear-adapters {__version__}")
+        raise typer.Exit
+
+
+@main.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    pass
+
+
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the GPU if there is one.")]
+
+
+@main.command(epilog="Example: clear-adapters quickstart --scenes 12 --json answers.json")
+def quickstart(
+    model: Annotated[str, typer.Option(help="builtin:NAME, a folder or a Hub id.")] = MODEL,
+    adapter: Annotated[str, typer.Option(help="builtin:NAME, a folder or a Hub id.")] = ADAPTER,
+    scenes: Annotated[int, typer.Option(min=1, max=64, help="How many.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Which scenes.")] = 0,
+    output: Annotated[Path, typer.Option(help="The picture sheet.")] = Path("quickstart.png"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows as JSON.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Answer questions about held-out degraded scenes, without and with the adapter, beside the truth."""
+    from clear_adapters.quickstart import run
+
+    run(model, adapter, scenes=scenes, seed=seed, output=output, json_file=json_file, device=device)
+
+
+@main.command(
+    epilog="Examples: clear-adapters answer street.jpg 'What does the sign say?' | "
+    "clear-adapters answer street.jpg 'What is it?' --restore always --save-restored clear.png"
+)
+def answer(
+    image: Annotated[Path, typer.Argument(help="Any picture: JPEG, PNG, WebP, ...")],
+    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    model: Annotated[
+        str | None, typer.Option(help="builtin:NAME, a folder or a Hub id; the adapter's own base by default.")
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help=f"builtin:NAME, a folder, a Hub id, or 'none' for the plain model; {ADAPTER} unless --model says else."
+        ),
+    ] = None,
+    restore: Annotated[Restoring, typer.Option(help="Let the model decide, or decide for it.")] = Restoring.auto,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole reply as JSON.")] = False,
+    save_restored: Annotated[Path | None, typer.Option(help="Write the restored picture here.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is written.")] = False,
+    device: Device = None,
+) -> None:
+    """Answer a question about a picture, restoring the picture first where it is too poor."""
+    from clear_adapters.images import load_images
+
+    load_images(image, question)  # before a model is loaded
+    if stream and as_json:
+        raise ClearValueError("--stream prints text and --json prints one object: choose one of them")
+    attached, plain = _attach(model, adapter, device)
+    if plain and restore is not Restoring.auto:
+        raise ClearValueError(f"--restore {restore.value} needs an adapter, and the plain model has none: pass --adapter")
+    with attached.disabled() if plain else nullcontext():
+        if stream:
+            reply = _stream(attached, image, question, restore, seed)
+        else:
+            found = attached.answer(image, question, restore=restore.value, seed=seed)
+            assert not isinstance(found, list)
+            reply = found
+    if save_restored is not None:
+        _save_restored(reply, save_restored)
+    if as_json:
+        typer.echo(json.dumps(reply.to_json(), ensure_ascii=False, indent=2))
+    elif not stream:
+        typer.echo(reply.text)
+        if reply.restored:
+            typer.echo("(the picture was restored first)", err=True)
+
+
+def _attach(model: str | None, adapter: str | None, device: str | None) -> tuple[AttachedModel, bool]:
+    """The model, and whether it is to answer without an adapter."""
+    from clear_adapters.adapter import attach
+
+    if adapter is None and model in (None, MODEL):
+        adapter = ADAPTER
+    if adapter is None or adapter == "none":
+        if adapter is None:
+            typer.echo("no --adapter given: the plain model answers", err=True)
+        return attach(model or MODEL, lora=False, bridge=False, device=device), True
+    return attach(model, adapter, device=device), False
+
+
+def _stream(attached: AttachedModel, image: Path, question: str, restore: Restoring, seed: int) -> Reply:
+    from clear_adapters.reply import Answer, DenoisingStep, TextDelta
+
+    reply: Reply | None = None
+    for event in attached.stream(image, question, restore=restore.value, seed=seed):
+        if isinstance(event, TextDelta):
+            typer.echo(event.text, nl=False)
+        elif isinstance(event, DenoisingStep):
+            end = event.step == event.steps
+            typer.echo(f"\rrestoring {event.step}/{event.steps}", nl=end, err=True)
+        elif isinstance(event, Answer):
+            reply = event.reply
+    typer.echo()
+    assert reply is not None
+    return reply
+
+
+def _save_restored(reply: Reply, path: Path) -> None:
+    from clear_adapters.quickstart import save_image
+
+    picture = reply.restored_image
+    if picture is None:
+        typer.echo(f"nothing was restored, so {path} is not written; --restore always restores", err=True)
+    else:
+        save_image(picture, path)
+
+
+def _list_degradations(wanted: bool) -> None:
+    if not wanted:
+        return
+    from clear_adapters.degradations import list_degradations
+
+    table = Table("name", "category", "weight", "what it does", title="Degradations of MMD-Bench")
+    for entry in list_degradations():
+        table.add_row(entry.name, entry.category, str(entry.weight), entry.description)
+    Console().print(table)
+    raise typer.Exit
+
+
+@main.command(
+    epilog="Examples: clear-adapters degrade --list | clear-adapters degrade in.jpg out.png --name lens_blur "
+    "--severity high"
+)
+def degrade(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Any picture.")],
+    target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The format follows the ending.")],
+    name: Annotated[str | None, typer.Option(help="One of --list; drawn with the benchmark's weights by default.")] = None,
+    severity: Annotated[str, typer.Option(help="low, mid, high, or a number from 0 to 1.")] = "mid",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    formulas: Annotated[
+        Formulas, typer.Option(help="As the benchmark, or with damage that grows with severity.")
+    ] = Formulas.legacy,
+    list_all: Annotated[
+        bool, typer.Option("--list", callback=_list_degradations, is_eager=True, help="List the names and leave.")
+    ] = False,
+) -> None:
+    """Corrupt a picture as MMD-Bench does."""
+    from clear_adapters import degradations
+    from clear_adapters.quickstart import save_image
+
+    level: Any = severity
+    try:
+        level = float(severity)
+    except ValueError:
+        pass  # a word: the library knows which there are
+    result = degradations.degrade(source, name, severity=level, seed=seed, formulas=formulas.value)
+    save_image(result, target)
+    typer.echo(f"{name or degradations.draw(seed)} at {severity}: {target}")
+
+
+@main.command()
+def backbones() -> None:
+    """List the families of models that adapters can be attached to."""
+    from clear_adapters.backbones import get_backbone, list_backbones
+
+    table = Table("name", "family", "restores as", "stages", "checkpoints", title="Backbones")
+    for name in list_backbones():
+        spec = get_backbone(name)
+        table.add_row(name, spec.title, spec.kind, ", ".join(spec.stages), "\n".join(spec.checkpoints))
+    Console().print(table)
+
+
+@train.command(
+    epilog="Example: clear-adapters train sft --recipe tiny --data runs/data --output runs/clear-0 "
+    "--set loop.steps=500 --set optim.lr=1e-4"
+)
+def sft(
+    data: Annotated[Path, typer.Option(help="Folder with data.jsonl, or a JSONL file.")],
+    output: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    recipe: Annotated[str, typer.Option(help="A name (tiny, paper, release) or a YAML file.")] = "tiny",
+    model: Annotated[str, typer.Option(help="builtin:NAME, a folder or a Hub id.")] = MODEL,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; repeat for more.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = True,
+    seed: Annotated[int | None, typer.Option(help="Of the run; the recipe's by default.")] = None,
+    device: Device = None,
+) -> None:
+    """Stage 1: generate, then answer (supervised)."""
+    train_sft: Callable[..., Path] = _load("clear_adapters.training.run", "train_sft")
+    overrides = [*(settings or []), *([] if seed is None else [f"loop.seed={seed}"])]
+    done = train_sft(recipe, data, output, model=model, resume=resume, device=device, overrides=overrides)
+    typer.echo(f"adapter in {done}")
+
+
+@data.command(epilog="Example: clear-adapters data world --output runs/data --examples 24000")
+def world(
+    output: Annotated[Path, typer.Option(help="Folder of the data set.")],
+    examples: Annotated[int, typer.Option(min=1, help="Rows in all.")] = 24_000,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same files.")] = 0,
+    split: Annotated[str, typer.Option(help="train or heldout.")] = "train",
+    formulas: Annotated[Formulas, typer.Option(help="As for degrade.")] = Formulas.legacy,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core by default.")] = None,
+) -> None:
+    """Training data of the miniature world: scenes, degraded pictures, traces with thoughts."""
+    build: Callable[..., Path] = _load("clear_adapters.datasets.world", "build")
+    done = build(output, examples, seed=seed, split=split, workers=workers, formulas=formulas.value)
+    typer.echo(f"{examples} examples in {done}")
+
+
+def _load(module: str, name: str) -> Any:
+    import importlib
+
+    return getattr(importlib.import_module(module), name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training: objectives, one thin `transformers.Trainer` subclass, recipes as files."""

@@ -1,0 +1,87 @@
+"""An objective: one training stage's loss, and the batches it is taken over."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from clear_adapters.datasets.example import Example
+
+
+@dataclass(frozen=True)
+class Draw:
+    """An example as it is drawn in one epoch.
+
+    Attributes:
+        example: the example.
+        epoch: how often the data set was gone through before.
+        seed: of everything random about it: a function of run, example and epoch, never of its batch.
+    """
+
+    example: Example
+    epoch: int
+    seed: int
+
+
+class Order(Dataset[Draw]):
+    """A data set repeated as often as training needs, each pass in an order of its own.
+
+    One long pass, so that data workers live through the run and resuming is a matter of skipping.
+    """
+
+    def __init__(self, examples: Sequence[Example], length: int, seed: int) -> None:
+        self._examples = examples
+        self._length = length
+        self._seed = seed
+        self._held: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, place: int) -> Draw:
+        epoch, within = divmod(place, len(self._examples))
+        if self._held is None or self._held[0] != epoch:
+            generator = torch.Generator().manual_seed(row_seed(self._seed, "order", epoch))
+            self._held = (epoch, torch.randperm(len(self._examples), generator=generator))
+        example = self._examples[int(self._held[1][within])]
+        return Draw(example, epoch, row_seed(self._seed, example.id, epoch))
+
+
+def row_seed(seed: int, name: str, epoch: int) -> int:
+    """A seed of 63 bits for one example in one epoch of one run."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Objective(ABC):
+    """One stage's loss.
+
+    Attributes:
+        parts: names of the parts of the loss, which are logged.
+        counts: names of what the parts are averaged over; `collate` counts them in `batch["counts"]`.
+    """
+
+    parts: ClassVar[tuple[str, ...]]
+    counts: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def collate(self, draws: Sequence[Draw]) -> dict[str, Any]:
+        """A batch, made in a data worker: tensors and things with `to`, and `counts` (len(self.counts),) float32."""
+
+    @abstractmethod
+    def loss(self, module: nn.Module, batch: dict[str, Any], counts: Tensor) -> dict[str, Tensor]:
+        """The batch's share of the loss: `loss` with gradient, and each of `parts`.
+
+        Args:
+            module: `AttachedModel.module`, or what DDP or FSDP made of it.
+            batch: from `collate`, on the device.
+            counts: of all batches that make up one optimizer step, of all processes. Shares so add up to the loss of
+                one large batch. Nothing of the batch may be read back to the host here.
+        """

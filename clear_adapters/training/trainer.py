@@ -1,0 +1,249 @@
+"""A thin `transformers.Trainer`: its loop, with our loss, our optimizer groups, and adapters in its checkpoints.
+
+Trainer's checkpoints hold pickles of its own making (optimizer, random states) and stay local; the adapter in them is
+an ordinary adapter folder. Nothing is read back from the device but at the steps that are logged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from clear_adapters import store
+from clear_adapters.attached import AttachedModel
+from clear_adapters.errors import ClearValueError
+from clear_adapters.training.objective import Objective, Order
+
+ADAPTER = "adapter"
+_STATE = "trainer_state.json"
+_SECONDS = "seconds.json"
+
+
+class ClearTrainer(Trainer):
+    """Trains an attached model on an objective."""
+
+    def __init__(
+        self,
+        attached: AttachedModel,
+        objective: Objective,
+        order: Order,
+        args: TrainingArguments,
+        *,
+        rates: dict[str, float],
+        log_file: Path | None = None,
+    ) -> None:
+        """Gets ready; `train()` runs.
+
+        Args:
+            attached: what is trained; its parameters that require gradients are.
+            objective: the loss.
+            order: the examples in the order of training.
+            args: Trainer's own settings.
+            rates: learning rate of `lora`, `bridge` and `extra`.
+            log_file: JSONL that every log line is added to.
+
+        Raises:
+            ClearValueError: nothing requires a gradient.
+        """
+        if not attached.trainable_parameters():
+            raise ClearValueError("nothing of the adapter requires a gradient: there is nothing to train")
+        self.attached = attached
+        self.objective = objective
+        self._rates = rates
+        self._log_file = log_file
+        self._sums: Tensor | None = None
+        self._spent = 0.0
+        self._begin = time.perf_counter()
+        self._mark = (self._begin, 0)
+        super().__init__(
+            model=attached.module, args=args, train_dataset=order, data_collator=objective.collate
+        )
+        self.remove_callback(PrinterCallback)
+        self.loss_is_scaled_for_ga = True
+        # A batch may need none of these; the others take part in every forward.
+        self._rare = [p for n, p in attached.trainable_parameters().items() if _group(n) != "lora"]
+
+    # -- loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """(counts,) of everything that the objective averages over, for one optimizer step of all processes."""
+        own = torch.stack([batch["counts"] for batch in batch_samples]).sum(0).to(device, non_blocking=True)
+        return self.accelerator.reduce(own, "sum") if self.args.world_size > 1 else own
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """This batch's share of the step's loss, times the processes, over which gradients are averaged."""
+        inputs = {k: v if isinstance(v, int) else v.to(self.args.device) for k, v in inputs.items()}
+        counts = inputs["counts"] if num_items_in_batch is None else num_items_in_batch
+        out = self.objective.loss(model, inputs, counts)
+        shares = torch.stack([out[name].detach().float() for name in self.objective.parts])
+        self._sums = shares if self._sums is None else self._sums + shares
+        loss = out["loss"]
+        for parameter in self._rare:
+            loss = loss + 0 * parameter.sum()
+        loss = loss * self.accelerator.num_processes
+        return (loss, out) if return_outputs else loss
+
+    # -- optimizer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate for LoRA, for the bridge and for modules trained whole."""
+        self.optimizer: torch.optim.Optimizer | None
+        if self.optimizer is None:
+            a = self.args
+            groups: dict[str, list[nn.Parameter]] = {}
+            for name, parameter in self.attached.trainable_parameters().items():
+                groups.setdefault(_group(name), []).append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": held, "lr": self._rates[name]} for name, held in groups.items()],
+                betas=(a.adam_beta1, a.adam_beta2),
+                eps=a.adam_epsilon,
+                weight_decay=a.weight_decay,
+                fused=a.device.type == "cuda",
+            )
+        return self.optimizer
+
+    # -- files
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The adapter as it is held, so that a resumed run goes on with the same numbers."""
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            self.attached.save_pretrained(folder / ADAPTER, overwrite=True)
+            (folder / _SECONDS).write_text(json.dumps(self.seconds), encoding="utf-8")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before an interruption included."""
+        return self._spent + time.perf_counter() - self._begin
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        stored = store.read_adapter(Path(resume_from_checkpoint) / ADAPTER)
+        stored.check(self.attached.backbone)
+        tensors = {
+            **stored.lora,
+            **stored.extra,
+            **{f"bridge.{n}": t for n, t in stored.bridge.items()},
+        }
+        with torch.no_grad():
+            # In place: the optimizer holds these very parameters.
+            for name, parameter in self.attached.named_parameters():
+                parameter.copy_(tensors[name])
+        self._spent = json.loads((Path(resume_from_checkpoint) / _SECONDS).read_text(encoding="utf-8"))
+        self._trim_log(int(resume_from_checkpoint.rpartition("-")[2]))
+
+    def _trim_log(self, step: int) -> None:
+        """Takes away log lines of steps that will be taken again."""
+        if self._log_file is None or not self._log_file.is_file() or not self.is_world_process_zero():
+            return
+        lines = self._log_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self._log_file.write_text("".join(kept), encoding="utf-8")
+
+    # -- logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss and the seconds a step, and a line to the log file."""
+        now, step = time.perf_counter(), self.state.global_step
+        if self._sums is not None and "loss" in logs:
+            sums = self._sums
+            if self.args.world_size > 1:
+                sums = self.accelerator.reduce(sums, "sum")
+            steps = max(1, step - self._mark[1])
+            for name, value in zip(self.objective.parts, sums.tolist(), strict=True):
+                logs[name] = value / steps
+            logs["seconds_per_step"] = (now - self._mark[0]) / steps
+            self._sums = None
+        self._mark = (now, step)
+        if self._log_file is not None and self.is_world_process_zero():
+            with self._log_file.open("a", encoding="utf-8") as out:
+                rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in logs.items()}
+                out.write(json.dumps({"step": step, **rounded}) + "\n")
+        super().log(logs, start_time)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            # accelerate puts autocast around forward, and Trainer sets the training mode: both are undone.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model.eval()
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        made = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._begin = time.perf_counter()
+        self._mark = (self._begin, self.state.global_step)
+        return made
+
+
+def _group(name: str) -> str:
+    """The optimizer group of a parameter by its name in the adapter's files."""
+    if name.startswith("bridge."):
+        return "bridge"
+    return "lora" if ".lora_" in name else "extra"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run; half-written ones, which a killed run leaves, are deleted."""
+    found: list[tuple[int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / _STATE).is_file():
+            found.append((int(path.name.rpartition("-")[2]), path))
+        else:
+            shutil.rmtree(path)
+    return max(found)[1] if found else None
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Compiles decoder layers in place, for any length of row."""
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def training_arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    """Trainer's settings as this library needs them.
+
+    Args:
+        folder: of checkpoints.
+        settings: further or other values.
+    """
+    workers = settings.get("dataloader_num_workers", 0)
+    # Read by the tokenizer after a fork; without it every worker prints a warning.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "logging_nan_inf_filter": False,  # it would read the loss back at every step
+        "dataloader_persistent_workers": workers > 0,
+        "dataloader_prefetch_factor": 4 if workers else None,
+        "accelerator_config": {"non_blocking": not settings.get("use_cpu", False), "even_batches": False},
+        "ddp_find_unused_parameters": False,
+        "logging_first_step": True,
+        **settings,
+    }
+    args = TrainingArguments(**values)
+    # One process drives one device; several devices are several processes.
+    args._n_gpu = min(1, args.n_gpu)
+    return args

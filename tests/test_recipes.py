@@ -1,0 +1,113 @@
+"""Recipes: files that are checked value by value, and that all of them train."""
+
+import json
+
+import pytest
+import torch
+
+from clear_adapters.backbones.bagel.tiny import build, builtin_config, initialise
+from clear_adapters.config import LoraSettings
+from clear_adapters.datasets.world import build as build_world
+from clear_adapters.errors import ClearValueError, UnknownNameError
+from clear_adapters.store import read_adapter
+from clear_adapters.training.recipe import list_recipes, load_recipe, recipe_from_dict
+from clear_adapters.training.run import train_sft
+
+SMALL = [
+    "loop.steps=2",
+    "loop.batch=3",
+    "micro_batch=1",
+    "log_every=1",
+    "save_every=0",
+    "workers=0",
+    "lora.groups={understanding: 2, generation: 2}",
+]
+
+
+def test_all_recipes_are_listed():
+    assert list_recipes() == ["paper", "release", "tiny"]
+
+
+def test_values_of_the_paper_and_the_release():
+    paper, release = load_recipe("paper"), load_recipe("release")
+    assert (paper.optim.lr, paper.sft.mse_weight, paper.sft.vit_drop) == (2e-5, 0.5, 0.4)
+    assert (release.optim.lr, release.sft.mse_weight, release.loop.steps) == (1e-5, 1.0, 8000)
+    assert release.lora.whole == ("connector", "llm2vae", "time_embedder", "vae2llm")
+    assert paper.lora.whole == ()
+
+
+@pytest.mark.parametrize("name", ["paper", "release", "tiny"])
+def test_every_recipe_takes_two_steps(name, tmp_path):
+    data = build_world(tmp_path / "data", 8, workers=1, progress=False)
+    base = build(0)
+    folder = train_sft(
+        name, data, tmp_path / "out", model=base, overrides=SMALL, device="cpu", progress=False
+    )
+    stored = read_adapter(folder)
+    assert stored.config.stage == "sft"
+    assert stored.config.provenance["steps"] == 2
+    assert stored.config.provenance["recipe"]["stage"] == "sft"
+    assert bool(stored.extra) == (name == "release")
+    assert all(t.dtype == torch.bfloat16 for t in stored.lora.values())
+    lines = [json.loads(line) for line in (tmp_path / "out.training" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "ce" in line] == [1, 2]
+
+
+def test_the_tiny_adapter_is_below_a_megabyte():
+    config, recipe = builtin_config(), load_recipe("tiny")
+    model, _ = initialise(config, 0)
+    count = 0
+    for name, module in model.language_model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers." in name:
+            count += recipe.lora.ranks["understanding"] * (module.in_features + module.out_features)
+    assert len(set(recipe.lora.ranks.values())) == 1
+    assert 2 * count + 4 * 64 * (64 + 2 * 192) < 1e6
+
+
+def test_overrides_have_types_and_close_matches():
+    recipe = load_recipe(
+        "tiny", ["optim.lr=3e-4", "steps=7", "betas=[0.8, 0.9]", "lora.groups.understanding=4", "mode=direct"]
+    )
+    assert (recipe.optim.lr, recipe.loop.steps, recipe.optim.betas) == (3e-4, 7, (0.8, 0.9))
+    assert recipe.lora == LoraSettings({"understanding": 4, "generation": 12})
+    assert recipe.sft.mode == "direct"
+    for override, message in (
+        ("optim.lrr=1", "optim.lr"),
+        ("stepz=1", "loop.steps"),
+        ("steps=many", "must be of type int"),
+        ("bf16=3", "must be of type bool"),
+        ("steps=0", "at least 1"),
+        ("mode=other", "'clear', 'direct'"),
+        ("steps", "key=value"),
+    ):
+        with pytest.raises((ClearValueError, UnknownNameError), match=message):
+            load_recipe("tiny", [override])
+
+
+def test_unknown_keys_and_names():
+    with pytest.raises(UnknownNameError, match="'vit_drop'"):
+        recipe_from_dict({"sft": {"vit_dropp": 0.4}})
+    with pytest.raises(UnknownNameError, match="'tiny'"):
+        load_recipe("tinny")
+    with pytest.raises(UnknownNameError, match="training stage"):
+        recipe_from_dict({"stage": "stf"})
+    with pytest.raises(UnknownNameError, match="protocol"):
+        recipe_from_dict({"protocol": "deflaut"})
+
+
+def test_a_recipe_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("stage: sft\nloop:\n  steps: 5\n")
+    assert load_recipe(file).loop.steps == 5
+    file.write_text("stage: [")
+    with pytest.raises(ClearValueError, match="not valid YAML"):
+        load_recipe(file)
+    file.write_text("3")
+    with pytest.raises(ClearValueError, match="mapping"):
+        load_recipe(file)
+
+
+def test_plain_data_gives_the_recipe_back():
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe

@@ -1,0 +1,382 @@
+"""Stage 1 trains what it should, on what it should, and the same however the work is divided."""
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from clear_adapters.adapter import attach
+from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters.backbones.base import ImagePiece, LatentPiece, TextPiece
+from clear_adapters.config import LoraSettings
+from clear_adapters.datasets import read_examples
+from clear_adapters.datasets.traces import choose_path
+from clear_adapters.datasets.world import build as build_world
+from clear_adapters.errors import ClearValueError
+from clear_adapters.prompts import get_protocol
+from clear_adapters.store import read_adapter
+from clear_adapters.training import run as run_module
+from clear_adapters.training.objective import Draw, Order
+from clear_adapters.training.recipe import load_recipe
+from clear_adapters.training.run import sft_trainer, train_sft
+from clear_adapters.training.sft import SftObjective, SftSettings, prepared_psnr
+from clear_adapters.training.trainer import ClearTrainer, last_checkpoint
+
+CPU = torch.device("cpu")
+BASE = [
+    "loop.batch=4",
+    "log_every=1",
+    "save_every=0",
+    "workers=0",
+    "warmup=0",
+    # Steps in proportion to gradients: what they differ by is not blown up.
+    "eps=1.0",
+    "lr=1.0",
+    "max_grad_norm=0",
+    "schedule=constant",
+    "lora.groups={understanding: 2, generation: 2}",
+    "declined=0.2",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return build_world(tmp_path_factory.mktemp("world") / "data", 24, workers=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def examples(data):
+    return read_examples(data)
+
+
+def objective(backbone, **settings):
+    return SftObjective(backbone, get_protocol("tiny"), SftSettings(**settings))
+
+
+def train(examples, work, *overrides):
+    """Trains the toy; gives the adapter's tensors."""
+    attached = attach(build(0), lora=load_recipe("tiny", [*BASE, *overrides]).lora)
+    attached.config = replace(attached.config, protocol=get_protocol("tiny"))
+    trainer = sft_trainer(
+        attached, load_recipe("tiny", [*BASE, *overrides]), examples, work, device=CPU, progress=False
+    )
+    trainer.train()
+    return {n: p.detach().clone() for n, p in attached.named_parameters()}
+
+
+def distance(a, b):
+    return max(float((a[n] - b[n]).detach().abs().max()) for n in a)
+
+
+def seed_where(examples, wanted):
+    """A seed with which the rows of the first step restore, or do not, as wanted."""
+    backbone = build(0)
+    traces = load_recipe("tiny", BASE).sft.traces
+    psnr = {}
+    for e in examples:
+        psnr[e.id] = prepared_psnr(*(backbone.prepare(x) for x in (e.load(), e.load_clean())))
+    for seed in range(500):
+        order = Order(examples, len(wanted), seed)
+        draws = [order[i] for i in range(len(wanted))]
+        paths = [choose_path(d.example, traces, random.Random(d.seed), psnr[d.example.id]) for d in draws]
+        if [p in ("restore", "always") for p in paths] == wanted:
+            return seed
+    raise AssertionError("no such seed")
+
+
+# -------------------------------------------------------------------------------------------------- the batches
+
+
+def test_scored_tokens_are_the_sampled_ones(examples):
+    backbone = build(0)
+    own = objective(backbone, vit_drop=0.0)
+    seen = set()
+    for seed in range(40):
+        row = own.row(Draw(examples[seed % len(examples)], 0, seed))
+        scored = [backbone.decode_text(p.ids) for p in row if isinstance(p, TextPiece) and p.scored]
+        others = [backbone.decode_text(p.ids) for p in row if isinstance(p, TextPiece) and not p.scored]
+        latents = [p for p in row if isinstance(p, LatentPiece)]
+        batch = backbone.pack([row])
+        said = backbone.decode_text(batch.text_targets)
+        assert said == "".join(scored)
+        assert int((batch.text_targets == backbone.end_id).sum()) == len(scored)
+        assert scored[-1].endswith("</answer>")
+        assert others[:2] == ["Look. Restore if needed. Answer.", examples[seed % len(examples)].question]
+        # Two noised copies on branches of their own, then the clean one, which the text reads.
+        kinds = [(p.velocity, p.bridged, p.branch) for p in latents]
+        assert kinds in ([], [(True, False, 1), (True, False, 2), (False, True, 0)])
+        if latents:
+            assert len({p.time for p in latents}) == 3
+            assert latents[-1].time == 0
+            assert len(batch.velocity_at) == 2 * len(batch.latents) // 4
+        seen.add((len(scored), len(others), bool(latents)))
+    assert seen == {(1, 2, False), (2, 2, True), (1, 3, False), (1, 3, True)}
+
+
+def test_understanding_tokens_are_dropped_per_row(examples):
+    own = objective(build(0))
+    rows = [own.row(Draw(examples[i % 24], 0, i)) for i in range(120)]
+    pictures = [next(p for p in row if isinstance(p, ImagePiece)) for row in rows]
+    assert all(p.as_condition for p in pictures)
+    assert 0.25 < sum(not p.understanding for p in pictures) / 120 < 0.55
+
+
+def test_the_direct_rival_sees_no_latent_and_no_protocol(examples):
+    backbone = build(0)
+    row = objective(backbone, mode="direct").row(Draw(examples[0], 0, 0))
+    picture, question, answer = row
+    assert (picture.as_condition, picture.understanding) == (False, True)
+    assert backbone.decode_text(question.ids) == examples[0].question
+    assert backbone.decode_text(answer.ids) == examples[0].answer
+    assert (question.scored, answer.scored) == (False, True)
+    assert len(backbone.pack([row]).latents) == 0
+
+
+def test_a_row_depends_on_its_draw_alone(examples):
+    own = objective(build(0))
+    order = Order(examples, 100, 5)
+    assert sorted(order[i].example.id for i in range(24)) == sorted(e.id for e in examples)
+    assert [order[i].example.id for i in range(24)] != [order[24 + i].example.id for i in range(24)]
+    # Jumping back, as a resumed run does, changes nothing.
+    assert order[3] == Order(examples, 100, 5)[3]
+    assert order[3].seed != Order(examples, 100, 6)[3].seed
+    draws = [order[i] for i in range(6)]
+    whole, half = own.collate(draws), own.collate(draws[3:])
+    assert float(half["counts"][0]) == float(whole["batch"].text_weight[whole["batch"].text_row >= 3].sum())
+    assert torch.equal(own.collate(draws)["batch"].ids, whole["batch"].ids)
+
+
+# ------------------------------------------------------------------------------------------------ what is trained
+
+
+@pytest.mark.parametrize("whole", [(), ("connector", "llm2vae", "time_embedder", "vae2llm")])
+def test_exactly_what_is_listed_is_trained(examples, whole):
+    base = build(0)
+    before = {n: p.detach().clone() for n, p in base.model.named_parameters()}
+    attached = attach(base, lora=LoraSettings({"understanding": 2, "generation": 2}, whole=whole))
+    run_module._set_trainable(attached, load_recipe("tiny"), CPU)
+    trained = attached.trainable_parameters()
+    assert not [n for n in trained if n.startswith("bridge.")]
+    own = objective(base, vit_drop=0.0)
+    for name, parameter in trained.items():
+        if "lora_B" in name:  # zero at first, so that the other factor would have no gradient
+            torch.nn.init.normal_(parameter, std=0.02)
+    restoring = seed_where(examples, [True, False])
+    order = Order(examples, 2, restoring)
+    batch = own.collate([order[0], order[1]])
+    own.loss(attached.module, batch, batch["counts"])["loss"].backward()
+    without = [n for n, p in trained.items() if p.grad is None or not bool(p.grad.any())]
+    assert without == []
+    frozen = [p for p in attached.module.parameters() if not p.requires_grad]
+    assert all(p.grad is None for p in frozen)
+    attached.detach()
+    after = dict(base.model.named_parameters())
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_training_changes_nothing_else(examples, tmp_path):
+    base = build(0)
+    before = {n: p.detach().clone() for n, p in base.model.named_parameters()}
+    modes = [m.training for m in base.model.modules()]
+    recipe = load_recipe("tiny", [*BASE, "steps=2"])
+    attached = attach(base, lora=recipe.lora)
+    first = {n: p.detach().clone() for n, p in attached.named_parameters()}
+    forward = attached.module.forward
+    trainer = sft_trainer(attached, recipe, examples, tmp_path, device=CPU, progress=False)
+    trainer.train()
+    assert attached.module.forward == forward
+    changed = {n for n, p in attached.named_parameters() if not torch.equal(p, first[n])}
+    assert changed == {n for n in first if not n.startswith("bridge.")}
+    attached.detach()
+    assert all(torch.equal(before[n], p) for n, p in base.model.named_parameters())
+    assert [m.training for m in base.model.modules()] == modes
+
+
+def test_nothing_to_train_is_an_error(examples, tmp_path):
+    attached = attach(build(0), lora=False)
+    attached.module.requires_grad_(False)
+    with pytest.raises(ClearValueError, match="nothing to train"):
+        ClearTrainer(attached, None, Order(examples, 4, 0), None, rates={})
+
+
+def test_eight_examples_are_learnt(examples, tmp_path):
+    overrides = [
+        "steps=30",
+        "batch=8",
+        "lr=2e-2",
+        "eps=1e-8",
+        "explore=0",
+        "declined=0",
+        "restore_below=98",
+        "max_grad_norm=1",
+        "lora.groups.understanding=8",
+    ]
+    train(examples[:8], tmp_path, *overrides)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    ce = [line["ce"] for line in lines if "ce" in line]
+    mse = [line["mse"] for line in lines if "mse" in line]
+    assert ce[-1] < 0.6 * ce[0]
+    assert sum(mse[-5:]) < 0.97 * sum(mse[:5])
+
+
+# --------------------------------------------------------------------------------------- dividing the same work
+
+
+def test_accumulation_equals_the_big_batch(examples, tmp_path):
+    seed = f"seed={seed_where(examples, [True, False, True, False])}"
+    big = train(examples, tmp_path / "a", "steps=2", seed)
+    for micro in (1, 2):
+        small = train(examples, tmp_path / f"b{micro}", "steps=2", seed, f"micro_batch={micro}")
+        assert distance(big, small) < 1e-5
+    start = dict(attach(build(0), lora=load_recipe("tiny", BASE).lora).named_parameters())
+    assert distance(big, start) > 1e-3
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters.training.run import train_sft
+data, out, *overrides = sys.argv[1:]
+train_sft("tiny", data, out, model=build(0), device="cpu", overrides=overrides, progress=False)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_equal_one(data, examples, tmp_path):
+    # The second process has no restoration in its half of the first step.
+    seed = seed_where(examples, [True, True, False, False])
+    overrides = [*BASE, "steps=2", f"seed={seed}", "save_dtype=float32"]
+    one = train_sft(
+        "tiny", data, tmp_path / "one", model=build(0), device="cpu", overrides=overrides, progress=False
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(2):
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-c", SCRIPT, str(data), str(tmp_path / "two"), *overrides]
+        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    told = [process.communicate(timeout=100)[0].decode() for process in running]
+    assert [process.returncode for process in running] == [0, 0], told
+    a, b = read_adapter(one), read_adapter(tmp_path / "two")
+    assert distance(a.lora, b.lora) < 1e-5
+    lines = [
+        [json.loads(line) for line in (tmp_path / f"{n}.training" / "log.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
+    for first, second in zip(*lines, strict=True):
+        for key in ("loss", "ce", "mse"):
+            assert first.get(key) == pytest.approx(second.get(key), abs=1e-4)
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(data, tmp_path, monkeypatch):
+    overrides = [
+        *BASE,
+        "steps=5",
+        "save_every=2",
+        "save_dtype=float32",
+        "eps=1e-8",
+        "lr=1e-2",
+        "schedule=cosine",
+    ]
+
+    def run(name):
+        return train_sft(
+            "tiny", data, tmp_path / name, model=build(0), device="cpu", overrides=overrides, progress=False
+        )
+
+    whole = run("whole")
+    steps = []
+    real = ClearTrainer.compute_loss
+
+    def dies(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KilledError
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(ClearTrainer, "compute_loss", dies)
+    with pytest.raises(KilledError):
+        run("killed")
+    monkeypatch.setattr(ClearTrainer, "compute_loss", real)
+    assert not (tmp_path / "killed").exists()
+    # A checkpoint that was being written: left out and taken away.
+    work = tmp_path / "killed.training"
+    shutil.copytree(work / "checkpoint-2", work / "checkpoint-3")
+    (work / "checkpoint-3" / "trainer_state.json").unlink()
+    assert last_checkpoint(work) == work / "checkpoint-2"
+    assert not (work / "checkpoint-3").exists()
+    again = run("killed")
+    a, b = read_adapter(whole), read_adapter(again)
+    assert all(torch.equal(a.lora[n], b.lora[n]) for n in a.lora)
+    curves = []
+    for name in ("whole", "killed"):
+        rows = [
+            json.loads(line)
+            for line in (tmp_path / f"{name}.training" / "log.jsonl").read_text().splitlines()
+        ]
+        curves.append([(r["step"], r["ce"], r["mse"], r["learning_rate"]) for r in rows if "ce" in r])
+    assert curves[0] == curves[1]
+    assert [step for step, *_ in curves[0]] == [1, 2, 3, 4, 5]
+    # Finished: left as it is. Other settings, or no resuming: refused.
+    stamp = (again / "clear_config.json").stat().st_mtime_ns
+    assert run("killed") == again
+    assert (again / "clear_config.json").stat().st_mtime_ns == stamp
+    with pytest.raises(ClearValueError, match="recipe differ"):
+        train_sft("tiny", data, again, model=build(0), overrides=[*overrides, "lr=1"])
+    with pytest.raises(ClearValueError, match="resume=True"):
+        train_sft("tiny", data, again, model=build(0), overrides=overrides, resume=False)
+    facts = b.config.provenance
+    assert facts["steps"] == 5
+    assert set(facts) >= {"seed", "commit", "data_hash", "seconds", "device", "recipe", "versions"}
+
+
+def test_an_output_of_something_else_is_left_alone(data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("x")
+    with pytest.raises(ClearValueError, match="not trained by this run"):
+        train_sft("tiny", data, tmp_path / "out", model=build(0))
+
+
+def test_the_batch_must_divide(examples, tmp_path):
+    recipe = load_recipe("tiny", [*BASE, "micro_batch=3"])
+    attached = attach(build(0), lora=recipe.lora)
+    with pytest.raises(ClearValueError, match="does not divide"):
+        sft_trainer(attached, recipe, examples, tmp_path, device=CPU)
+
+
+def test_the_rival_trains_the_understanding_group_alone(data, tmp_path):
+    folder = train_sft(
+        "tiny",
+        data,
+        tmp_path / "out",
+        model=build(0),
+        device="cpu",
+        overrides=[*BASE, "steps=1", "mode=direct"],
+        progress=False,
+    )
+    assert read_adapter(folder).config.lora.ranks == {"understanding": 2}
