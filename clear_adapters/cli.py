@@ -7,8 +7,9 @@ one line on stderr and exit code 2; `--debug` shows the traceback instead.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +25,7 @@ from clear_adapters.errors import ClearError, ClearValueError
 
 if TYPE_CHECKING:
     from clear_adapters.attached import AttachedModel
-    from clear_adapters.reply import Reply
+    from clear_adapters.reply import Event, Reply
 
 MODEL = "builtin:bagel-tiny"
 ADAPTER = "builtin:clear-bagel-tiny"
@@ -40,7 +41,9 @@ class _Guarded(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             message = " ".join(str(error).split())
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+            Console(stderr=True, soft_wrap=True).print(
+                f"[bold red]error:[/] {escape(message)}", highlight=False
+            )
             raise typer.Exit(2) from error
 
 
@@ -118,7 +121,8 @@ def answer(
     image: Annotated[Path, typer.Argument(help="Any picture: JPEG, PNG, WebP, ...")],
     question: Annotated[str, typer.Argument(help="What you want to know.")],
     model: Annotated[
-        str | None, typer.Option(help="builtin:NAME, a folder or a Hub id; the adapter's own base by default.")
+        str | None,
+        typer.Option(help="builtin:NAME, a folder or a Hub id; the adapter's own base by default."),
     ] = None,
     adapter: Annotated[
         str | None,
@@ -126,8 +130,13 @@ def answer(
             help=f"builtin:NAME, a folder, a Hub id, or 'none' for the plain model; {ADAPTER} unless --model says else."
         ),
     ] = None,
-    restore: Annotated[Restoring, typer.Option(help="Let the model decide, or decide for it.")] = Restoring.auto,
+    restore: Annotated[
+        Restoring, typer.Option(help="Let the model decide, or decide for it.")
+    ] = Restoring.auto,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest turn; the adapter's own setting by default.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole reply as JSON.")] = False,
     save_restored: Annotated[Path | None, typer.Option(help="Write the restored picture here.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is written.")] = False,
@@ -141,12 +150,18 @@ def answer(
         raise ClearValueError("--stream prints text and --json prints one object: choose one of them")
     attached, plain = _attach(model, adapter, device)
     if plain and restore is not Restoring.auto:
-        raise ClearValueError(f"--restore {restore.value} needs an adapter, and the plain model has none: pass --adapter")
+        raise ClearValueError(
+            f"--restore {restore.value} needs an adapter, and the plain model has none: pass --adapter"
+        )
+    text = attached.config.text
+    if max_new_tokens is not None:
+        text = replace(text, max_new_tokens=max_new_tokens)
     with attached.disabled() if plain else nullcontext():
         if stream:
-            reply = _stream(attached, image, question, restore, seed)
+            events = attached.stream(image, question, restore=restore.value, text=text, seed=seed)
+            reply = _print_stream(events)
         else:
-            found = attached.answer(image, question, restore=restore.value, seed=seed)
+            found = attached.answer(image, question, restore=restore.value, text=text, seed=seed)
             assert not isinstance(found, list)
             reply = found
     if save_restored is not None:
@@ -172,11 +187,11 @@ def _attach(model: str | None, adapter: str | None, device: str | None) -> tuple
     return attach(model, adapter, device=device), False
 
 
-def _stream(attached: AttachedModel, image: Path, question: str, restore: Restoring, seed: int) -> Reply:
+def _print_stream(events: Iterator[Event]) -> Reply:
     from clear_adapters.reply import Answer, DenoisingStep, TextDelta
 
     reply: Reply | None = None
-    for event in attached.stream(image, question, restore=restore.value, seed=seed):
+    for event in events:
         if isinstance(event, TextDelta):
             typer.echo(event.text, nl=False)
         elif isinstance(event, DenoisingStep):
@@ -218,14 +233,17 @@ def _list_degradations(wanted: bool) -> None:
 def degrade(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="Any picture.")],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The format follows the ending.")],
-    name: Annotated[str | None, typer.Option(help="One of --list; drawn with the benchmark's weights by default.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="One of --list; drawn with the benchmark's weights by default.")
+    ] = None,
     severity: Annotated[str, typer.Option(help="low, mid, high, or a number from 0 to 1.")] = "mid",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     formulas: Annotated[
         Formulas, typer.Option(help="As the benchmark, or with damage that grows with severity.")
     ] = Formulas.legacy,
     list_all: Annotated[
-        bool, typer.Option("--list", callback=_list_degradations, is_eager=True, help="List the names and leave.")
+        bool,
+        typer.Option("--list", callback=_list_degradations, is_eager=True, help="List the names and leave."),
     ] = False,
 ) -> None:
     """Corrupt a picture as MMD-Bench does."""
@@ -233,10 +251,8 @@ def degrade(
     from clear_adapters.quickstart import save_image
 
     level: Any = severity
-    try:
+    with suppress(ValueError):  # a word: the library knows which there are
         level = float(severity)
-    except ValueError:
-        pass  # a word: the library knows which there are
     result = degradations.degrade(source, name, severity=level, seed=seed, formulas=formulas.value)
     save_image(result, target)
     typer.echo(f"{name or degradations.draw(seed)} at {severity}: {target}")
@@ -264,7 +280,8 @@ def sft(
     recipe: Annotated[str, typer.Option(help="A name (tiny, paper, release) or a YAML file.")] = "tiny",
     model: Annotated[str, typer.Option(help="builtin:NAME, a folder or a Hub id.")] = MODEL,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; repeat for more.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; repeat for more."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = True,
     seed: Annotated[int | None, typer.Option(help="Of the run; the recipe's by default.")] = None,

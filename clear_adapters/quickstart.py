@@ -164,7 +164,10 @@ def run(
         row.base_answer, row.clear_answer = before.text.strip(), after.text.strip()
         row.restored, row.restored_image = after.restored, after.restored_image
     console.print(render_table(rows))
-    right = [sum(r.is_right(a) for r, a in ((r, getattr(r, n)) for r in rows)) for n in ("base_answer", "clear_answer")]
+    right = [
+        sum(r.is_right(a) for r, a in ((r, getattr(r, n)) for r in rows))
+        for n in ("base_answer", "clear_answer")
+    ]
     console.print(
         f"right: base {right[0]} of {len(rows)}, CLEAR {right[1]} of {len(rows)}; a handful of scenes shows the "
         f"mechanism and measures nothing ({time.perf_counter() - began:.0f} s)"

@@ -114,7 +114,6 @@ def test_the_authors_rows_are_recorded_traces(folder):
     assert example.image == folder / "bad" / "1.jpg"
     assert choose_path(example, TraceSettings(), random.Random(0), None) == "recorded"
     trace = build_transcript(example, get_protocol("tiny"), "recorded", image="i", clean="c")
-    assert trace.to_json is not None
     told = [(s.text, s.origin) if isinstance(s, TextSegment) else s for s in trace][3:]
     assert told[0] == ("<think>Dark.</think>\n<image_restore>", Origin.SAMPLED)
     assert isinstance(told[1], RestorationSegment)

@@ -47,6 +47,15 @@ BASE = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The toy is too small for more, and threads that wait for a busy core cost most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return build_world(tmp_path_factory.mktemp("world") / "data", 24, workers=1, progress=False)

@@ -19,6 +19,7 @@ INSTRUCTION = 64  # ... in an editing row
 DESCRIBE = "Describe the picture."
 WORDS = "\nIn words."
 WHY = "\nWhy?"
+COPY = "Copy: "
 COMPLETE = "Complete the picture."
 START, END = 256, 257
 
@@ -121,11 +122,19 @@ def train_item(index: int) -> tuple[np.ndarray, list[TextRow], np.ndarray]:
     """One training scene: picture, two text rows (with and without its description), description ids."""
     scene = sample_scene(index, "train") if index % 8 else pair_scenes(index, "train")[index // 8 % 2 * 2]
     caption = describe(scene)
+    other = len(KINDS)
     rows = [
-        text_row([(DESCRIBE, caption, len(KINDS)), *questions_of(scene, 2 * index, True)]),
-        text_row(questions_of(scene, 2 * index + 1, True)),
+        text_row([(DESCRIBE, caption, other), *questions_of(scene, 2 * index, True)]),
+        text_row([copy_task(index), *questions_of(scene, 2 * index + 1, True)]),
     ]
     return picture(scene), rows, caption_block(caption)
+
+
+def copy_task(index: int) -> tuple[str, str, int]:
+    """Random printable text to be repeated: no byte, those of the protocol's tags too, should be foreign."""
+    rng = np.random.default_rng([index, 9])
+    text = "".join(chr(c) for c in rng.integers(32, 127, int(rng.integers(4, 14))))
+    return COPY + text, text, len(KINDS)
 
 
 def caption_block(caption: str) -> np.ndarray:

@@ -471,15 +471,19 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     args.out.mkdir(parents=True, exist_ok=True)
 
-    workers = mp.get_context("fork").Pool(args.workers)
+    # One group of workers for each kind: a shared queue would make all scenes before the first edit.
+    for_edits = max(1, args.workers // 3)
+    workers = [mp.get_context("fork").Pool(n) for n in (max(1, args.workers - for_edits), for_edits)]
     scenes = Pool(train_item, args.scenes, 10_000_000 * args.seed)
     edits = Pool(edit_item, args.edits, 10_000_000 * args.seed)
     heldout = Pool(heldout_item, args.heldout)
 
     def fill() -> None:
-        heldout.fill(workers)
-        # Scenes and edits side by side, so that both kinds of rows can start early.
-        threads = [threading.Thread(target=pool.fill, args=(workers,), daemon=True) for pool in (scenes, edits)]
+        heldout.fill(workers[0])
+        threads = [
+            threading.Thread(target=pool.fill, args=(group,), daemon=True)
+            for pool, group in zip((scenes, edits), workers, strict=True)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -1,7 +1,7 @@
-"""Measures base, direct tuning and CLEAR on held-out degraded scenes; one command, one result file.
+r"""Measures base, direct tuning and CLEAR on held-out degraded scenes; one command, one result file.
 
-    python benchmarks/degraded_world/evaluate.py --model builtin:bagel-tiny \\
-        --direct runs/direct-0 runs/direct-1 runs/direct-2 --clear runs/clear-0 runs/clear-1 runs/clear-2 \\
+    python benchmarks/degraded_world/evaluate.py --model builtin:bagel-tiny \
+        --direct runs/direct-0 runs/direct-1 runs/direct-2 --clear runs/clear-0 runs/clear-1 runs/clear-2 \
         --output benchmarks/results/degraded_world.json --cache runs/heldout
 
 Every finished cell (one system under one condition with one adapter) is written at once, so a run that is cut off
@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from heldout import CONDITIONS, HeldOut, build, training_statistics  # noqa: E402
-from systems import BY_NAME, SYSTEMS, Settings, System, digest, load, read_signs, run_cell  # noqa: E402
+from heldout import CONDITIONS, HeldOut, build, training_statistics
+from systems import BY_NAME, SYSTEMS, Settings, System, digest, load, read_signs, run_cell
 
-from clear_adapters.errors import ClearError, ClearValueError, unknown_name  # noqa: E402
-from clear_adapters.results import ResultFile, read_result  # noqa: E402
+from clear_adapters.errors import ClearError, ClearValueError, unknown_name
+from clear_adapters.results import ResultFile, read_result
 
 if TYPE_CHECKING:
     from clear_adapters.adapter import AttachedModel
@@ -69,7 +69,7 @@ class Record:
         path: where it is.
         payload: what is in it.
         device: in words.
-        command: that made it.
+        seeds: training seeds in it.
     """
 
     path: Path
@@ -79,17 +79,21 @@ class Record:
 
     def write(self) -> None:
         """Writes it whole."""
-        ResultFile.collect(KIND, self.payload, device=self.device, seeds=self.seeds, packages=["scikit-image"]).write(
-            self.path
-        )
+        ResultFile.collect(
+            KIND, self.payload, device=self.device, seeds=self.seeds, packages=["scikit-image"]
+        ).write(self.path)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="builtin:bagel-tiny", help="the base: builtin:NAME, folder or Hub id")
-    p.add_argument("--clear", nargs="*", default=[], metavar="ADAPTER", help="CLEAR adapters, one a training seed")
-    p.add_argument("--direct", nargs="*", default=[], metavar="ADAPTER", help="adapters tuned to answer directly")
+    p.add_argument(
+        "--clear", nargs="*", default=[], metavar="ADAPTER", help="CLEAR adapters, one a training seed"
+    )
+    p.add_argument(
+        "--direct", nargs="*", default=[], metavar="ADAPTER", help="adapters tuned to answer directly"
+    )
     p.add_argument("--output", type=Path, default=Path("runs/degraded_world.json"))
     p.add_argument("--cache", type=Path, help="folder that keeps the pictures for the next run")
     p.add_argument("--systems", help="comma-separated, of " + ", ".join(BY_NAME))
@@ -132,7 +136,9 @@ def plan(args: argparse.Namespace) -> list[Job]:
             if run < (len(own) if system.every_seed else min(1, len(own))):
                 jobs += [Job(system, c, run, own[run]) for c in conditions if c in system.conditions]
     if not jobs:
-        raise ClearValueError("nothing to measure: pass --clear and --direct with adapters, or choose other systems")
+        raise ClearValueError(
+            "nothing to measure: pass --clear and --direct with adapters, or choose other systems"
+        )
     return jobs
 
 
@@ -141,7 +147,10 @@ def identity(name: str, kind: str) -> dict[str, Any]:
     from clear_adapters import store
 
     folder = store.resolve(name, kind)  # type: ignore[arg-type]
-    facts: dict[str, Any] = {"name": name if name.startswith("builtin:") else folder.resolve().name, "digest": digest(folder)}
+    facts: dict[str, Any] = {
+        "name": name if name.startswith("builtin:") else folder.resolve().name,
+        "digest": digest(folder),
+    }
     if kind == "adapter":
         config = store.read_adapter(folder).config
         facts |= {"stage": config.stage, "seed": config.provenance.get("seed")}
@@ -150,14 +159,20 @@ def identity(name: str, kind: str) -> dict[str, Any]:
 
 def open_record(args: argparse.Namespace, facts: dict[str, Any], device: str) -> Record:
     """An earlier result file of the same set and model to go on with, or an empty one."""
-    payload: dict[str, Any] = {"set": facts, "model": identity(args.model, "model"), "cells": {}}
+    asked = {"plain_tokens": args.plain_tokens, "clear_tokens": args.clear_tokens, "steps": args.steps}
+    payload: dict[str, Any] = {
+        "set": facts,
+        "model": identity(args.model, "model"),
+        "asked": asked,
+        "cells": {},
+    }
     if args.output.is_file() and not args.fresh:
         before = read_result(args.output)
-        for name in ("set", "model"):
+        for name in ("set", "model", "asked"):
             old, new = before.payload.get(name, {}), payload[name]
-            if before.kind != KIND or old.get("digest") != new["digest"] or old.get("n") != new.get("n"):
+            if before.kind != KIND or any(old.get(k) != v for k, v in new.items() if k != "name"):
                 raise ClearValueError(
-                    f"{args.output} was measured with another {name}: choose another --output, or pass --fresh to "
+                    f"{args.output} was measured with another {name!r}: choose another --output, or pass --fresh to "
                     "replace it"
                 )
         payload = dict(before.payload)
@@ -169,7 +184,11 @@ def describe_device(args: argparse.Namespace) -> tuple[str, str]:
     import torch
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    words = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    words = (
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     return device, f"{words}, {args.dtype or ('float32' if device == 'cpu' else 'stored type')}"
 
 
@@ -184,10 +203,12 @@ def measure_pictures(
     pictures = [r.restored_image for r in replies]
     found = [p for p in pictures if p is not None]
     if len(found) != len(pictures):
-        raise ClearValueError(f"{len(pictures) - len(found)} of {len(pictures)} replies hold no decodable restoration")
+        raise ClearValueError(
+            f"{len(pictures) - len(found)} of {len(pictures)} replies hold no decodable restoration"
+        )
     restored = [np.asarray(p) for p in found]
-    statistics = training_statistics(workers=args.workers)
-    ways = measure(data.pictures["clean"], data.pictures["high"], restored, statistics, args.workers)
+    poor = data.pictures["high"]
+    ways = measure(data.pictures["clean"], poor, restored, training_statistics(), args.workers)
     sheet = args.output.with_name(args.output.stem + "_restorations.png")
     draw_sheet(data, restored, ways, sheet)
     return {"ways": {w: ways[w] for w in WAYS}, "signs": read_signs(model, settings, data, found)}
@@ -231,14 +252,21 @@ def run(args: argparse.Namespace) -> Record:
             record.payload["restorations"] = measure_pictures(model, settings, data, replies, args)
         record.payload["cells"][job.key] = cell | {"run": job.run, "adapter": adapter}
         cells = record.payload["cells"].values()
-        record.seeds = sorted({c["adapter"]["seed"] for c in cells if c["adapter"] and c["adapter"]["seed"] is not None})
+        record.seeds = sorted(
+            {c["adapter"]["seed"] for c in cells if c["adapter"] and c["adapter"]["seed"] is not None}
+        )
         record.write()
         if args.answers is not None:
             write_answers(args.answers / f"{job.key.replace('/', '_')}.json", data, replies)
         took[kind] = max(took.get(kind, 0.0), time.perf_counter() - began - elapsed)
         share = cell["correct"].count("1") / len(data.items)
-        extra = f", restored {cell['restored'].count('1') / len(data.items):.1%}" if "restored" in cell else ""
-        print(f"{job.key:26s} {share:6.1%} right{extra}, {cell['seconds_per_question'] * 1e3:.1f} ms each", flush=True)
+        extra = (
+            f", restored {cell['restored'].count('1') / len(data.items):.1%}" if "restored" in cell else ""
+        )
+        print(
+            f"{job.key:26s} {share:6.1%} right{extra}, {cell['seconds_per_question'] * 1e3:.1f} ms each",
+            flush=True,
+        )
     return record
 
 

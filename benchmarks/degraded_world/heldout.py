@@ -101,7 +101,12 @@ class HeldOut:
 
 
 def build(
-    n: int, *, seed: int = 0, conditions: Sequence[str] = CONDITIONS, cache: Path | None = None, workers: int = 0
+    n: int,
+    *,
+    seed: int = 0,
+    conditions: Sequence[str] = CONDITIONS,
+    cache: Path | None = None,
+    workers: int = 0,
 ) -> HeldOut:
     """Makes the set, on all cores, or reads its pictures from an earlier run.
 
@@ -168,7 +173,9 @@ def _ask_one(kind: str, start: int) -> tuple[Scene, Question]:
         questions = ask(scene, number, (kind,), 1)
         if questions:
             return scene, questions[0]
-    raise RuntimeError(f"no scene of seeds {start} to {start + _TRIES - 1} allows a question of kind {kind!r}")
+    raise RuntimeError(
+        f"no scene of seeds {start} to {start + _TRIES - 1} allows a question of kind {kind!r}"
+    )
 
 
 def draw_pictures(seed: int, conditions: tuple[str, ...], index: int) -> list[np.ndarray]:
@@ -180,12 +187,16 @@ def draw_pictures(seed: int, conditions: tuple[str, ...], index: int) -> list[np
 
 def degraded(clean: Image.Image, item: Item, condition: str) -> Image.Image:
     """The picture of one condition."""
-    return clean if condition == "clean" else degrade(clean, item.degradation, severity=condition, seed=item.seed)  # type: ignore[arg-type]
+    return (
+        clean
+        if condition == "clean"
+        else degrade(clean, item.degradation, severity=condition, seed=item.seed)
+    )  # type: ignore[arg-type]
 
 
-def training_statistics(count: int = 200, workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def training_statistics(count: int = 100) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel, averaged over clean training scenes."""
-    found = np.array(map_parallel(_moments, range(count), workers))
+    found = np.array([_moments(index) for index in range(count)])
     return found[:, 0].mean(0), found[:, 1].mean(0)
 
 

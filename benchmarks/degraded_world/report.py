@@ -15,23 +15,39 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import summary  # noqa: E402
-from summary import Value  # noqa: E402
-from systems import ALL, BY_NAME  # noqa: E402
+import summary
+from summary import Value
+from systems import ALL, BY_NAME
 
-from clear_adapters.errors import ClearError, ClearValueError  # noqa: E402
-from clear_adapters.results import ResultFile, read_result  # noqa: E402
-from clear_adapters.world import KINDS  # noqa: E402
+from clear_adapters.errors import ClearError, ClearValueError
+from clear_adapters.results import ResultFile, read_result
+from clear_adapters.world import KINDS
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ROOT = Path(__file__).resolve().parents[2]
+WAYS = {
+    "input": "degraded",
+    "gain_offset": "gain and offset",
+    "classical": "classical",
+    "restored": "restored",
+}
+WAYS = {
+    "input": "degraded",
+    "gain_offset": "gain and offset",
+    "classical": "classical",
+    "restored": "restored",
+}
 DIFFERENCES = (
     ("CLEAR, deciding, minus base, at high", ("clear-auto", "high"), ("base", "high")),
     ("CLEAR, deciding, minus direct LoRA, at high", ("clear-auto", "high"), ("direct", "high")),
     ("CLEAR, deciding, minus base, on clean", ("clear-auto", "clean"), ("base", "clean")),
     ("CLEAR, always minus never restoring, at high", ("clear-always", "high"), ("clear-never", "high")),
     ("gate: true clean latent minus own, at high", ("clear-clean", "high"), ("clear-always", "high")),
-    ("gate: own latent minus the degraded picture's, at high", ("clear-always", "high"), ("clear-degraded", "high")),
+    (
+        "gate: own latent minus the degraded picture's, at high",
+        ("clear-always", "high"),
+        ("clear-degraded", "high"),
+    ),
 )
 
 
@@ -104,10 +120,10 @@ def pictures(result: ResultFile, full: bool) -> str:
     if not full:
         return text
     rows = [
-        [name, str(n), *(f"{medians[w][0]:.1f} / {medians[w][1]:.2f}" for w in medians)] for name, n, medians in found
+        [name, str(n), *(f"{medians[w][0]:.1f} / {medians[w][1]:.2f}" for w in WAYS)]
+        for name, n, medians in found
     ]
-    titles = {"input": "degraded", "gain_offset": "gain and offset", "classical": "classical", "restored": "restored"}
-    return text + "\n\n" + table(["median dB / SSIM", "n", *(titles[w] for w in overall)], rows)
+    return text + "\n\n" + table(["median dB / SSIM", "n", *WAYS.values()], rows)
 
 
 def kinds(result: ResultFile) -> str:
@@ -142,7 +158,9 @@ def inserted(text: str, content: str, source: str) -> str:
         ClearValueError: it does not have each marker once, in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ClearValueError(f"{source} needs the lines {BEGIN} and {END}, each once: add them where the table goes")
+        raise ClearValueError(
+            f"{source} needs the lines {BEGIN} and {END}, each once: add them where the table goes"
+        )
     return f"{text[: text.index(BEGIN)]}{BEGIN}\n{content}\n{text[text.index(END) :]}"
 
 
@@ -166,8 +184,13 @@ def draw(result: ResultFile, path: Path) -> None:
     def line(axes: Any, values: list[Value | None], title: str, shift: float, style: str) -> None:
         there = [(i + shift, v) for i, v in enumerate(values) if v is not None]
         means = [100 * v.mean for _, v in there]
-        spread = [[100 * max(0, v.mean - v.low) for _, v in there], [100 * max(0, v.high - v.mean) for _, v in there]]
-        axes.errorbar([x for x, _ in there], means, yerr=spread, fmt=style, capsize=3, label=title, markersize=5)
+        spread = [
+            [100 * max(0, v.mean - v.low) for _, v in there],
+            [100 * max(0, v.high - v.mean) for _, v in there],
+        ]
+        axes.errorbar(
+            [x for x, _ in there], means, yerr=spread, fmt=style, capsize=3, label=title, markersize=5
+        )
 
     names = summary.measured(p)
     for n, name in enumerate(names):
@@ -191,10 +214,14 @@ def draw(result: ResultFile, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes figure and READMEs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("result", type=Path)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="gets the main table")
-    parser.add_argument("--full", type=Path, default=ROOT / "benchmarks" / "README.md", help="gets all tables")
+    parser.add_argument(
+        "--full", type=Path, default=ROOT / "benchmarks" / "README.md", help="gets all tables"
+    )
     parser.add_argument("--print", action="store_true", help="print all tables and write the figure only")
     args = parser.parse_args(arguments)
     try:

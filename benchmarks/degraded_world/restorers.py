@@ -33,7 +33,13 @@ def ssim(image: np.ndarray, truth: np.ndarray) -> float:
 
     return float(
         structural_similarity(
-            image, truth, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+            image,
+            truth,
+            channel_axis=2,
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
         )
     )
 
@@ -78,7 +84,9 @@ def measure(
     Returns:
         By way, then `psnr` and `ssim`: one number a picture.
     """
-    rows = map_parallel(partial(_measure_one, statistics), list(zip(clean, poor, restored, strict=True)), workers)
+    rows = map_parallel(
+        partial(_measure_one, statistics), list(zip(clean, poor, restored, strict=True)), workers
+    )
     return {
         way: {
             "psnr": [round(row[way][0], 3) for row in rows],
@@ -88,7 +96,9 @@ def measure(
     }
 
 
-def _measure_one(statistics: tuple[np.ndarray, np.ndarray], row: tuple[Any, ...]) -> dict[str, tuple[float, float]]:
+def _measure_one(
+    statistics: tuple[np.ndarray, np.ndarray], row: tuple[Any, ...]
+) -> dict[str, tuple[float, float]]:
     cv2.setNumThreads(1)
     clean, poor, restored = (np.array(x) for x in row)
     size = (restored.shape[1], restored.shape[0])

@@ -41,6 +41,8 @@ def draw_sheet(
             tile = Image.fromarray(np.asarray(pixels)).resize((TILE, TILE), Image.Resampling.BICUBIC)
             sheet.paste(tile, (left + column * TILE, top))
         before, after = ways["input"]["psnr"][index], ways["restored"]["psnr"][index]
-        pen.text((left + 4, top + TILE + 5), f"{name}: {before:.1f} to {after:.1f} dB", fill="black", font=font)
+        pen.text(
+            (left + 4, top + TILE + 5), f"{name}: {before:.1f} to {after:.1f} dB", fill="black", font=font
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)

@@ -34,7 +34,9 @@ def ones(bits: str) -> np.ndarray:
     return np.array([float(b) for b in bits])
 
 
-def runs_of(payload: Mapping[str, Any], system: str, condition: str, field: str = "correct") -> np.ndarray | None:
+def runs_of(
+    payload: Mapping[str, Any], system: str, condition: str, field: str = "correct"
+) -> np.ndarray | None:
     """(runs, N): one row an adapter; None where nothing was measured."""
     cells = [c for c in payload["cells"].values() if c["system"] == system and c["condition"] == condition]
     rows = [ones(c[field]) for c in sorted(cells, key=lambda c: c["run"]) if field in c]
@@ -50,7 +52,9 @@ def share(rows: np.ndarray) -> Value:
     return Value(float(rows.mean()), low, high, len(rows))
 
 
-def accuracy(payload: Mapping[str, Any], system: str, condition: str, kind: str | None = None) -> Value | None:
+def accuracy(
+    payload: Mapping[str, Any], system: str, condition: str, kind: str | None = None
+) -> Value | None:
     """Share of right answers, of one kind of question or of all."""
     rows = runs_of(payload, system, condition)
     if rows is None:
@@ -110,7 +114,8 @@ def restorations(payload: Mapping[str, Any]) -> list[tuple[str, int, dict[str, t
     for name in (*sorted(set(names)), "all"):
         of = np.ones(len(names), bool) if name == "all" else names == name
         medians = {
-            way: tuple(float(np.median(np.array(values[m])[of])) for m in ("psnr", "ssim")) for way, values in ways.items()
+            way: tuple(float(np.median(np.array(values[m])[of])) for m in ("psnr", "ssim"))
+            for way, values in ways.items()
         }
         rows.append((str(name), int(of.sum()), medians))
     return rows  # type: ignore[return-value]

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from clear_adapters.adapter import AttachedModel
     from clear_adapters.engine import Reply
 
-WARNING = "The picture may be degraded: blurred, noisy, dark, compressed or painted over. Look closely.\n{question}"
+WARNING = (
+    "The picture may be degraded: blurred, noisy, dark, compressed or painted over. Look closely.\n{question}"
+)
 SIGN = "What does the sign say?"
 ENDS = ("clean", "high")
 ALL = ("clean", "low", "mid", "high")
@@ -56,8 +58,20 @@ SYSTEMS = (
     System("clear-auto", "CLEAR, deciding", "clear", ALL, every_seed=True),
     System("clear-always", "CLEAR, always restoring", "clear", restore="always"),
     System("clear-never", "CLEAR, never restoring", "clear", restore="never"),
-    System("clear-degraded", "control: latent of the degraded picture", "clear", restore="always", latent_from="degraded"),
-    System("clear-clean", "control: latent of the true clean picture", "clear", restore="always", latent_from="clean"),
+    System(
+        "clear-degraded",
+        "control: latent of the degraded picture",
+        "clear",
+        restore="always",
+        latent_from="degraded",
+    ),
+    System(
+        "clear-clean",
+        "control: latent of the true clean picture",
+        "clear",
+        restore="always",
+        latent_from="clean",
+    ),
 )
 BY_NAME = {s.name: s for s in SYSTEMS}
 

@@ -24,7 +24,7 @@ from clear_adapters.transcript import (
     Transcript,
 )
 
-Path_ = Literal["direct", "restore", "always", "declined", "recorded", "plain"]
+TracePath = Literal["direct", "restore", "always", "declined", "recorded", "plain"]
 
 CONDITIONS = {
     "lens_blur": "blurred",
@@ -88,7 +88,7 @@ def condition(example: Example) -> str:
     return f"Badly {word}."
 
 
-def choose_path(example: Example, settings: TraceSettings, rng: random.Random, psnr: float | None) -> Path_:
+def choose_path(example: Example, settings: TraceSettings, rng: random.Random, psnr: float | None) -> TracePath:
     """Which way the trace goes; the same number of draws for every example.
 
     Args:
@@ -116,7 +116,7 @@ def choose_path(example: Example, settings: TraceSettings, rng: random.Random, p
 def build_transcript(
     example: Example,
     protocol: Protocol,
-    path: Path_,
+    path: TracePath,
     *,
     image: object,
     clean: object = None,
@@ -151,7 +151,7 @@ def build_transcript(
     return Transcript(segments)
 
 
-def _reply(example: Example, path: Path_, clean: object) -> list[Segment]:
+def _reply(example: Example, path: TracePath, clean: object) -> list[Segment]:
     state = condition(example)
     answer = f"<answer>{example.answer}</answer>"
     second = f"<think>{example.fact}</think>\n{answer}"
