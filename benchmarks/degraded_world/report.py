@@ -31,12 +31,6 @@ WAYS = {
     "classical": "classical",
     "restored": "restored",
 }
-WAYS = {
-    "input": "degraded",
-    "gain_offset": "gain and offset",
-    "classical": "classical",
-    "restored": "restored",
-}
 DIFFERENCES = (
     ("CLEAR, deciding, minus base, at high", ("clear-auto", "high"), ("base", "high")),
     ("CLEAR, deciding, minus direct LoRA, at high", ("clear-auto", "high"), ("direct", "high")),

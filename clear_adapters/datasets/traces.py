@@ -88,7 +88,9 @@ def condition(example: Example) -> str:
     return f"Badly {word}."
 
 
-def choose_path(example: Example, settings: TraceSettings, rng: random.Random, psnr: float | None) -> TracePath:
+def choose_path(
+    example: Example, settings: TraceSettings, rng: random.Random, psnr: float | None
+) -> TracePath:
     """Which way the trace goes; the same number of draws for every example.
 
     Args:

@@ -15,6 +15,7 @@ import yaml
 from clear_adapters.config import LoraSettings
 from clear_adapters.errors import ClearError, ClearValueError, unknown_name
 from clear_adapters.prompts import get_protocol
+from clear_adapters.sampling import LatentSampling, TextSampling
 from clear_adapters.training.sft import SftSettings
 
 STAGES = ("sft",)
@@ -127,6 +128,8 @@ class Recipe:
         optim: how weights are moved.
         loop: how long, and in which portions.
         sft: settings of stage 1.
+        text: how the adapter's text is sampled where a call does not say.
+        latent: how its restorations are.
 
     Raises:
         ClearValueError: a stage that does not exist.
@@ -139,6 +142,8 @@ class Recipe:
     optim: OptimSettings = field(default_factory=OptimSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
     sft: SftSettings = field(default_factory=SftSettings)
+    text: TextSampling = field(default_factory=TextSampling)
+    latent: LatentSampling = field(default_factory=LatentSampling)
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -223,6 +228,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     known = _paths(Recipe)
     inside = [k for k in ("lora.groups", "lora.alpha") if key.startswith(k + ".")]
     full = [key] if key in known or inside else [k for k in known if k.rpartition(".")[2] == key]
+    if len(full) > 1:
+        # `steps` means those of the training: sampling settings are written with their section.
+        full = [k for k in full if not k.startswith(("text.", "latent."))] or full
     if len(full) > 1:
         raise ClearValueError(f"override {override!r}: {key} may be {' or '.join(full)}; write one of them")
     if not full:
