@@ -1,7 +1,7 @@
 """The latent bridge: a restoration's latent as embeddings that the language model reads as context.
 
 It starts as the backbone's own way back in (BAGEL: `vae2llm` at t = 0) and adds a residual that is zero at first,
-so an untrained bridge changes nothing (DESIGN.md section 6, invariant 6). The released code has no bridge weights
+so an untrained bridge changes nothing. The released code has no bridge weights
 at all; a residual lets stage 2 train the reading without moving what the generator shares with it.
 """
 

@@ -348,7 +348,7 @@ class Rollout:
             yield Estimated(list(batch.rows), estimates, step, total)
 
     def _guidance(self, batch: _Batch) -> tuple[Context | None, Context | None]:
-        """The contexts without this thought, and without any picture or restoration (METHOD.md 1.7, corrected)."""
+        """The contexts without this thought, and without any picture or restoration; the released code keeps them in the latter."""
         latent, backbone = self._task.latent, self._backbone
         text = batch.before if latent.guidance_text > 1 else None
         if latent.guidance_image <= 1:

@@ -254,6 +254,12 @@ def test_bad_input_is_one_clear_line(toy, photo, tmp_path, case):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(("name", "question"), [("nothing.png", QUESTION), ("photo.png", "")])
+def test_picture_and_question_are_checked_before_a_model_is_loaded(photo, monkeypatch, name, question):
+    monkeypatch.setattr("clear_adapters.cli._attach", lambda *_: pytest.fail("a model was loaded"))
+    call("answer", photo.with_name(name), question, code=2)
+
+
 def test_debug_lets_the_error_through(photo, tmp_path):
     result = CliRunner().invoke(main, ["--debug", "degrade", str(photo), str(tmp_path / "o.xyz")])
     assert isinstance(result.exception, ClearValueError)

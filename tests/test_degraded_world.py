@@ -73,6 +73,7 @@ def test_the_set_is_balanced_seeded_and_held_out():
         items[0][0].text != heldout.draw_item(1, 0)[0].text
         or items[0][0].seed != heldout.draw_item(1, 0)[0].seed
     )
+    assert all(i.score(i.truth) is True for i, _ in items)
     pairs = [i for i, _ in items if i.kind == "pair"]
     assert pairs[0].text == pairs[1].text
     assert pairs[0].truth != pairs[1].truth

@@ -300,6 +300,19 @@ def test_controls_read_what_they_say(backbone, script):
     assert base.segments[-1].ids[0] != again.segments[-1].ids[0] or difference.abs() > 1e-4
 
 
+def test_controls_of_groups_read_their_own_picture(backbone, script):
+    clean = [picture(20 + i, image.size) for i, image in enumerate(IMAGES)]
+    for latent_from, own in (("degraded", IMAGES), ("clean", clean)):
+        script({1: [ANSWER], **{seed: [ASK, ANSWER] for seed in range(2, 7)}})
+        found = make_engine(backbone).rollout(
+            IMAGES, QUESTIONS, seeds=range(1, 7), group=2, latent_from=latent_from, clean_images=clean
+        )
+        assert not found[0].restorations
+        for row, transcript in enumerate(found[1:], start=1):
+            expected = backbone.encode_images([backbone.prepare(own[row // 2])])[0]
+            torch.testing.assert_close(transcript.restorations[0].restoration.latent, expected.latent)
+
+
 def test_the_bridge_is_read_through(backbone, script):
     bridge = LatentBridge(BridgeConfig(backbone.latent_width, backbone.width))
     results = []

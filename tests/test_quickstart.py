@@ -54,6 +54,31 @@ def test_rows_are_seeded_held_out_and_various():
         assert not row.is_right("nonsense")
 
 
+def test_counts_are_compared_as_numbers_and_signs_as_texts():
+    rows = {r.question.kind: r for r in sample_rows(8, 0)}
+    count, sign = rows["spatial"], rows["reading"]
+    count.question = replace(count.question, answer="3", options=())
+    sign.question = replace(sign.question, answer="07")
+    assert count.is_right("three")
+    assert sign.is_right("07")
+    assert not sign.is_right("7")
+
+
+def test_pictures_are_degraded_as_their_row_says(monkeypatch):
+    seen = []
+
+    def spy(image, name, *, severity, seed):
+        seen.append((name, severity, seed))
+        return image
+
+    monkeypatch.setattr("clear_adapters.quickstart.degrade", spy)
+    rows = sample_rows(8, 0)
+    assert [(n, s) for n, s, _ in seen] == [
+        (r.degradation, r.severity) for r in rows if r.severity != "clean"
+    ]
+    assert len({seed for _, _, seed in seen}) == 7
+
+
 def test_a_whole_quick_start(toy, tmp_path):
     out = Console(file=io.StringIO(), width=120)
     sheet, rows_file = tmp_path / "new" / "sheet.png", tmp_path / "rows.json"

@@ -25,8 +25,9 @@ TURNS = {
     3: [[5, ASK], [1, ASK], [3, ANSWER]],
     4: [[80]],
     5: [[1, ASK], [1, ASK], [2, ASK], [3, ANSWER]],
+    6: [[ASK, 20]],
 }
-SEEDS = list(TURNS)
+SEEDS = [1, 2, 3, 4, 5]
 IMAGES = [picture(i, size) for i, size in enumerate([(64, 48), (40, 64), (64, 64), (33, 50), (64, 48)])]
 QUESTIONS = ["What?", "Which colour is it?", "Who?", "How many are there, and where?", "é?"]
 
@@ -127,6 +128,17 @@ def test_greedy_groups_and_the_sum_over_dimensions(backbone, bridge):
         # Within the tolerance for each of the N x C dimensions that the sum runs over.
         size = IMAGES[0].size[0] * IMAGES[0].size[1] // 256 * backbone.latent_width
         torch.testing.assert_close(steps / size, recorded_latent(t) / size, atol=TOLERANCE, rtol=0)
+
+
+def test_a_turn_that_was_cut_off_is_closed(backbone, bridge):
+    """The limit falls behind a request: the block is closed unscored, and what follows stands behind that."""
+    own = engine(backbone, bridge, text=dataclasses.replace(TEXT, max_new_tokens=len(ASK) + 4))
+    transcripts = own.rollout(IMAGES[:2], QUESTIONS[:2], seeds=[6, 2])
+    cut = transcripts[0].segments[3]
+    assert len(cut.ids) == len(cut.logprobs) == len(ASK) + 4
+    assert cut.ids[-1] != backbone.end_id
+    assert len(transcripts[0].restorations) == 1
+    agree(own, transcripts)
 
 
 def test_without_the_bridge_or_at_another_temperature_it_differs(backbone, bridge):

@@ -4,7 +4,7 @@
 
 First the autoencoder, then the network on three kinds of rows, side by side in every step: questions and
 descriptions of a picture (understanding), a picture from its description (drawing), and editing or completing a
-picture (the picture as latent and as patches, then noised copies of the result). STUDY notes behind the choices:
+picture (the picture as latent and as patches, then noised copies of the result). Behind the choices:
 questions alone do not start to learn, so descriptions are in every row; a base that cannot draw cannot restore,
 so every step draws as well, several noised copies to a row.
 

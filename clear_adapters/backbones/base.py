@@ -256,7 +256,7 @@ class ImagePiece:
 
 @dataclass
 class LatentPiece:
-    """A restoration in a row, in one of its three ways of standing (DESIGN.md section 5, METHOD.md 1.4).
+    """A restoration in a row, in one of its three ways of standing (paper, section 3.2).
 
     Attributes:
         latent: (N, C) float32, or None when it is to be encoded from `image`.

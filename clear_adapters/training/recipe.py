@@ -234,7 +234,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     if len(full) > 1:
         raise ClearValueError(f"override {override!r}: {key} may be {' or '.join(full)}; write one of them")
     if not full:
-        short = {k.rpartition(".")[2]: k for k in known}
+        short = {k.rpartition(".")[2]: k for k in reversed(known)}  # the first section wins
         close = difflib.get_close_matches(key, [*known, *short], n=3)
         raise unknown_name(
             "recipe key",

@@ -1,4 +1,4 @@
-"""Stage 1: supervised tuning on traces (METHOD.md section 1.4).
+"""Stage 1: supervised tuning on traces (paper, section 3.2).
 
 Cross-entropy on SAMPLED text, and flow matching on noised copies of the clean picture that nothing later sees; what
 follows a restoration reads the clean latent. Supervised text is never dropped, unlike in the released code. Both

@@ -1,4 +1,4 @@
-"""Rows of pieces laid out as one `PackedBatch`: blocks, positions, visibility, as in METHOD.md section 1.4."""
+"""Rows of pieces laid out as one `PackedBatch`: blocks, positions, visibility."""
 
 from __future__ import annotations
 
