@@ -56,7 +56,9 @@ def ids(name: str) -> list[torch.Tensor]:
 def next_logits(backbone: BagelBackbone, context: Context) -> torch.Tensor:
     feed = torch.full((context.rows,), backbone.marks.start)
     with torch.no_grad():
-        return backbone.model.logits(backbone._feed(context, feed, torch.ones(context.rows, dtype=torch.bool)).und)
+        return backbone.model.logits(
+            backbone._feed(context, feed, torch.ones(context.rows, dtype=torch.bool)).und
+        )
 
 
 def greedy(backbone: BagelBackbone, context: Context, n: int) -> list[int]:
@@ -83,7 +85,9 @@ def test_autoencoder(backbone, image, expected):
     [latent] = backbone.encode_images([image])
     z = latent.latent.view(1, 4, 3, 2, 2, 16).permute(0, 5, 1, 3, 2, 4).reshape(16, 8, 6)
     close(z, expected["vae_latent"])
-    close(decode_tokens(backbone.autoencoder, latent.latent, (4, 3), 2)[0], expected["vae_recon"].clamp(-1, 1))
+    close(
+        decode_tokens(backbone.autoencoder, latent.latent, (4, 3), 2)[0], expected["vae_recon"].clamp(-1, 1)
+    )
 
 
 @pytest.mark.parametrize("stage", ["system", "image", "question"])
@@ -100,7 +104,9 @@ def velocities(backbone, contexts, expected, t):
     valid = torch.ones(1, 12, dtype=torch.bool)
     x = expected["in.noise"][None]
     with torch.no_grad():
-        return [backbone._velocity(contexts[k], x, places, valid, t)[0] for k in ("think", "question", "no_image")]
+        return [
+            backbone._velocity(contexts[k], x, places, valid, t)[0] for k in ("think", "question", "no_image")
+        ]
 
 
 def test_velocity_and_guidance(backbone, contexts, expected):

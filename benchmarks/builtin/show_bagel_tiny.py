@@ -37,7 +37,10 @@ def main() -> None:
     scenes = [sample_scene(500_000 + i, "heldout") for i in range(10)]
     clean = [Image.fromarray(picture(s)) for s in scenes]
     sampling = LatentSampling(steps=30, guidance_text=1, guidance_image=1, shift=1.5)
-    columns = [clean, [backbone.decode(r)[0] for r in backbone.encode_images([backbone.prepare(c) for c in clean])]]
+    columns = [
+        clean,
+        [backbone.decode(r)[0] for r in backbone.encode_images([backbone.prepare(c) for c in clean])],
+    ]
 
     def draw(images: list[Image.Image] | None, texts: list[str]) -> list[Image.Image]:
         context = backbone.start(len(texts), list(range(len(texts))))
@@ -56,7 +59,10 @@ def main() -> None:
         masked.append(Image.fromarray(array))
     columns += [masked, draw(masked, [COMPLETE] * len(masked))]
     edits = [sample_edit(s, 3 + i) for i, s in enumerate(scenes)]
-    columns += [draw(clean, [e.instruction for e in edits]), [Image.fromarray(picture(e.after)) for e in edits]]
+    columns += [
+        draw(clean, [e.instruction for e in edits]),
+        [Image.fromarray(picture(e.after)) for e in edits],
+    ]
     for name, column, truth in (
         ("autoencoder", columns[1], clean),
         ("from description", columns[2], clean),
@@ -65,7 +71,9 @@ def main() -> None:
         ("unedited input", clean, columns[6]),
         ("edited", columns[5], columns[6]),
     ):
-        print(f"{name:18s} {np.median([psnr(a, b) for a, b in zip(column, truth, strict=True)]):.2f} dB median of {len(clean)}")
+        print(
+            f"{name:18s} {np.median([psnr(a, b) for a, b in zip(column, truth, strict=True)]):.2f} dB median of {len(clean)}"
+        )
     sheet = Image.new("RGB", (128 * len(columns), 128 * len(clean)))
     for x, column in enumerate(columns):
         for y, image in enumerate(column):

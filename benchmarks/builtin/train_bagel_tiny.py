@@ -33,7 +33,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pool import CAPTION, COMPLETE, END, INSTRUCTION, SIDE, START, TEXT, Pool, edit_item, heldout_item, to_ids, train_item
+from pool import (
+    CAPTION,
+    COMPLETE,
+    END,
+    INSTRUCTION,
+    SIDE,
+    START,
+    TEXT,
+    Pool,
+    edit_item,
+    heldout_item,
+    to_ids,
+    train_item,
+)
 
 from clear_adapters.backbones.bagel.autoencoder import encode_pixels
 from clear_adapters.backbones.bagel.backbone import BagelBackbone
@@ -67,7 +80,9 @@ def disturb(pixels: Tensor) -> Tensor:
     n = pixels.shape[0]
     one = (n, 1, 1, 1)
     device = pixels.device
-    gain = torch.where(torch.rand(one, device=device) < 0.3, torch.rand(one, device=device), torch.ones(one, device=device))
+    gain = torch.where(
+        torch.rand(one, device=device) < 0.3, torch.rand(one, device=device), torch.ones(one, device=device)
+    )
     noise = torch.where(torch.rand(one, device=device) < 0.3, 0.6 * torch.rand(one, device=device), 0.0)
     out = ((pixels + 1) * gain - 1 + noise * torch.randn_like(pixels)).clamp(-1, 1)
     flip = torch.rand(one, device=device) < 0.5
@@ -92,7 +107,9 @@ def mask_parts(pixels: Tensor, chosen: Tensor, rectangles: int = 3) -> Tensor:
     return torch.where((covered & chosen[:, None, None])[:, None], value, pixels)
 
 
-def train_autoencoder(autoencoder: nn.Module, pool: Pool, args: argparse.Namespace, device: torch.device) -> float:
+def train_autoencoder(
+    autoencoder: nn.Module, pool: Pool, args: argparse.Namespace, device: torch.device
+) -> float:
     """L1 + L2 with a light KL; then scale and shift of the latents. Returns the PSNR on held-back scenes."""
     autoencoder.requires_grad_(True).train()
     rate = torch.tensor(0.0, device=device)
@@ -111,7 +128,9 @@ def train_autoencoder(autoencoder: nn.Module, pool: Pool, args: argparse.Namespa
             posterior = autoencoder.encode(pixels).latent_dist
             out = autoencoder.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
         error = out.float() - pixels
-        dx = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        dx = (error[..., 1:] - error[..., :-1]).abs().mean() + (
+            error[..., 1:, :] - error[..., :-1, :]
+        ).abs().mean()
         kl = (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         square = (error**2).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -241,14 +260,21 @@ class Layouts:
         inside = {first + i for first, *_ in gen for i in range(N)}
         key = (length, *(g[0] for g in gen))
         rows = torch.arange(b, device=self.device)[:, None] * length
-        und_columns = self.constant((key, "und"), lambda: torch.tensor([i for i in range(length) if i not in inside]))
+        und_columns = self.constant(
+            (key, "und"), lambda: torch.tensor([i for i in range(length) if i not in inside])
+        )
         gen_columns = self.constant((key, "gen"), lambda: torch.tensor(sorted(inside), dtype=torch.int64))
         latents = torch.cat([g[1] for g in gen], 1) if gen else torch.zeros(b, 0, 64, device=self.device)
-        time_ = torch.cat([g[2][:, None].expand(b, N) for g in gen], 1) if gen else torch.zeros(b, 0, device=self.device)
+        time_ = (
+            torch.cat([g[2][:, None].expand(b, N) for g in gen], 1)
+            if gen
+            else torch.zeros(b, 0, device=self.device)
+        )
         asked = [k for k, g in enumerate(gen) if g[3]]
         per_row = len(gen) * N
         velocity_at = self.constant(
-            (key, "velocity"), lambda: torch.tensor([k * N + i for k in asked for i in range(N)], dtype=torch.int64)
+            (key, "velocity"),
+            lambda: torch.tensor([k * N + i for k in asked for i in range(N)], dtype=torch.int64),
         )
         velocity_at = (torch.arange(b, device=self.device)[:, None] * per_row + velocity_at).flatten()
         flat = torch.zeros(0, device=self.device)
@@ -278,7 +304,9 @@ class Layouts:
             target=target,
         )
 
-    def understanding(self, pool: dict[str, Tensor], index: Tensor, version: Tensor, modes: Tensor) -> tuple[PackedBatch, Tensor, Tensor]:
+    def understanding(
+        self, pool: dict[str, Tensor], index: Tensor, version: Tensor, modes: Tensor
+    ) -> tuple[PackedBatch, Tensor, Tensor]:
         """Pictures with question branches. Modes: 0 patches, 1 latent, 2 both.
 
         All text places are asked for; the target is -1 where nothing is scored. Also gives each place's row and branch.
@@ -326,7 +354,11 @@ class Layouts:
         for _ in range(copies):
             b = len(clean)
             u = torch.rand(b, device=self.device)
-            t = torch.where(torch.rand(b, device=self.device) < 0.3, u, torch.sigmoid(torch.randn(b, device=self.device) + 0.3))
+            t = torch.where(
+                torch.rand(b, device=self.device) < 0.3,
+                u,
+                torch.sigmoid(torch.randn(b, device=self.device) + 0.3),
+            )
             e = torch.randn_like(clean)
             found.append(((1 - t[:, None, None]) * clean + t[:, None, None] * e, t))
             targets.append(e - clean)
@@ -343,12 +375,25 @@ class Layouts:
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
         return self.batch([text, self.noised_blocks(b, copies, after)], gen, None, none, none, target)
 
-    def editing(self, edits: dict[str, Tensor], scenes: dict[str, Tensor], index: Tensor, other: Tensor, copies: int, encode) -> PackedBatch:  # noqa: ANN001
+    def editing(
+        self,
+        edits: dict[str, Tensor],
+        scenes: dict[str, Tensor],
+        index: Tensor,
+        other: Tensor,
+        copies: int,
+        encode,
+    ) -> PackedBatch:
         """Half edits, half pictures with parts missing; patches are dropped in three rows of ten."""
         half = len(index)
         before = to_pixels(torch.cat((edits["picture"][index], scenes["picture"][other])))
         b = len(before)
-        before = torch.cat((before[:half], mask_parts(before[half:], torch.ones(b - half, dtype=torch.bool, device=self.device))))
+        before = torch.cat(
+            (
+                before[:half],
+                mask_parts(before[half:], torch.ones(b - half, dtype=torch.bool, device=self.device)),
+            )
+        )
         condition = torch.cat((edits["latent"][index].float(), encode(before[half:])))
         clean = torch.cat((edits["after_latent"][index], scenes["latent"][other])).float()
         ids = torch.full((b, INSTRUCTION), -1, dtype=torch.int64, device=self.device)
@@ -377,7 +422,9 @@ class Layouts:
 
 
 @torch.no_grad()
-def accuracy(backbone: BagelBackbone, layouts: Layouts, pool: dict[str, Tensor], mode: int, rows: int) -> dict[str, float]:
+def accuracy(
+    backbone: BagelBackbone, layouts: Layouts, pool: dict[str, Tensor], mode: int, rows: int
+) -> dict[str, float]:
     """Share of held-out answers whose every token is the likeliest, by kind: greedy decoding would write them."""
     right = torch.zeros(len(KINDS) + 1, device=layouts.device)
     seen = torch.zeros_like(right)
@@ -430,10 +477,14 @@ class Resident:
         for source, name in (("picture", "latent"), ("after", "after_latent")):
             if source in self.table:
                 if name not in self.table:
-                    self.table[name] = torch.zeros(self.pool.size, N, 64, dtype=torch.float16, device=self.device)
+                    self.table[name] = torch.zeros(
+                        self.pool.size, N, 64, dtype=torch.float16, device=self.device
+                    )
                 for first in range(self.have, ready, 512):
                     part = self.table[source][first : min(first + 512, ready)]
-                    self.table[name][first : first + len(part)] = encode_pixels(self.autoencoder, part.permute(0, 3, 1, 2), 2)
+                    self.table[name][first : first + len(part)] = encode_pixels(
+                        self.autoencoder, part.permute(0, 3, 1, 2), 2
+                    )
         self.have = ready
         self.ready.fill_(ready)
 
@@ -456,12 +507,16 @@ def main() -> None:
     parser.add_argument("--vae-batch", type=int, default=96)
     parser.add_argument("--vae-lr", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=8_000)
-    parser.add_argument("--rows", type=int, nargs=3, default=(160, 24, 48), help="understanding, drawing, editing")
+    parser.add_argument(
+        "--rows", type=int, nargs=3, default=(160, 24, 48), help="understanding, drawing, editing"
+    )
     parser.add_argument("--copies", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop (and save) after this long")
     parser.add_argument("--resume", type=Path, help="folder of an earlier run's state files")
-    parser.add_argument("--autoencoder", type=Path, help="folder of an earlier run whose autoencoder is taken over")
+    parser.add_argument(
+        "--autoencoder", type=Path, help="folder of an earlier run whose autoencoder is taken over"
+    )
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     started = time.time()
@@ -503,7 +558,10 @@ def main() -> None:
         load_state(source, model if args.resume else None, autoencoder)
     else:
         notes["vae_psnr"] = train_autoencoder(autoencoder, scenes, args, device)
-        print(f"autoencoder: {notes['vae_psnr']:.2f} dB, scale {autoencoder.config.scaling_factor:.4f}", flush=True)
+        print(
+            f"autoencoder: {notes['vae_psnr']:.2f} dB, scale {autoencoder.config.scaling_factor:.4f}",
+            flush=True,
+        )
     tables = [Resident(p, device, autoencoder) for p in (scenes, edits, heldout)]
     print(f"first data resident after {time.time() - started:.0f}s", flush=True)
     layouts = Layouts(backbone, device)
@@ -617,8 +675,15 @@ def train(
     for p, a in zip(weights, average, strict=True):
         p.data.copy_(a)
     model.eval()
-    notes["heldout"] = {m: accuracy(backbone, layouts, heldout.table, i, 1024) for i, m in enumerate(("patches", "latent", "both"))}
-    notes |= {"steps": step, "train_seconds": time.time() - train_started, "args": {k: str(v) for k, v in vars(args).items()}}
+    notes["heldout"] = {
+        m: accuracy(backbone, layouts, heldout.table, i, 1024)
+        for i, m in enumerate(("patches", "latent", "both"))
+    }
+    notes |= {
+        "steps": step,
+        "train_seconds": time.time() - train_started,
+        "args": {k: str(v) for k, v in vars(args).items()},
+    }
     if device.type == "cuda":
         notes["device"] = torch.cuda.get_device_name()
         notes["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
