@@ -78,9 +78,12 @@ class TraceSettings:
 
 def condition(example: Example) -> str:
     """The state of the picture in two or three words, at most 30 bytes of them."""
-    if example.degradation is None or example.intensity <= 0:
+    if example.degradation is None:
         return "Clear."
     word = CONDITIONS.get(example.degradation, "degraded")
+    if example.intensity <= 0:
+        # A record that names the degradation but not how strong it is.
+        return f"{word.capitalize()}."
     if example.intensity < _MILD:
         return f"Slightly {word}."
     if example.intensity < _STRONG:

@@ -119,7 +119,13 @@ class BagelBackbone(Backbone):
                 f"quantization={quantization!r}: backbone 'bagel' has no quantized loading; leave it out"
             )
         where = torch.device(device) if device is not None else torch.device("cpu")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{folder} has no tokenizer that can be read: {error}. A BAGEL folder holds tokenizer.json (or "
+                "vocab.json and merges.txt); download it again if files are missing"
+            ) from error
         model, autoencoder = load_checkpoint(Path(folder), dtype, where)
         return cls(model, autoencoder, tokenizer)
 
@@ -152,7 +158,9 @@ class BagelBackbone(Backbone):
         return self.marks.end
 
     def encode_text(self, text: str) -> Tensor:
-        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
+        # A mark that stands in somebody's text is text: read as a token it would end the block.
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return torch.tensor(ids, dtype=torch.int64)
 
     def decode_text(self, ids: Tensor | Sequence[int]) -> str:
         values = ids.tolist() if isinstance(ids, Tensor) else list(ids)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -45,6 +45,7 @@ def load_checkpoint(
     where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
+        _check_whole(file)
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 if name in where:
@@ -67,6 +68,17 @@ def load_checkpoint(
                 tensor = fit_shape(name, opened.get_tensor(name))
                 _place(root, path, tensor if dtype is None else tensor.to(dtype))
     return model.eval(), autoencoder.eval().requires_grad_(False)
+
+
+def _check_whole(file: Path) -> None:
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file ({error}): the download was cut off, or it is another kind of "
+            "file; get it again"
+        ) from error
 
 
 def _check(

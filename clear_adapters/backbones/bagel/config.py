@@ -121,8 +121,10 @@ class BagelConfig:
             )
         sizes: dict[str, Any] = {}
         if (folder / "preprocessor_config.json").is_file():
-            found = _read(folder / "preprocessor_config.json", ("vae", "vit"))
-            sizes = {"vae_resize": Resize(**found["vae"]), "vit_resize": Resize(**found["vit"])}
+            found = _read(folder / "preprocessor_config.json", ())
+            # A file of that name may come from another library: without these keys it is not ours to read.
+            if isinstance(found.get("vae"), dict) and isinstance(found.get("vit"), dict):
+                sizes = {"vae_resize": Resize(**found["vae"]), "vit_resize": Resize(**found["vit"])}
         prefix = "vit_model.vision_model.encoder.layers."
         layers = {int(k[len(prefix) :].split(".")[0]) for k in shapes if k.startswith(prefix)}
         if (
