@@ -274,3 +274,11 @@ def test_the_build_checks_its_settings(tmp_path):
     (tmp_path / "b" / "mine.txt").write_text("x")
     with pytest.raises(ClearValueError, match="not empty"):
         build(tmp_path / "b", 10)
+
+
+def test_no_trace_restores_what_it_calls_clear():
+    """Rows without a named degradation used to say that the picture is clear and then restore it."""
+    example = dataclasses.replace(EXAMPLE, degradation=None, psnr=12.0)
+    for path in ("restore", "declined"):
+        transcript = build_transcript(example, get_protocol("tiny"), path, image="i", clean="c")
+        assert "Clear." not in transcript.reply

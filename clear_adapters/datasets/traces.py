@@ -158,6 +158,9 @@ def build_transcript(
 
 def _reply(example: Example, path: TracePath, clean: object) -> list[Segment]:
     state = condition(example)
+    if path != "direct" and state == "Clear.":
+        # Nobody restores what he calls clear: an unnamed degradation, or a restoration tried for its own sake.
+        state = "Unsure."
     answer = f"<answer>{example.answer}</answer>"
     second = f"<think>{example.fact}</think>\n{answer}"
     if path == "direct":
