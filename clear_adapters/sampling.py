@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from clear_adapters.errors import ClearValueError
 
+Time = TypeVar("Time", float, Tensor)
 Renorm = Literal["global", "channel", "text_channel", "none"]
 RENORMS: tuple[str, ...] = ("global", "channel", "text_channel", "none")
 
@@ -221,7 +222,7 @@ def flow_schedule(steps: int, shift: float) -> list[float]:
     return [shift * t / (1 + (shift - 1) * t) for t in even]
 
 
-def shift_time(t: Tensor, shift: float) -> Tensor:
+def shift_time(t: Time, shift: float) -> Time:
     """The same movement of training times."""
     return shift * t / (1 + (shift - 1) * t)
 

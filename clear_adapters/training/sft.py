@@ -22,7 +22,7 @@ from clear_adapters.datasets.traces import TraceSettings, build_transcript, choo
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import Protocol
 from clear_adapters.replay import pieces
-from clear_adapters.sampling import RowRandom
+from clear_adapters.sampling import RowRandom, shift_time
 from clear_adapters.training.objective import Draw, Objective
 
 
@@ -119,8 +119,7 @@ class SftObjective(Objective):
         return None if clean is None else self.backbone.prepare(clean)
 
     def _time(self, rng: random.Random) -> float:
-        s, u = self.settings.timestep_shift, 1 / (1 + math.exp(-rng.gauss(0, 1)))
-        return s * u / (1 + (s - 1) * u)
+        return shift_time(1 / (1 + math.exp(-rng.gauss(0, 1))), self.settings.timestep_shift)
 
     def collate(self, draws: Sequence[Draw]) -> dict[str, Any]:
         """Packs draws; see `Objective.collate`."""

@@ -39,28 +39,6 @@ def is_autoencoder_key(name: str) -> bool:
     return name.startswith(_SIDES)
 
 
-def to_diffusers_key(name: str, levels: int) -> str:
-    """The official name (`decoder.up.0.block.1.conv1.weight`) in diffusers' words."""
-    name = name.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
-    name = re.sub(r"encoder\.down\.(\d+)\.block\.(\d+)", r"encoder.down_blocks.\1.resnets.\2", name)
-    name = re.sub(r"encoder\.down\.(\d+)\.downsample", r"encoder.down_blocks.\1.downsamplers.0", name)
-    # The official decoder counts its levels from the finest, diffusers from the coarsest.
-    name = re.sub(
-        r"decoder\.up\.(\d+)\.(block|upsample)",
-        lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.{m[2]}",
-        name,
-    )
-    name = re.sub(r"(up_blocks\.\d+)\.block\.(\d+)", r"\1.resnets.\2", name)
-    name = re.sub(r"(up_blocks\.\d+)\.upsample", r"\1.upsamplers.0", name)
-    name = name.replace("mid.block_1", "mid_block.resnets.0").replace("mid.block_2", "mid_block.resnets.1")
-    if "mid.attn_1" in name:
-        name = name.replace("mid.attn_1", "mid_block.attentions.0")
-        for old, new in ((".norm.", ".group_norm."), (".proj_out.", ".to_out.0.")):
-            name = name.replace(old, new)
-        name = re.sub(r"\.([qkv])\.(weight|bias)$", r".to_\1.\2", name)
-    return name
-
-
 def official_keys(autoencoder: AutoencoderKL) -> dict[str, str]:
     """Official name to diffusers' name, for every parameter of an autoencoder."""
     levels = len(autoencoder.config.block_out_channels)
