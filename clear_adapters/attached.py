@@ -151,6 +151,21 @@ class AttachedModel:
         finally:
             self._set_enabled(before)
 
+    def initialise(self, seed: int) -> None:
+        """Makes the adapter an untrained one, whose random factors are drawn from a seed: it changes nothing yet.
+
+        Args:
+            seed: runs of several seeds should not share their first weights. Global random numbers stay as they are.
+
+        Raises:
+            AttachError: it was detached.
+        """
+        self._require()
+        if self.lora is not None:
+            self.lora.initialise(seed)
+        if self.bridge is not None:
+            self.bridge.initialise(seed)
+
     # -- answers
 
     def answer(

@@ -55,6 +55,16 @@ class LatentBridge(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """An untrained bridge again, its inner weights drawn from a seed; global random numbers stay as they are."""
+        generator = torch.Generator().manual_seed(seed)
+        bound = self.down.in_features**-0.5
+        for parameter in self.down.parameters():
+            parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+        for parameter in self.up.parameters():
+            parameter.zero_()
+
     def forward(self, latent: Tensor, native: Tensor) -> Tensor:
         """Embeddings that the language model reads.
 
@@ -76,12 +86,6 @@ def new_bridge(config: BridgeConfig, *, seed: int = 0, device: torch.device | st
     """An untrained bridge in float32 with random inner weights from a seed; global random numbers stay as they are."""
     with torch.device("meta"):
         bridge = LatentBridge(config)
-    bridge.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    bound = bridge.down.in_features**-0.5
-    with torch.no_grad():
-        for parameter in bridge.down.parameters():
-            parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
-        for parameter in bridge.up.parameters():
-            parameter.zero_()
-    return bridge.to(device)
+    bridge.to_empty(device=device)
+    bridge.initialise(seed)
+    return bridge

@@ -190,10 +190,17 @@ class Lora:
                 raise BackboneMismatchError(
                     f"LoRA hit other modules than backbone {backbone.spec.name!r} names: {', '.join(wrong[:4])}"
                 )
+        self._groups = targets
+        self.whole = [self._take_over(model, name) for name in whole]
+        self.initialise(seed)
+
+    def initialise(self, seed: int) -> None:
+        """Zero updates again: the first factors are drawn from a seed, the second are zero, whole modules the model's own."""
         generator = torch.Generator().manual_seed(seed)
         for name in self.names:
-            self._initialise(name, targets[name], generator)
-        self.whole = [self._take_over(model, name) for name in whole]
+            self._initialise(name, self._groups[name], generator)
+        for w in self.whole:
+            w.own.data.copy_(w.original.data)
 
     def _initialise(self, name: str, group: str, generator: torch.Generator) -> None:
         layer, rank = self.layers[name], self.settings.ranks[group]
@@ -204,8 +211,13 @@ class Lora:
         bound = base.in_features**-0.5  # what PEFT's kaiming_uniform(a=sqrt(5)) comes to
         first = (torch.rand(rank, base.in_features, generator=generator) * 2 - 1) * bound
         device = base.weight.device
-        layer.lora_A[ADAPTER_NAME].weight = nn.Parameter(first.to(device))
-        layer.lora_B[ADAPTER_NAME].weight = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        second = torch.zeros(base.out_features, rank)
+        for factor, values in (("lora_A", first), ("lora_B", second)):
+            linear = getattr(layer, factor)[ADAPTER_NAME]
+            if linear.weight.is_meta:
+                linear.weight = nn.Parameter(values.to(device))
+            else:
+                linear.weight.data.copy_(values)
         layer.train(base.training)
 
     def _take_over(self, model: nn.Module, name: str) -> _Whole:

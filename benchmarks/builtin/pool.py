@@ -13,7 +13,8 @@ from clear_adapters.world import Scene, ask, describe, render, sample_edit, samp
 from clear_adapters.world.questions import KINDS, pair_scenes
 
 SIDE = 128
-TEXT = 256  # text tokens in an understanding row
+TEXT = 320  # text tokens in an understanding row
+VERSIONS = 3  # text rows of a scene, the first with its description
 CAPTION = 240  # ... in a drawing row
 INSTRUCTION = 64  # ... in an editing row
 DESCRIBE = "Describe the picture."
@@ -22,6 +23,7 @@ WHY = "\nWhy?"
 COPY = "Copy: "
 COMPLETE = "Complete the picture."
 START, END = 256, 257
+LETTER = len(KINDS) + 1  # kind of an answer in words and letter
 
 
 def to_ids(text: str) -> list[int]:
@@ -64,8 +66,8 @@ class TextRow:
 def text_row(pairs: list[tuple[str, str, int]]) -> TextRow:
     """Lays (question, answer, kind) pairs out until the row is full.
 
-    Answers weigh 3 and descriptions 1, but for the text of a sign in them, which weighs 4: one row in two hundred
-    of a description's bytes is a sign's, and without the weight reading hardly starts.
+    Answers weigh 3 (letters 5) and descriptions 1, but for the text of a sign in them, which weighs 4: one in two
+    hundred of a description's bytes is a sign's, and without the weight reading hardly starts.
     """
     row = TextRow(
         np.zeros(TEXT, np.int16),
@@ -90,12 +92,14 @@ def text_row(pairs: list[tuple[str, str, int]]) -> TextRow:
         row.block[at + len(q) : at + n] = 2 * branch + 1
         row.branch[at : at + n] = branch
         row.target[at + len(q) : at + n - 1] = a[1:]
-        weights = np.full(len(a) - 1, 3 if kind < len(KINDS) else 1, np.uint8)
+        weights = np.full(len(a) - 1, 3 if kind < len(KINDS) or kind == LETTER else 1, np.uint8)
+        if kind < len(KINDS) and len(a) == 3:
+            weights[:] = 5  # a letter: two bytes against the dozens of the other answers
         sign = re.search(r"[Ss]ign [^:.]*(?::|reads) ([A-Z0-9]+)", answer)
         if sign and kind == len(KINDS):
             weights[sign.start(1) : sign.end(1)] = 4
         row.weight[at + len(q) : at + n - 1] = weights
-        row.kind[branch] = kind
+        row.kind[branch] = min(kind, len(KINDS))
         at += n
     return row
 
@@ -103,8 +107,8 @@ def text_row(pairs: list[tuple[str, str, int]]) -> TextRow:
 def questions_of(scene: Scene, seed: int, aids: bool) -> list[tuple[str, str, int]]:
     """Some questions of every kind, shuffled.
 
-    With aids, half of the lettered ones also ask for the option's words, and some ask for the evidence: choosing a
-    letter is two steps, finding the answer and finding its letter, and the first is learnt sooner alone.
+    With aids, half of the lettered ones also ask for the option's words and then its letter, and some ask for the
+    evidence: choosing a letter is two steps, finding the answer and finding its letter, and each is learnt sooner alone.
     """
     other = len(KINDS)
     rng = np.random.default_rng([seed, 5])
@@ -112,20 +116,21 @@ def questions_of(scene: Scene, seed: int, aids: bool) -> list[tuple[str, str, in
     for q in ask(scene, seed=seed, n=1 if aids else 2):
         pairs.append((q.text, q.answer, KINDS.index(q.kind)))
         if aids and q.is_lettered and rng.random() < 0.6:
-            pairs.append((q.text + WORDS, q.options["ABCD".index(q.answer)], other))
+            words = q.options["ABCD".index(q.answer)]
+            pairs.append((q.text + WORDS, f"{words}, {q.answer}", LETTER))
         if aids and rng.random() < 0.25:
             pairs.append((q.text + WHY, q.fact, other))
     return [pairs[i] for i in rng.permutation(len(pairs))]
 
 
 def train_item(index: int) -> tuple[np.ndarray, list[TextRow], np.ndarray]:
-    """One training scene: picture, two text rows (with and without its description), description ids."""
+    """One training scene: picture, its text rows, description ids."""
     scene = sample_scene(index, "train") if index % 8 else pair_scenes(index, "train")[index // 8 % 2 * 2]
     caption = describe(scene)
     other = len(KINDS)
+    firsts = [(DESCRIBE, caption, other)] + [copy_task(VERSIONS * index + i) for i in range(1, VERSIONS)]
     rows = [
-        text_row([(DESCRIBE, caption, other), *questions_of(scene, 2 * index, True)]),
-        text_row([copy_task(index), *questions_of(scene, 2 * index + 1, True)]),
+        text_row([first, *questions_of(scene, VERSIONS * index + i, True)]) for i, first in enumerate(firsts)
     ]
     return picture(scene), rows, caption_block(caption)
 

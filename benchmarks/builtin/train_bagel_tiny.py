@@ -5,8 +5,8 @@
 First the autoencoder, then the network on three kinds of rows, side by side in every step: questions and
 descriptions of a picture (understanding), a picture from its description (drawing), and editing or completing a
 picture (the picture as latent and as patches, then noised copies of the result). Behind the choices:
-questions alone do not start to learn, so descriptions are in every row; a base that cannot draw cannot restore,
-so every step draws as well, several noised copies to a row.
+questions alone do not start to learn, so half of the rows begin with a description, later a quarter; a base that
+cannot draw cannot restore, so every step draws as well, several noised copies to a row.
 
 A quarter of the understanding rows show the picture as its latent only, and some show both. BAGEL itself learns to
 read latents for understanding only in stages 1 and 2; half a million adapter weights cannot teach that to a model
@@ -41,6 +41,7 @@ from pool import (
     SIDE,
     START,
     TEXT,
+    VERSIONS,
     Pool,
     edit_item,
     heldout_item,
@@ -604,13 +605,15 @@ def train(
     u_rows, d_rows, e_rows = args.rows
     begin = json.loads((args.resume / "state.json").read_text())["step"] if args.resume else 0
     keep = torch.tensor(0.0, device=device)
+    described = torch.tensor(0.5, device=device)  # share of rows with a description
 
     def one_step() -> tuple[Tensor, ...]:
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda, cache_enabled=False)
         optimizer.zero_grad(set_to_none=True)
         chance = torch.rand(u_rows, device=device)
         modes = (chance > 0.6).long() + (chance > 0.85).long()
-        version = torch.randint(2, (u_rows,), device=device)
+        version = torch.randint(1, VERSIONS, (u_rows,), device=device)
+        version = torch.where(torch.rand(u_rows, device=device) < described, 0, version)
         batch, _, _ = layouts.understanding(scenes.table, scenes.pick(u_rows), version, modes)
         with autocast:
             out = backbone.forward(batch)
@@ -650,6 +653,8 @@ def train(
     while True:
         share = max((step - begin) / (args.steps - begin), (time.time() - train_started) / seconds)
         rate.fill_(args.lr * min(1, (step - begin + 1) / 300) * min(1.0, max(0.0, 2.0 * (1 - share))))
+        # Descriptions start the learning; once it runs, questions use the row better.
+        described.fill_(0.5 if step < 3_000 else 0.25)
         keep.fill_(min(0.999, (step - begin + 1) / (step - begin + 10)))
         losses = captured()
         step += 1

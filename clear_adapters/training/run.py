@@ -189,6 +189,7 @@ def _attach(model: Any, recipe: Recipe, device: torch.device) -> AttachedModel:
         lora = LoraSettings(ranks, {n: lora.alphas[n] for n in ranks}, lora.dropout)
     named = isinstance(model, str | Path)
     attached = attach(model, lora=lora, device=device if named else None)
+    attached.initialise(recipe.loop.seed)
     attached.config = replace(
         attached.config, protocol=get_protocol(recipe.protocol), text=recipe.text, latent=recipe.latent
     )
