@@ -33,7 +33,7 @@ def recorded(transcripts: list[Transcript]) -> tuple[torch.Tensor, torch.Tensor]
     ]
     traces = [s.restoration.trace for t in transcripts for s in t.restorations if s.restoration is not None]
     steps = [trace.logprobs[0] for trace in traces if trace is not None]
-    return torch.cat([t for t in texts if t is not None]).cpu(), torch.cat([torch.zeros(0), *steps]).cpu()
+    return torch.cat([t for t in texts if t is not None]).cpu(), torch.cat(steps).cpu()
 
 
 def spread(difference: torch.Tensor) -> dict[str, float]:
