@@ -30,7 +30,9 @@ from clear_adapters.errors import (
 )
 from clear_adapters.lora import Lora, target_names, undo_on_failure, whole_parameters
 
-__all__ = ["AdapterSize", "AttachedModel", "ClearModule", "attach"]
+__all__ = ["AdapterSize", "AttachedModel", "ClearModule", "attach", "choose_device"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attach(
@@ -59,9 +61,10 @@ def attach(
         lora: what a fresh adapter adapts; None is both groups at rank 16, False is nothing.
         bridge: sizes of a fresh bridge, or a trained bridge to go on with; None is the adapter's own or a fresh one,
             False is none.
-        dtype: type of the weights of a model that is loaded here. None keeps the stored one on a GPU and takes float32
-            on a CPU, where bfloat16 is slow.
-        device: where such a model is loaded to; None is the GPU if there is one.
+        dtype: type of the weights of a model that is loaded here: float32, bfloat16 or float16. None keeps the stored
+            one on a GPU and takes float32 on a CPU, where bfloat16 is slow.
+        device: where such a model is loaded to; None is the CUDA GPU if there is one, else the CPU. `mps` is taken only
+            where it is asked for.
         quantization: a family's way to load with fewer bits, where it has one.
         revision: of the model on the Hub.
         adapter_revision: of the adapter on the Hub.
@@ -186,6 +189,7 @@ def _load(
 ) -> Backbone:
     if processor is not None:
         raise ClearValueError("processor= is for a model that is loaded already; a named one brings its own")
+    where, dtype = choose_device(device), _choose_dtype(dtype)
     folder = store.resolve(name, "model", revision=revision, token=token)
     spec = find_for_folder(folder)
     if spec is None:
@@ -198,15 +202,45 @@ def _load(
             f"the adapter in {stored.folder} was made for backbone {stored.config.backbone!r}, but {name} is a model of "
             f"{spec.name!r}"
         )
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(dtype, str):
-        found = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(found, torch.dtype):
-            raise ClearValueError(f"dtype={dtype!r} is no type of torch: 'float32', 'bfloat16' or 'float16'")
-        dtype = found
     if dtype is None and where.type == "cpu":
         dtype = torch.float32
     return backbone_class(spec).load(str(folder), dtype=dtype, device=where, quantization=quantization)
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """The device of a name, one that works; None is the CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        ClearValueError: PyTorch knows no such device, or cannot use it here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shown = f"device={str(device)!r}"
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ClearValueError(f"{shown} is no device of PyTorch: 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
+    if where.type == "meta":
+        raise ClearValueError(f"{shown} holds no weights: 'cpu', 'cuda', 'cuda:1' or 'mps'")
+    try:
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device has its own
+        raise ClearValueError(
+            f"{shown} cannot be used on this machine with this PyTorch ({str(error).partition(chr(10))[0]}); 'cpu' always can"
+        ) from error
+    return where
+
+
+def _choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if not isinstance(dtype, torch.dtype | str | None):
+        raise ClearTypeError(f"dtype={dtype!r}: must be a torch.dtype or its name")
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in _DTYPES:
+        shown = repr(dtype) if isinstance(dtype, str) else dtype
+        raise ClearValueError(
+            f"dtype={shown}: a model's weights are loaded as 'float32', 'bfloat16' or 'float16'"
+        )
+    return found
 
 
 def _as_backbone(model: Any, processor: Any) -> Backbone:

@@ -78,6 +78,13 @@ class Formulas(StrEnum):
     fixed = "fixed"
 
 
+class Weights(StrEnum):
+    """How often each corruption is drawn."""
+
+    training = "training"
+    benchmark = "benchmark"
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"clear-adapters {__version__}")
@@ -94,7 +101,10 @@ def _options(
     pass
 
 
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the GPU if there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cuda, cpu, or mps if you ask for it; by default the CUDA GPU if there is one."),
+]
 
 
 @main.command(epilog="Example: clear-adapters quickstart --scenes 12 --json answers.json")
@@ -144,8 +154,11 @@ def answer(
 ) -> None:
     """Answer a question about a picture, restoring the picture first where it is too poor."""
     from clear_adapters.images import load_images
+    from clear_adapters.quickstart import check_image_name
 
     load_images(image, question)  # before a model is loaded
+    if save_restored is not None:
+        check_image_name(save_restored)
     if stream and as_json:
         raise ClearValueError("--stream prints text and --json prints one object: choose one of them")
     attached, plain = _attach(model, adapter, device)
@@ -285,12 +298,27 @@ def sft(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = True,
     seed: Annotated[int | None, typer.Option(help="Of the run; the recipe's by default.")] = None,
+    clean_image_dir: Annotated[
+        Path | None, typer.Option(help="Of clean pictures, for data in the authors' form.")
+    ] = None,
+    corrupted_image_dir: Annotated[
+        Path | None, typer.Option(help="Of degraded pictures, for data in the authors' form.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Stage 1: generate, then answer (supervised)."""
     train_sft: Callable[..., Path] = _load("clear_adapters.training.run", "train_sft")
-    overrides = [*(settings or []), *([] if seed is None else [f"loop.seed={seed}"])]
-    done = train_sft(recipe, data, output, model=model, resume=resume, device=device, overrides=overrides)
+    done = train_sft(
+        recipe,
+        data,
+        output,
+        model=model,
+        resume=resume,
+        device=device,
+        overrides=[*(settings or []), *([] if seed is None else [f"loop.seed={seed}"])],
+        clean_image_dir=clean_image_dir,
+        corrupted_image_dir=corrupted_image_dir,
+    )
     typer.echo(f"adapter in {done}")
 
 
@@ -300,12 +328,25 @@ def world(
     examples: Annotated[int, typer.Option(min=1, help="Rows in all.")] = 24_000,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same files.")] = 0,
     split: Annotated[str, typer.Option(help="train or heldout.")] = "train",
+    questions_per_scene: Annotated[int, typer.Option(min=1, help="Rows that share a picture.")] = 3,
     formulas: Annotated[Formulas, typer.Option(help="As for degrade.")] = Formulas.legacy,
+    weights: Annotated[Weights, typer.Option(help="How often each degradation is drawn.")] = Weights.training,
+    psnr_side: Annotated[int, typer.Option(help="Side in pixels at which the PSNR is taken.")] = 128,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core by default.")] = None,
 ) -> None:
     """Training data of the miniature world: scenes, degraded pictures, traces with thoughts."""
     build: Callable[..., Path] = _load("clear_adapters.datasets.world", "build")
-    done = build(output, examples, seed=seed, split=split, workers=workers, formulas=formulas.value)
+    done = build(
+        output,
+        examples,
+        seed=seed,
+        split=split,
+        workers=workers,
+        questions_per_scene=questions_per_scene,
+        formulas=formulas.value,
+        weights=weights.value,
+        psnr_side=psnr_side,
+    )
     typer.echo(f"{examples} examples in {done}")
 
 

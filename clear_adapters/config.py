@@ -7,6 +7,7 @@ names or Hub ids, an unknown key is named in a warning and left out, and a newer
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ SCHEMA_VERSION = 1
 
 _ALIASES = {"text_sampling": "text", "latent_sampling": "latent"}
 """Keys of the file whose attributes have shorter names."""
+
+_MAX_RANK = 4096
+"""A larger rank is more than the layers of any model can use, and far more than memory can."""
 
 _BUILTIN = re.compile(r"builtin:[A-Za-z0-9][A-Za-z0-9._-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -116,15 +120,17 @@ def _ranks(groups: Any) -> dict[str, int]:
         raise ClearTypeError(
             f"groups={groups!r}: must be a tuple of group names, or a mapping from a group's name to its rank"
         )
+    strange = [name for name in groups if not isinstance(name, str)]
+    if strange:
+        raise ClearTypeError(f"groups holds {strange[0]!r}: the name of a group is a string")
     ranks = dict(groups) if isinstance(groups, Mapping) else dict.fromkeys(groups, 16)
     for name, rank in ranks.items():
-        if not isinstance(name, str):
-            raise ClearTypeError(f"groups holds {name!r}: the name of a group is a string")
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise ClearTypeError(f"groups[{name!r}]={rank!r}: a rank must be a whole number")
-        if rank < 1:
+        if not 1 <= rank <= _MAX_RANK:
             raise ClearValueError(
-                f"groups[{name!r}]={rank}: a rank must be at least 1; leave the group out instead"
+                f"groups[{name!r}]={rank}: a rank must be from 1 to {_MAX_RANK}; leave out a group that is not to be "
+                "adapted"
             )
     return ranks
 
@@ -132,7 +138,18 @@ def _ranks(groups: Any) -> dict[str, int]:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ClearTypeError(f"{name}={value!r}: must be a number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ClearValueError(f"{name}={_short(value)}: must be a finite number")
+    return number
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 # ---------------------------------------------------------------------------------------------------- the file
@@ -316,12 +333,10 @@ def _part(value: Any, cls: type, name: str, source: str) -> Any:
             continue  # that one checks its own types
         wanted, given = str(f.type), values[f.name]
         if wanted.startswith("tuple") and isinstance(given, list | tuple):
-            if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in given):
-                raise ClearTypeError(f"{name}: {f.name}={given!r}: must be a list of numbers")
-            values[f.name] = tuple(given)
-            continue
-        allowed = {"int": (int,), "float": (int, float)}.get(wanted, (str,))
-        if isinstance(given, bool) or not isinstance(given, allowed):
+            values[f.name] = tuple(_number(f"{name}: {f.name}", x) for x in given)
+        elif wanted == "float":
+            values[f.name] = _number(f"{name}: {f.name}", given)
+        elif isinstance(given, bool) or not isinstance(given, int if wanted == "int" else str):
             raise ClearTypeError(f"{name}: {f.name}={given!r}: must be of type {wanted}")
     try:
         return cls(**values)

@@ -117,25 +117,27 @@ def whole_parameters(backbone: Backbone, settings: LoraSettings) -> list[str]:
 
 
 class Snapshot:
-    """What a model was: modules in their places, flags, modes, attributes. Weights are not copied."""
+    """What a model was: modules in their places, modes, attributes, trainability. Weights are not copied."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._modules = [(m, dict(m._modules), m.training, dict(m._parameters)) for m in model.modules()]
+        self._modules = [
+            (vars(m), dict(vars(m)), dict(m._modules), dict(m._parameters)) for m in model.modules()
+        ]
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
-        self._attributes = set(vars(model))
 
     def restore(self) -> None:
         """Puts back the very same objects."""
-        for module, children, training, parameters in self._modules:
-            for held, found in ((module._modules, children), (module._parameters, parameters)):
-                held.clear()
-                held.update(found)  # type: ignore[arg-type]  # each with its own
-            module.training = training
+        for held, attributes, children, parameters in self._modules:
+            for place, found in (
+                # The attributes first: among them are the dictionaries of children and parameters.
+                (held, attributes),
+                (attributes["_modules"], children),
+                (attributes["_parameters"], parameters),
+            ):
+                place.clear()
+                place.update(found)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-        for name in set(vars(self._model)) - self._attributes:
-            delattr(self._model, name)
 
 
 @dataclass(frozen=True)
@@ -263,13 +265,6 @@ class Lora:
                 base = self.layers[name[len(PREFIX) : name.index(".lora_")]].get_base_layer().weight.dtype
                 dtype = torch.promote_types(tensor.dtype, base) if base.is_floating_point else tensor.dtype
             parameter.data = tensor.detach().to(parameter.device, dtype, copy=True)
-
-    def cast(self, dtype: torch.dtype) -> None:
-        """Gives the factors another type: float32 before training, the model's own for the fastest answers."""
-        for name in self.names:
-            for factor in ("lora_A", "lora_B"):
-                held = getattr(self.layers[name], factor)[ADAPTER_NAME].weight
-                held.data = held.data.to(dtype)
 
     # -- on, off, for good
 

@@ -12,6 +12,7 @@ Only these files are ever read, tensors only from safetensors, and everything is
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -139,6 +140,15 @@ def _download(repo_id: str, kind: Kind, revision: str | None, token: str | None)
             f"{f' at revision {revision!r}' if revision else ''} ({type(cause).__name__}: {cause}). Check the id "
             f"'owner/name', the connection and the token; for a folder write its path, './{repo_id}'"
         ) from cause
+
+
+def model_digest(folder: Path) -> str:
+    """A short hash of the files that a model is read from."""
+    found = hashlib.sha256()
+    for path in sorted({p for pattern in _MODEL_FILES for p in folder.glob(pattern)}):
+        with path.open("rb") as opened:
+            found.update(f"{path.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------------------- reading
@@ -342,13 +352,14 @@ def write_adapter(
         The folder.
 
     Raises:
-        AdapterError: the folder is a file, or not empty; or another type.
+        AdapterError: the folder is a file, or not empty; another type; or weights that are not finite.
     """
     if dtype not in (None, torch.bfloat16, torch.float32):
         raise AdapterError(
             f"dtype={dtype}: adapters are saved in torch.bfloat16, torch.float32 or, with None, as is"
         )
-    folder = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 (a link at the end stays one)
+    given = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 (a link at the end stays one)
+    folder = given.resolve()  # and is written through
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder} is a file: give the name of a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -356,7 +367,16 @@ def write_adapter(
     texts = {CONFIG: config.to_json()}
     if adapter_config is not None:
         texts[LORA_CONFIG] = json.dumps(dict(adapter_config), indent=2, sort_keys=True) + "\n"
-    weights = {LORA_WEIGHTS: lora, BRIDGE: bridge, EXTRA: extra}
+    weights: dict[str, dict[str, Tensor]] = {}
+    for file, tensors in ((LORA_WEIGHTS, lora), (BRIDGE, bridge), (EXTRA, extra)):
+        for name, tensor in sorted((tensors or {}).items()):
+            ready = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+            if not bool(ready.isfinite().all()):
+                raise AdapterError(
+                    f"{file} is not written: {name} holds values that are not finite. A training that ends so went "
+                    "wrong before; go back to an earlier checkpoint, or train with a lower learning rate"
+                )
+            weights.setdefault(file, {})[name] = ready
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         new = Path(temporary) / "new"
@@ -364,11 +384,7 @@ def write_adapter(
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
         for name, tensors in weights.items():
-            if tensors:
-                ready = {
-                    n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in sorted(tensors.items())
-                }
-                save_file(ready, new / name, metadata={"format": "pt"})
+            save_file(tensors, new / name, metadata={"format": "pt"})
         if not any((new / "lora").iterdir()):
             (new / "lora").rmdir()
         old = Path(temporary) / "old"
@@ -381,7 +397,7 @@ def write_adapter(
             if old.exists():
                 old.rename(folder)
             raise
-    return folder
+    return given
 
 
 def _keep_foreign(folder: Path, new: Path) -> None:

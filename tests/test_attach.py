@@ -127,12 +127,50 @@ def test_the_type_of_the_weights(checkpoint):
         assert attached.backbone.device == torch.device("cpu")
 
 
-def test_half_precision_answers_and_casts(checkpoint):
+def test_half_precision_answers(checkpoint):
     attached = random_weights(attach(checkpoint, dtype=torch.bfloat16, device="cpu"))
-    reply = attached.answer(picture(), "What?", restore="always", text=TEXT, latent=LATENT)
-    assert reply.restored
-    attached.lora.cast(torch.bfloat16)
     assert attached.answer(picture(), "What?", restore="always", text=TEXT, latent=LATENT).restored
+
+
+def test_first_weights_are_drawn_from_a_seed(backbone):
+    """Runs of several seeds begin elsewhere, one seed always at the same place, and nothing is changed by either."""
+    attached = attach(backbone, lora=replace(SMALL, whole=("vae2llm",)))
+    random = torch.get_rng_state()
+
+    def drawn(seed):
+        attached.initialise(seed)
+        return {n: p.detach().clone() for n, p in attached.named_parameters()}
+
+    first, other = drawn(1), drawn(2)
+    random_weights(attached)
+    again = drawn(1)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    differ = {n for n in first if not torch.equal(first[n], other[n])}
+    assert differ == {n for n in first if "lora_A" in n or "bridge.down" in n}
+    assert all(not first[n].any() for n in first if "lora_B" in n or "bridge.up" in n)
+    assert torch.equal(first["vae2llm.weight"], attached.lora.whole[0].original)
+    assert torch.equal(torch.get_rng_state(), random)
+    with attached.disabled():
+        plain = attached.answer(picture(), "What?", text=TEXT).transcript.to_json()
+    random_weights(attached)
+    attached.initialise(3)
+    events = [attached.engine.answer([picture()], ["What?"], plain=True, text=TEXT)[0].transcript.to_json()]
+    assert events == [plain]
+    attached.detach()
+    with pytest.raises(AttachError, match="detached"):
+        attached.initialise(1)
+
+
+def test_detach_undoes_what_was_set_on_the_modules(backbone):
+    """As training does."""
+    decoder = backbone.model.language_model.model
+    before = [dict(vars(m)) for m in backbone.model.modules()]
+    attached = attach(backbone, lora=SMALL)
+    decoder.checkpointing = True
+    decoder.layers[0]._compiled_call_impl = print
+    attached.detach()
+    assert not decoder.checkpointing
+    assert [dict(vars(m)) for m in backbone.model.modules()] == before
 
 
 def test_parts_can_be_left_out(backbone):
@@ -192,6 +230,13 @@ def test_any_parts_are_saved_and_loaded(backbone, tmp_path, settings, bridge):
         ({"adapter": "builtin:clear-toy", "lora": False}, ClearValueError, "has LoRA weights"),
         ({"adapter": "builtin:clear-toy", "bridge": False}, ClearValueError, "own bridge"),
         ({"model": "builtin:toy", "dtype": "float23"}, ClearValueError, "float23"),
+        ({"model": "builtin:toy", "dtype": "int8"}, ClearValueError, "dtype='int8'.*'bfloat16'"),
+        ({"model": "builtin:toy", "dtype": torch.bool}, ClearValueError, "torch.bool"),
+        ({"model": "builtin:toy", "dtype": 16}, ClearTypeError, "dtype=16"),
+        ({"model": "builtin:toy", "device": "gpu"}, ClearValueError, "device='gpu'.*'cuda'"),
+        ({"model": "builtin:toy", "device": 1.5}, ClearValueError, "device='1.5'"),
+        ({"model": "builtin:toy", "device": "meta"}, ClearValueError, "device='meta'"),
+        ({"model": "builtin:toy", "device": "cuda:99"}, ClearValueError, "device='cuda:99'.*this machine"),
         ({"model": "builtin:toy", "quantization": "nf4"}, ClearValueError, "nf4"),
         ({"model": "builtin:toy", "processor": {}}, ClearValueError, "processor"),
     ],

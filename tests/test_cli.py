@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from clear_adapters import LatentSampling, TextSampling, __version__, attach, list_degradations
-from clear_adapters.backbones.bagel.checkpoint import save_checkpoint
-from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters import TextSampling, __version__, attach, list_degradations
 from clear_adapters.cli import main
 from clear_adapters.errors import ClearValueError
-from clear_adapters.prompts import get_protocol
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "What is it?"
@@ -28,23 +24,6 @@ def call(*arguments, code=0):
     result = CliRunner().invoke(main, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
     return result
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    backbone = build(0)
-    save_checkpoint(folder / "model", backbone.model, backbone.autoencoder, backbone.tokenizer)
-    attached = attach(str(folder / "model"))
-    attached.config = replace(
-        attached.config,
-        protocol=get_protocol("tiny"),
-        text=TextSampling(max_new_tokens=6),
-        latent=LatentSampling(steps=3, guidance_text=1, guidance_image=1),
-    )
-    attached.save_pretrained(folder / "adapter")
-    attached.detach()
-    return folder
 
 
 @pytest.fixture
@@ -195,6 +174,9 @@ def test_answer_takes_any_picture(toy, tmp_path, name):
 def bad_inputs(toy, photo, folder):
     text = folder / "text.png"
     text.write_text("no picture")
+    latin = folder / "latin.yaml"
+    latin.write_bytes("stage: \xe9".encode("latin-1"))
+    group = "lora.groups.understanding"
     given = with_toy(toy)
     return {
         "model": (
@@ -222,6 +204,20 @@ def bad_inputs(toy, photo, folder):
         "recipe": (["train", "sft", "--recipe", "tny", "--data", folder, "--output", folder / "a"], "'tiny'"),
         "split": (["data", "world", "--output", folder / "d", "--split", "trian", "--examples", 3], "train"),
         "sheet": (["quickstart", "--output", folder / "sheet.doc"], "ending"),
+        "restored": (["answer", photo, QUESTION, *given, "--save-restored", folder / "o.xyz"], "ending"),
+        "device": (["answer", photo, QUESTION, *given[:-1], "gpu"], "device='gpu'"),
+        "encoding": (
+            ["train", "sft", "--recipe", latin, "--data", folder, "--output", folder / "a"],
+            "UTF-8",
+        ),
+        "rank": (
+            ["train", "sft", "--data", folder, "--output", folder / "a", "--set", f"{group}={10**9}"],
+            "rank",
+        ),
+        "schedule": (
+            ["train", "sft", "--data", folder, "--output", folder / "a", "--set", "schedule=cosin"],
+            "'cosine'",
+        ),
     }
 
 
@@ -238,7 +234,7 @@ BAD = (
         "empty",
         "both",
     ),
-    *("recipe", "split", "sheet"),
+    *("recipe", "split", "sheet", "restored", "device", "encoding", "rank", "schedule"),
 )
 
 
@@ -254,10 +250,17 @@ def test_bad_input_is_one_clear_line(toy, photo, tmp_path, case):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize(("name", "question"), [("nothing.png", QUESTION), ("photo.png", "")])
-def test_picture_and_question_are_checked_before_a_model_is_loaded(photo, monkeypatch, name, question):
+@pytest.mark.parametrize(
+    ("name", "question", "more"),
+    [
+        ("nothing.png", QUESTION, ()),
+        ("photo.png", "", ()),
+        ("photo.png", QUESTION, ("--save-restored", "out.xyz")),
+    ],
+)
+def test_what_needs_no_model_is_checked_before_one_is_loaded(photo, monkeypatch, name, question, more):
     monkeypatch.setattr("clear_adapters.cli._attach", lambda *_: pytest.fail("a model was loaded"))
-    call("answer", photo.with_name(name), question, code=2)
+    call("answer", photo.with_name(name), question, *more, code=2)
 
 
 def test_debug_lets_the_error_through(photo, tmp_path):
@@ -273,22 +276,32 @@ def test_names_of_the_library_reach_training_and_data(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "clear_adapters.training.run.train_sft", lambda *a, **k: seen.update(sft=(a, k)) or a[2]
     )
-    call("data", "world", "--output", tmp_path / "d", "--examples", 12, "--seed", 2)
-    call(
-        "train",
-        "sft",
-        "--data",
-        tmp_path / "d",
-        "--output",
-        tmp_path / "a",
-        "--set",
-        "steps=3",
-        "--seed",
-        7,
-        "--no-resume",
+    made = ["--examples", 12, "--seed", 2, "--split", "heldout", "--questions-per-scene", 2, "--workers", 3]
+    looks = ["--formulas", "fixed", "--weights", "benchmark", "--psnr-side", 64]
+    call("data", "world", "--output", tmp_path / "d", *made, *looks)
+    trained = ["--set", "steps=3", "--seed", 7, "--no-resume", "--device", "cpu", "--model", "owner/name"]
+    images = ["--clean-image-dir", tmp_path / "c", "--corrupted-image-dir", tmp_path / "b"]
+    call("train", "sft", "--data", tmp_path / "d", "--output", tmp_path / "a", *trained, *images)
+    assert seen["data"] == (
+        (tmp_path / "d", 12),
+        {
+            "seed": 2,
+            "split": "heldout",
+            "workers": 3,
+            "questions_per_scene": 2,
+            "formulas": "fixed",
+            "weights": "benchmark",
+            "psnr_side": 64,
+        },
     )
-    assert seen["data"][0] == (tmp_path / "d", 12)
-    assert seen["data"][1]["seed"] == 2
-    assert seen["sft"][0] == ("tiny", tmp_path / "d", tmp_path / "a")
-    assert seen["sft"][1]["overrides"] == ["steps=3", "loop.seed=7"]
-    assert seen["sft"][1]["resume"] is False
+    assert seen["sft"] == (
+        ("tiny", tmp_path / "d", tmp_path / "a"),
+        {
+            "model": "owner/name",
+            "resume": False,
+            "device": "cpu",
+            "overrides": ["steps=3", "loop.seed=7"],
+            "clean_image_dir": tmp_path / "c",
+            "corrupted_image_dir": tmp_path / "b",
+        },
+    )

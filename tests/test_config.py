@@ -78,7 +78,18 @@ def test_a_newer_schema_is_refused_before_anything_else_is_read():
         ("provenance", "me", "provenance"),
         ("lora", 3, "lora"),
         ("lora", {"groups": {"a": 1.5}}, "rank"),
-        ("lora", {"groups": {"a": 0}}, "at least 1"),
+        ("lora", {"groups": {"a": 0}}, "from 1 to"),
+        ("lora", {"groups": {"a": 10**9}}, "from 1 to"),
+        ("lora", {"groups": {"a": "12"}}, "rank"),
+        ("lora", {"groups": [["a"]]}, "name of a group"),
+        ("lora", {"groups": {"a": 1}, "alpha": float("nan")}, "alpha"),
+        ("lora", {"groups": {"a": 1}, "alpha": float("inf")}, "alpha"),
+        ("lora", {"groups": {"a": 1}, "alpha": 10**400}, "alpha"),
+        ("lora", {"groups": {"a": 1}, "dropout": 2}, "dropout"),
+        ("lora", {"groups": {"a": 1}, "dropout": 10**400}, "dropout"),
+        ("text_sampling", {"temperature": 10**400}, "temperature"),
+        ("latent_sampling", {"guidance_interval": [0, 10**400]}, "guidance_interval"),
+        ("latent_sampling", {"shift": float("inf")}, "shift"),
         ("lora", {"groups": "understanding"}, "groups"),
         ("lora", {"groups": {"a": 1}, "alpha": {"b": 1}}, "alpha"),
         ("lora", {"groups": {"a": 1}, "alpha": "2"}, "alpha"),
@@ -140,6 +151,8 @@ def test_lora_settings():
         LoraSettings({"a": True})
     with pytest.raises(ClearValueError, match="groups is empty"):
         LoraSettings(())
+    with pytest.raises(ClearTypeError, match="name of a group"):
+        LoraSettings((["a"],))
 
 
 @pytest.mark.parametrize(

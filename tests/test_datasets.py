@@ -24,6 +24,7 @@ from clear_adapters.transcript import ImageSegment, Origin, RestorationSegment, 
 from clear_adapters.world import KINDS
 
 ROW = {"id": "a", "image": "images/a.jpg", "question": "What?", "answer": "That."}
+REPLY = "<think>Dark.</think>\n<image_restore>\n<think>A cat.</think>\n<answer>cat</answer>"
 
 
 @pytest.fixture
@@ -81,6 +82,9 @@ def test_a_row_is_read_whole(folder):
         (ROW | {"id": "c", "options": "A"}, "list of strings"),
         (ROW | {"id": "c", "psnr": "high"}, "must be a number"),
         (ROW | {"id": "c", "colour": "red"}, "unknown key 'colour'"),
+        (ROW | {"id": "c", "psnr": 10**400}, "psnr"),
+        (ROW | {"id": "c", "intensity": float("nan")}, "intensity"),
+        (ROW | {"id": "c", "reply": REPLY}, "restores and has no clean_image"),
         (ROW, "stands in line 1 already"),
         ({"id": "u", "conversations": [], "image": "a.jpg"}, "human's and a model's turn"),
     ],
@@ -95,6 +99,9 @@ def test_errors_name_file_and_line(folder, bad, message):
 def test_no_file_and_no_row(folder):
     with pytest.raises(ClearValueError, match="does not exist"):
         read_examples(folder / "nowhere")
+    (folder / "data.jsonl").write_bytes('{"id": "é"}'.encode("latin-1"))
+    with pytest.raises(ClearValueError, match="not UTF-8"):
+        read_examples(folder)
     write(folder, "")
     with pytest.raises(ClearValueError, match="holds no example"):
         read_examples(folder)
@@ -104,8 +111,7 @@ def test_the_authors_rows_are_recorded_traces(folder):
     for name in ("clean", "bad"):
         (folder / name).mkdir()
         Image.new("RGB", (64, 64)).save(folder / name / "1.jpg")
-    reply = "<think>Dark.</think>\n<image_restore>\n<think>A cat.</think>\n<answer>cat</answer>"
-    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": reply}]
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": REPLY}]
     write(folder, {"id": 7, "subset": "x", "image": "1.jpg", "conversations": turns, "tool_used": True})
     (example,) = read_examples(
         folder / "data.jsonl", clean_image_dir=folder / "clean", corrupted_image_dir=folder / "bad"
@@ -145,9 +151,10 @@ def test_check_finds_what_would_spoil_training(folder):
             Example("option", images / "a.jpg", "q", "zebra", options=("x", "y")),
             Example("broken", images / "broken.jpg", "q", "x"),
             Example("size", images / "a.jpg", "q", "x", clean_image=images / "small.jpg"),
+            Example("restores", images / "a.jpg", "q", "cat", reply=REPLY),
         ]
     )
-    assert [p.split(":")[0] for p in found["problems"]] == ["option", "broken", "size"]
+    assert [p.split(":")[0] for p in found["problems"]] == ["option", "broken", "size", "restores"]
 
 
 # ------------------------------------------------------------------------------------------------------ traces
@@ -255,12 +262,20 @@ def test_the_build_depends_on_no_workers_and_goes_on(tmp_path):
     assert digest(stopped) == digest(one)
     with pytest.raises(ClearValueError, match="other settings"):
         build(one, 150, seed=4, progress=False)
+    (two / "build.json").write_bytes(b"\xff")
+    with pytest.raises(ClearValueError, match="other settings"):
+        build(two, 150, seed=3, progress=False)
     examples = read_examples(one)
     assert len(examples) == 150
     assert check(examples)["problems"] == []
     assert {e.kind for e in examples} == set(KINDS)
     assert all((e.degradation is None) == (e.image == e.clean_image) == (e.psnr == 99) for e in examples)
-    assert len({e.split_key for e in examples}) == 50
+    # Of fifty scenes five pairs are nearly one picture twice: each is one group.
+    groups = [e.split_key for e in examples]
+    assert len(set(groups)) == 45
+    paired = {e.group for e in examples if (e.group or "").startswith("pair-")}
+    assert len(paired) == 5
+    assert all(groups.count(g) == (6 if g in paired else 3) for g in groups)
 
 
 def test_the_build_checks_its_settings(tmp_path):

@@ -9,32 +9,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from clear_adapters import LatentSampling, TextSampling, attach, list_degradations
-from clear_adapters.backbones.bagel.checkpoint import save_checkpoint
-from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters import list_degradations
 from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearValueError
-from clear_adapters.prompts import get_protocol
 from clear_adapters.quickstart import draw_sheet, render_table, run, sample_rows, save_image
 
 KEYS = ["question", "truth", "degradation", "severity", "base_answer", "clear_answer", "restored"]
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    backbone = build(0)
-    save_checkpoint(folder / "model", backbone.model, backbone.autoencoder, backbone.tokenizer)
-    attached = attach(str(folder / "model"))
-    attached.config = replace(
-        attached.config,
-        protocol=get_protocol("tiny"),
-        text=TextSampling(max_new_tokens=6),
-        latent=LatentSampling(steps=3, guidance_text=1, guidance_image=1),
-    )
-    attached.save_pretrained(folder / "adapter")
-    attached.detach()
-    return folder
 
 
 def test_rows_are_seeded_held_out_and_various():

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from clear_adapters.backbones.bagel.tiny import build, builtin_config, initialise
 from clear_adapters.config import LoraSettings
 from clear_adapters.datasets.world import build as build_world
 from clear_adapters.errors import ClearValueError, UnknownNameError
 from clear_adapters.store import read_adapter
-from clear_adapters.training.recipe import list_recipes, load_recipe, recipe_from_dict
+from clear_adapters.training.recipe import SCHEDULES, list_recipes, load_recipe, recipe_from_dict
 from clear_adapters.training.run import train_sft
 
 SMALL = [
@@ -76,9 +77,30 @@ def test_overrides_have_types_and_close_matches():
         ("stepz=1", "loop.steps"),
         ("steps=many", "must be of type int"),
         ("bf16=3", "must be of type bool"),
-        ("steps=0", "at least 1"),
+        ("steps=0", "from 1 to"),
         ("mode=other", "'clear', 'direct'"),
         ("steps", "key=value"),
+        ("steps=1e400", "must be of type int"),
+        (f"steps={10**30}", "steps"),
+        (f"batch={10**12}", "batch"),
+        ("workers=-1", "workers"),
+        ("loop.seed=-1", "seed"),
+        (f"loop.seed={2**32}", "seed"),
+        ("lr=.nan", "lr"),
+        ("lr=inf", "lr"),
+        (f"lr={10**400}", "lr"),
+        ("betas=[0.9, 1]", "betas"),
+        ("weight_decay=.inf", "weight_decay"),
+        ("restore_below=.nan", "restore_below"),
+        (f"noised_copies={10**6}", "noised_copies"),
+        ("lora.groups={understanding: 1000000000}", "rank must be from 1 to"),
+        ("lora.groups={understanding: '12'}", "rank must be a whole number"),
+        ("lora.groups=[[1]]", "name of a group"),
+        ("lora.alpha=.nan", "alpha"),
+        ("lora.dropout=2", "dropout"),
+        ("schedule=cosin", "Did you mean 'cosine'"),
+        ("schedule=reduce_lr_on_plateau", "schedule"),
+        ("min_lr=2", "min_lr"),
     ):
         with pytest.raises((ClearValueError, UnknownNameError), match=message):
             load_recipe("tiny", [override])
@@ -102,9 +124,23 @@ def test_a_recipe_file(tmp_path):
     file.write_text("stage: [")
     with pytest.raises(ClearValueError, match="not valid YAML"):
         load_recipe(file)
+    file.write_bytes("stage: é".encode("latin-1"))
+    with pytest.raises(ClearValueError, match="not UTF-8"):
+        load_recipe(file)
+    file.write_text("[" * 100_000)
+    with pytest.raises(ClearValueError, match="not valid YAML"):
+        load_recipe(file)
     file.write_text("3")
     with pytest.raises(ClearValueError, match="mapping"):
         load_recipe(file)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_one_of_trainer_that_needs_nothing_more(name):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4)
+    optimizer.step()
+    scheduler.step()
 
 
 def test_plain_data_gives_the_recipe_back():

@@ -155,6 +155,36 @@ def test_a_failed_move_puts_the_old_folder_back(backbone, folder, monkeypatch):
     assert {f: (folder / f).read_bytes() for f in files(folder)} == before
 
 
+def test_a_link_is_written_through(backbone, folder, tmp_path):
+    """An output folder on another disk, linked into place."""
+    (folder / "README.md").write_text("mine")
+    (tmp_path / "links").mkdir()
+    attached = attach(backbone, lora=LoraSettings({"understanding": 2}))
+    for name, target in (("full", folder), ("new", tmp_path / "new" / "place")):
+        link = tmp_path / "links" / name
+        link.symlink_to(target)
+        assert attached.save_pretrained(link, overwrite=True) == link
+        assert link.readlink() == target
+        assert store.read_adapter(target).config.lora.ranks == {"understanding": 2}
+    attached.detach()
+    assert (folder / "README.md").read_text() == "mine"
+    assert sorted(p.name for p in (tmp_path / "links").iterdir()) == ["full", "new"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_written(backbone, tmp_path, value):
+    attached = attach(backbone, lora=LoraSettings({"understanding": 2}, whole=("vae2llm",)))
+    for name, file in (("lora_A", "lora/"), ("vae2llm.bias", "extra."), ("bridge.up.bias", "bridge.")):
+        parameter = next(p for n, p in attached.named_parameters() if name in n)
+        before = parameter.detach().clone()
+        parameter.data.view(-1)[0] = value
+        with pytest.raises(AdapterError, match=f"{file}.*not finite"):
+            attached.save_pretrained(tmp_path / "deep" / "adapter")
+        parameter.data.copy_(before)
+    attached.detach()
+    assert not (tmp_path / "deep").exists()
+
+
 def test_types_of_the_files(backbone, original, tmp_path):
     attached = attach(backbone, original)
     for dtype in (None, torch.float32, torch.bfloat16):
@@ -255,7 +285,7 @@ def test_wrong_weights_are_named(backbone, folder, name, change, message, error)
         ),
         (
             {"lora": {"groups": {"understanding": 2, "generation": 10**12}, "whole": ["vae2llm"]}},
-            "rank_pattern|adapter_config",
+            "rank must be from 1 to",
             AdapterError,
         ),
         ({"lora": {"groups": {"understanding": 2}, "whole": ["vae2llm"]}}, "lora", AdapterError),

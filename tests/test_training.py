@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import socket
@@ -14,13 +15,14 @@ import pytest
 import torch
 
 from clear_adapters.adapter import attach
+from clear_adapters.backbones.bagel.checkpoint import save_checkpoint
 from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.backbones.base import ImagePiece, LatentPiece, TextPiece
 from clear_adapters.config import LoraSettings
 from clear_adapters.datasets import read_examples
 from clear_adapters.datasets.traces import choose_path
 from clear_adapters.datasets.world import build as build_world
-from clear_adapters.errors import ClearValueError
+from clear_adapters.errors import ClearError, ClearValueError
 from clear_adapters.prompts import get_protocol
 from clear_adapters.store import read_adapter
 from clear_adapters.training import run as run_module
@@ -30,7 +32,6 @@ from clear_adapters.training.run import sft_trainer, train_sft
 from clear_adapters.training.sft import SftObjective, SftSettings, prepared_psnr
 from clear_adapters.training.trainer import ClearTrainer, last_checkpoint
 
-CPU = torch.device("cpu")
 BASE = [
     "loop.batch=4",
     "log_every=1",
@@ -45,15 +46,6 @@ BASE = [
     "lora.groups={understanding: 2, generation: 2}",
     "declined=0.2",
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The toy is too small for more, and threads that wait for a busy core cost most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +66,7 @@ def train(examples, work, *overrides):
     """Trains the toy; gives the adapter's tensors."""
     attached = attach(build(0), lora=load_recipe("tiny", [*BASE, *overrides]).lora)
     attached.config = replace(attached.config, protocol=get_protocol("tiny"))
-    trainer = sft_trainer(
-        attached, load_recipe("tiny", [*BASE, *overrides]), examples, work, device=CPU, progress=False
-    )
-    trainer.train()
+    sft_trainer(attached, load_recipe("tiny", [*BASE, *overrides]), examples, work, progress=False).train()
     return {n: p.detach().clone() for n, p in attached.named_parameters()}
 
 
@@ -163,6 +152,20 @@ def test_a_row_depends_on_its_draw_alone(examples):
     assert torch.equal(own.collate(draws)["batch"].ids, whole["batch"].ids)
 
 
+def test_what_a_spawned_worker_gets_is_small_and_enough(examples):
+    own = objective(build(0))
+    sent = pickle.dumps(own.collate)
+    weights = sum(p.numel() * p.element_size() for p in own.backbone.model.parameters())
+    assert len(sent) < min(weights / 4, 100_000)
+    draws = [Order(examples, 4, 0)[i] for i in range(4)]
+    here, there = own.collate(draws), pickle.loads(sent)(draws)
+    assert torch.equal(here["batch"].ids, there["batch"].ids)
+    assert all(
+        torch.equal(a, b) for a, b in zip(here["batch"].pictures, there["batch"].pictures, strict=True)
+    )
+    assert own.backbone.model is not None
+
+
 # ------------------------------------------------------------------------------------------------ what is trained
 
 
@@ -171,7 +174,7 @@ def test_exactly_what_is_listed_is_trained(examples, whole):
     base = build(0)
     before = {n: p.detach().clone() for n, p in base.model.named_parameters()}
     attached = attach(base, lora=LoraSettings({"understanding": 2, "generation": 2}, whole=whole))
-    run_module._set_trainable(attached, load_recipe("tiny"), CPU)
+    run_module._set_trainable(attached)
     trained = attached.trainable_parameters()
     assert not [n for n in trained if n.startswith("bridge.")]
     own = objective(base, vit_drop=0.0)
@@ -199,8 +202,7 @@ def test_training_changes_nothing_else(examples, tmp_path):
     attached = attach(base, lora=recipe.lora)
     first = {n: p.detach().clone() for n, p in attached.named_parameters()}
     forward = attached.module.forward
-    trainer = sft_trainer(attached, recipe, examples, tmp_path, device=CPU, progress=False)
-    trainer.train()
+    sft_trainer(attached, recipe, examples, tmp_path, progress=False).train()
     assert attached.module.forward == forward
     changed = {n for n, p in attached.named_parameters() if not torch.equal(p, first[n])}
     assert changed == {n for n in first if not n.startswith("bridge.")}
@@ -214,6 +216,80 @@ def test_nothing_to_train_is_an_error(examples, tmp_path):
     attached.module.requires_grad_(False)
     with pytest.raises(ClearValueError, match="nothing to train"):
         ClearTrainer(attached, None, Order(examples, 4, 0), None, rates={})
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch.compile's own imports
+def test_flags_of_the_base_are_undone_with_the_run(examples, tmp_path):
+    base = build(0)
+    recipe = load_recipe("tiny", [*BASE, "compile=true", "checkpointing=true"])
+    attached = attach(base, lora=recipe.lora)
+    sft_trainer(attached, recipe, examples, tmp_path, progress=False)
+    decoder = base.model.language_model.model
+    assert decoder.checkpointing
+    assert all(layer._compiled_call_impl is not None for layer in decoder.layers)
+    attached.detach()
+    assert not decoder.checkpointing
+    assert all(layer._compiled_call_impl is None for layer in decoder.layers)
+
+
+def test_runs_of_two_seeds_start_from_two_adapters(toy):
+    def first(seed):
+        attached = run_module._attach(toy / "model", load_recipe("tiny", [f"loop.seed={seed}"]), None)
+        found = {n: p.detach().clone() for n, p in attached.named_parameters() if "lora_A" in n}
+        attached.detach()
+        return found
+
+    one, again, other = first(1), first(1), first(2)
+    assert all(torch.equal(one[n], again[n]) for n in one)
+    assert not any(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_logged_step(data, tmp_path, monkeypatch):
+    real = SftObjective.loss
+    calls = []
+
+    def spoilt(self, *args):
+        calls.append(1)
+        out = real(self, *args)
+        return out if len(calls) < 2 else {n: t * float("nan") for n, t in out.items()}
+
+    monkeypatch.setattr(SftObjective, "loss", spoilt)
+    overrides = [*BASE, "steps=9", "log_every=4"]
+    with pytest.raises(ClearValueError, match=r"step 4.*loss=nan.*lr"):
+        train_sft("tiny", data, tmp_path / "out", model=build(0), overrides=overrides, progress=False)
+    assert len(calls) == 4
+    assert not (tmp_path / "out").exists()
+    rows = [json.loads(line) for line in (tmp_path / "out.training" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1]
+
+
+def test_weights_that_are_not_finite_are_never_an_adapter(data, tmp_path):
+    """The last steps are not logged, and one of them ruins the weights."""
+    overrides = [*BASE, "steps=2", "log_every=5", "lr=1e30", "eps=1e-30", "batch=1"]
+    with pytest.raises(ClearError, match=r"not finite|loss="):
+        train_sft("tiny", data, tmp_path / "out", model=build(0), overrides=overrides, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_base_is_loaded_in_the_type_that_is_computed_in(toy, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_module, "attach", lambda *a, **k: asked.append(k["dtype"]) or attach(*a, **k))
+    for bf16, wanted in (("true", None), ("false", torch.float32)):
+        run_module._attach(toy / "model", load_recipe("tiny", [f"bf16={bf16}"]), None).detach()
+        assert asked.pop() == wanted
+    recipe = load_recipe("tiny", ["bf16=false"])
+    half = attach(toy / "model", lora=recipe.lora, dtype="bfloat16", device="cpu")
+    with pytest.raises(ClearValueError, match=r"bf16=False.*bfloat16"):
+        sft_trainer(half, recipe, [], tmp_path)
+
+
+def test_a_loaded_model_is_trained_where_it_is(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # what the default would choose
+    train_sft("tiny", data, tmp_path / "a", model=build(0), overrides=[*BASE, "steps=1"], progress=False)
+    monkeypatch.setattr(run_module, "choose_device", lambda _: torch.device("cuda:1"))
+    with pytest.raises(ClearValueError, match=r"device='cuda:1'.*is on cpu"):
+        train_sft("tiny", data, tmp_path / "b", model=build(0), device="cuda:1", overrides=BASE)
+    assert not (tmp_path / "b.training").exists()
 
 
 def test_eight_examples_are_learnt(examples, tmp_path):
@@ -364,6 +440,45 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(data, tmp_path, monkeypatch
     assert set(facts) >= {"seed", "commit", "data_hash", "seconds", "device", "recipe", "versions"}
 
 
+def test_another_model_protocol_or_picture_folder_is_another_run(toy, data, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Look.")
+    shutil.copytree(toy / "model", tmp_path / "model")
+    given = {"overrides": [*BASE, "steps=1", f"protocol={prompt}"], "device": "cpu", "progress": False}
+
+    def run(model=tmp_path / "model", **more):
+        return train_sft("tiny", data, tmp_path / "out", model=model, **{**given, **more})
+
+    made = read_adapter(run()).config.provenance
+    assert made["model"]["name"] == "model"
+    assert str(tmp_path) not in json.dumps({k: v for k, v in made.items() if k != "recipe"})
+    assert run() == tmp_path / "out"
+    with pytest.raises(ClearValueError, match=r"\(images differ\)"):
+        run(clean_image_dir=tmp_path)
+    with pytest.raises(ClearValueError, match=r"\(model differ\)"):
+        run(model=build(0))
+    other = build(1)
+    save_checkpoint(tmp_path / "model", other.model, other.autoencoder, other.tokenizer)
+    with pytest.raises(ClearValueError, match=r"\(model differ\)"):
+        run()
+    shutil.copytree(toy / "model", tmp_path / "model", dirs_exist_ok=True)
+    prompt.write_text("Look twice.")
+    with pytest.raises(ClearValueError, match=r"\(protocol differ\)"):
+        run()
+    (tmp_path / "out.training" / "run.json").write_bytes(b"\xff")
+    with pytest.raises(ClearValueError, match=r"run\.json is damaged"):
+        run()
+
+
+@pytest.mark.parametrize("wrong", ["lora.groups={sparkle: 2}", "micro_batch=3"])
+def test_a_refused_run_leaves_nothing_that_blocks_the_corrected_one(data, tmp_path, wrong):
+    given = {"model": build(0), "progress": False}
+    with pytest.raises(ClearError):
+        train_sft("tiny", data, tmp_path / "out", overrides=[*BASE, "steps=1", wrong], **given)
+    assert list(tmp_path.iterdir()) == []
+    train_sft("tiny", data, tmp_path / "out", overrides=[*BASE, "steps=1"], **given)
+
+
 def test_an_output_of_something_else_is_left_alone(data, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")
@@ -375,7 +490,7 @@ def test_the_batch_must_divide(examples, tmp_path):
     recipe = load_recipe("tiny", [*BASE, "micro_batch=3"])
     attached = attach(build(0), lora=recipe.lora)
     with pytest.raises(ClearValueError, match="does not divide"):
-        sft_trainer(attached, recipe, examples, tmp_path, device=CPU)
+        sft_trainer(attached, recipe, examples, tmp_path)
 
 
 def test_the_rival_trains_the_understanding_group_alone(data, tmp_path):

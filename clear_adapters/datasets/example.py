@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,11 @@ class Example:
         return None if self.clean_image is None else load_image(self.clean_image)
 
 
+def decibels(error: float) -> float:
+    """PSNR in dB of a mean squared error of values from 0 to 255; 99 where nothing differs."""
+    return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))
+
+
 # ------------------------------------------------------------------------------------------------------ reading
 
 
@@ -117,6 +123,10 @@ def read_examples(
     for number, row in _rows(path):
         try:
             example = _recorded(row, clean, corrupted) if "conversations" in row else _example(row, folder)
+            if _lacks_clean(example):
+                raise ClearValueError(
+                    "the reply restores and has no clean_image, which it would be restored to"
+                )
             if example.id in lines:
                 raise ClearValueError(f"id {example.id!r} stands in line {lines[example.id]} already")
         except ClearValueError as error:
@@ -126,6 +136,10 @@ def read_examples(
     if not found:
         raise ClearValueError(f"{path} holds no example")
     return found
+
+
+def _lacks_clean(example: Example) -> bool:
+    return example.reply is not None and RESTORE in example.reply and example.clean_image is None
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -170,7 +184,7 @@ def _number(row: Mapping[str, Any], key: str) -> float | None:
     value = row.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
         raise ClearValueError(f"{key}={value!r}: must be a number")
     return float(value)
 
@@ -336,6 +350,8 @@ def check(examples: Sequence[Example], *, pictures: bool = True) -> dict[str, An
             problems.append(f"{example.id}: the answer {example.answer!r} is none of the options")
         if example.reply is not None and parse(example.reply).answer is None:
             problems.append(f"{example.id}: the recorded reply gives no answer")
+        if _lacks_clean(example):
+            problems.append(f"{example.id}: the recorded reply restores and has no clean_image")
         if not pictures:
             continue
         try:

@@ -2,13 +2,10 @@
 
 Every scene follows from the seed and its number alone, so the files are the same for any number of workers. A build
 that was stopped goes on where it was: finished chunks leave a part file behind.
-
-    python -m clear_adapters.datasets.world --output data/train --examples 60000 --workers 16
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -16,7 +13,7 @@ import multiprocessing
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clear_adapters.datasets.example import DATA
+from clear_adapters.datasets.example import DATA, decibels
 from clear_adapters.degradations import SEVERITIES, degrade, draw
 from clear_adapters.degradations.catalogue import Weights
 from clear_adapters.degradations.corruption import Formulas
@@ -179,7 +176,7 @@ def _claim(folder: Path, plan: Plan) -> None:
     settings = json.dumps(asdict(plan), sort_keys=True, indent=2) + "\n"
     file = folder / BUILD
     if file.is_file():
-        if file.read_text(encoding="utf-8") != settings:
+        if file.read_bytes() != settings.encode():
             raise ClearValueError(
                 f"{folder} holds a data set of other settings (see {file}): choose another folder, or delete it"
             )
@@ -236,7 +233,7 @@ def _chunk(job: tuple[Path, Plan, int]) -> None:
 
 def _scene_rows(folder: Path, place: Path, plan: Plan, number: int) -> list[dict[str, Any]]:
     rng = random.Random(f"{plan.seed}/{plan.split}/{number}")
-    scene, questions = _questions(plan, number, rng)
+    scene, questions, group = _questions(plan, number, rng)
     shares = plan.severities
     severity = rng.choices(list(shares), list(shares.values()))[0]
     damage = rng.getrandbits(31)
@@ -255,7 +252,7 @@ def _scene_rows(folder: Path, place: Path, plan: Plan, number: int) -> list[dict
         row |= {"degradation": name, "severity": severity, "intensity": SEVERITIES[severity]}
         row["psnr"] = round(psnr(clean, degraded, plan.psnr_side), 2)
     else:
-        row["psnr"] = 99.0
+        row["psnr"] = decibels(0)
     rows = []
     for i, question in enumerate(questions):
         own = {
@@ -265,15 +262,15 @@ def _scene_rows(folder: Path, place: Path, plan: Plan, number: int) -> list[dict
             "options": list(question.options),
             "kind": question.kind,
             "fact": question.fact,
-            "group": f"scene-{number}",
+            "group": group,
             "extra": {**extra, "template": question.template, "chance": round(question.chance, 4)},
         }
         rows.append(own | row)
     return rows
 
 
-def _questions(plan: Plan, number: int, rng: random.Random) -> tuple[Scene, list[Question]]:
-    """A scene and its questions; two neighbours share the kinds between them, so that all six come equally often."""
+def _questions(plan: Plan, number: int, rng: random.Random) -> tuple[Scene, list[Question], str]:
+    """A scene, its questions and its group; two neighbours share the kinds between them, so that all come equally often."""
     pair = number // 2
     shared = random.Random(f"{plan.seed}/{plan.split}/pair/{pair}")
     kinds = shared.sample(KINDS, len(KINDS))
@@ -283,10 +280,12 @@ def _questions(plan: Plan, number: int, rng: random.Random) -> tuple[Scene, list
         hashlib.blake2b(f"{plan.seed}/{plan.split}".encode(), digest_size=4).digest(), "big"
     )
     asked: list[Question] = []
+    group = f"scene-{number}"
     if pair % _PAIRS_EVERY == 0:
         drawn = pair_scenes(base * 64 + pair, plan.split)  # type: ignore[arg-type]  # checked by Plan
         scene, question = drawn[:2] if number % 2 == 0 else drawn[2:]
         asked = [question]
+        group = f"pair-{pair}"  # nearly one picture twice: never in two splits
         kinds = [k for k in kinds if k != "pair"]
     else:
         scene = sample_scene(base * 64 + number, plan.split)  # type: ignore[arg-type]
@@ -301,7 +300,7 @@ def _questions(plan: Plan, number: int, rng: random.Random) -> tuple[Scene, list
         fresh = ask(scene, more, KINDS, 1)
         known = {q.text for q in asked}
         asked += [q for q in fresh if q.text not in known][: plan.questions_per_scene - len(asked)]
-    return scene, asked
+    return scene, asked, group
 
 
 def psnr(clean: Image.Image, degraded: Image.Image, side: int) -> float:
@@ -312,35 +311,4 @@ def psnr(clean: Image.Image, degraded: Image.Image, side: int) -> float:
         np.asarray(i if i.size == size else i.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
         for i in (clean, degraded)
     )
-    error = float(np.mean((a - b) ** 2))
-    return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Reads the command line and builds."""
-    parser = argparse.ArgumentParser(description="Build a data set of the miniature world.")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--examples", required=True, type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--workers", type=int, default=None)
-    parser.add_argument("--questions-per-scene", type=int, default=3)
-    parser.add_argument("--formulas", default="legacy")
-    parser.add_argument("--weights", default="training")
-    parser.add_argument("--psnr-side", type=int, default=128)
-    given = parser.parse_args(arguments)
-    build(
-        given.output,
-        given.examples,
-        given.seed,
-        given.split,
-        given.workers,
-        given.questions_per_scene,
-        formulas=given.formulas,
-        weights=given.weights,
-        psnr_side=given.psnr_side,
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return decibels(float(np.mean((a - b) ** 2)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -20,6 +21,12 @@ from clear_adapters.training.sft import SftSettings
 
 STAGES = ("sft",)
 
+SCHEDULES = (
+    *("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "inverse_sqrt", "linear"),
+    "polynomial",
+)
+"""Trainer's schedules that need no settings of their own and no evaluation."""
+
 
 @dataclass(frozen=True)
 class OptimSettings:
@@ -29,7 +36,7 @@ class OptimSettings:
         lr: learning rate of LoRA.
         bridge_lr: of the bridge, where a stage trains it; None is `lr`.
         extra_lr: of modules trained whole; None is `lr`.
-        schedule: of the learning rates, by Trainer's name.
+        schedule: of the learning rates, by Trainer's name: one of `SCHEDULES`.
         min_lr: where a cosine schedule ends, as a share of the rate.
         warmup: steps.
         weight_decay: of AdamW.
@@ -39,6 +46,7 @@ class OptimSettings:
 
     Raises:
         ClearValueError: a number out of its range.
+        UnknownNameError: a schedule that does not exist.
     """
 
     lr: float = 2e-3
@@ -57,9 +65,15 @@ class OptimSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ClearValueError(f"{name}={value}: must be positive")
-        for name in ("min_lr", "warmup", "weight_decay", "max_grad_norm"):
+        for name in ("warmup", "weight_decay", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise ClearValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if not 0 <= self.min_lr <= 1:
+            raise ClearValueError(f"min_lr={self.min_lr}: a share in [0, 1]")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ClearValueError(f"betas={self.betas}: each in [0, 1)")
+        if self.schedule not in SCHEDULES:
+            raise unknown_name("schedule of the learning rate", self.schedule, SCHEDULES)
 
     @property
     def rates(self) -> dict[str, float]:
@@ -79,7 +93,8 @@ class LoopSettings:
         steps: of the optimizer.
         batch: examples a step, of all processes together.
         micro_batch: examples a forward pass; None is what a process has of a step.
-        bf16: compute in bfloat16 where there is a GPU; the adapter's weights stay float32 in training.
+        bf16: compute in bfloat16 where there is a GPU; otherwise everything is float32, and the base is loaded in it. The
+            adapter's own weights are float32 in training either way.
         compile: compile the decoder's layers.
         checkpointing: recompute activations, which saves memory.
         save_every: steps between checkpoints; 0 writes none.
@@ -105,16 +120,18 @@ class LoopSettings:
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("steps", 1),
-            ("batch", 1),
-            ("micro_batch", 1),
-            ("log_every", 1),
-            ("save_every", 0),
+        for name, low, high in (
+            ("steps", 1, 10**8),
+            ("batch", 1, 10**6),
+            ("micro_batch", 1, 10**6),
+            ("log_every", 1, 10**8),
+            ("save_every", 0, 10**8),
+            ("workers", 0, 1024),
+            ("seed", 0, 2**32 - 1),
         ):
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise ClearValueError(f"{name}={value}: at least {low}")
+            if value is not None and not low <= value <= high:
+                raise ClearValueError(f"{name}={value}: must be from {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -178,7 +195,10 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if str(name) in list_recipes():
         text = (resources.files("clear_adapters.training") / "recipes" / f"{name}.yaml").read_text("utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ClearValueError(f"recipe {name} is not UTF-8 text: {error}") from error
     else:
         raise unknown_name("recipe", str(name), list_recipes(), hint="Or give the path of a YAML file.")
     data = _parse(text, f"recipe {name}")
@@ -204,7 +224,7 @@ def recipe_from_dict(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last for a number without end
         raise ClearValueError(f"{source} is not valid YAML: {error}") from error
 
 
@@ -291,13 +311,14 @@ def _value(wanted: Any, value: Any, source: str) -> Any:
         if not isinstance(value, list | tuple) or len(value) != len(get_args(wanted)):
             raise ClearValueError(f"{source}={value!r}: must be a list of {len(get_args(wanted))}")
         return tuple(_value(a, v, source) for a, v in zip(get_args(wanted), value, strict=True))
-    if wanted is float and isinstance(value, str):
+    if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
-            pass
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ClearValueError(f"{source}={value!r}: must be a finite number")
+        return number
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise ClearValueError(f"{source}={value!r}: must be of type {wanted.__name__}")
     return value

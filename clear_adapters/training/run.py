@@ -1,13 +1,10 @@
 """A training run from a recipe: model and data in, adapter folder out.
 
-    python -m clear_adapters.training.run sft --recipe tiny --data DIR --output DIR --model builtin:bagel-tiny
-
 Work in progress (checkpoints, log) stands beside the output, in `<output>.training`; the adapter appears in one move.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,14 +17,14 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from clear_adapters.adapter import attach
+from clear_adapters.adapter import attach, choose_device
 from clear_adapters.attached import AttachedModel
-from clear_adapters.config import LoraSettings
+from clear_adapters.config import LoraSettings, is_builtin_name, is_hub_id
 from clear_adapters.datasets.example import DATA, Example, read_examples
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import get_protocol
 from clear_adapters.results import git_state, installed_versions
-from clear_adapters.store import CONFIG
+from clear_adapters.store import CONFIG, model_digest, resolve
 from clear_adapters.training.objective import Order
 from clear_adapters.training.recipe import Recipe, load_recipe
 from clear_adapters.training.sft import SftObjective
@@ -61,8 +58,8 @@ def train_sft(
         data: a folder with `data.jsonl`, or a JSONL file.
         output: folder of the adapter.
         model: what `attach` takes.
-        resume: go on with a run of the same recipe and data that was stopped; one that is finished is left as it is.
-        device: where it runs; None is the GPU if there is one.
+        resume: go on with a run of the same recipe, data and model that was stopped; one that is finished is left as it is.
+        device: where a model that is named runs; None is the CUDA GPU if there is one. A loaded model stays where it is.
         overrides: `key=value` for the recipe.
         clean_image_dir: for data in the authors' form.
         corrupted_image_dir: for data in the authors' form.
@@ -83,17 +80,23 @@ def train_sft(
     output = Path(os.path.abspath(output))  # noqa: PTH100 (a link at the end stays one)
     work = output.with_name(output.name + ".training")
     examples = read_examples(data, clean_image_dir=clean_image_dir, corrupted_image_dir=corrupted_image_dir)
-    facts = {"recipe": recipe.to_dict(), "data_hash": data_hash(data), "examples": len(examples)}
+    facts = {
+        "recipe": recipe.to_dict(),
+        "data_hash": data_hash(data),
+        "examples": len(examples),
+        "model": _identity(model),
+        "protocol": _digest(repr(get_protocol(recipe.protocol))),
+        "images": _digest(*(f"{p and Path(p).absolute()}" for p in (clean_image_dir, corrupted_image_dir))),
+    }
     facts = json.loads(json.dumps(facts))
     if _is_done(output, work, facts, resume):
         return output
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    rank = int(os.environ.get("LOCAL_RANK", "-1"))
-    if where.type == "cuda" and rank >= 0:
-        where = torch.device("cuda", rank)
-    attached = _attach(model, recipe, where)
+    attached = _attach(model, recipe, device)
     try:
-        trainer = sft_trainer(attached, recipe, examples, work, device=where, progress=progress)
+        trainer = sft_trainer(attached, recipe, examples, work, progress=progress)
+        if trainer.is_world_process_zero():
+            # Only now: settings that were refused until here leave nothing behind.
+            _claim(work, facts)
         last = last_checkpoint(work) if trainer.is_world_process_zero() else None
         last = broadcast_object_list([last])[0]
         if last is None and trainer.is_world_process_zero():
@@ -101,7 +104,7 @@ def train_sft(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if trainer.is_world_process_zero():
             attached.config = replace(
-                attached.config, stage=recipe.stage, provenance=_provenance(facts, where, trainer)
+                attached.config, stage=recipe.stage, provenance=_provenance(facts, trainer)
             )
             attached.save_pretrained(output, dtype=getattr(torch, recipe.loop.save_dtype))
         trainer.accelerator.wait_for_everyone()
@@ -116,13 +119,14 @@ def sft_trainer(
     examples: Sequence[Example],
     work: Path,
     *,
-    device: torch.device,
     progress: bool = True,
 ) -> ClearTrainer:
-    """A trainer of stage 1 over an attached model, ready to run.
+    """A trainer of stage 1 over an attached model, ready to run where the model is.
+
+    Switches of the base (checkpointing, compiled layers) go with `attached.detach()`.
 
     Raises:
-        ClearValueError: the batch does not divide among the processes.
+        ClearValueError: the batch does not divide among the processes, or the base has another type than the recipe's.
     """
     loop, optim = recipe.loop, recipe.optim
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -131,8 +135,15 @@ def sft_trainer(
         raise ClearValueError(
             f"batch={loop.batch} does not divide into micro-batches of {micro} on {world} processes: change one of them"
         )
-    _set_trainable(attached, recipe, device)
     backbone = attached.backbone
+    device = backbone.device
+    dtype = next((p.dtype for p in backbone.model.parameters() if p.is_floating_point()), torch.float32)
+    if not loop.bf16 and dtype != torch.float32:
+        raise ClearValueError(
+            f"bf16=False computes in float32, but the model is in {str(dtype).removeprefix('torch.')}: load it with "
+            "dtype='float32', or pass its name"
+        )
+    _set_trainable(attached)
     if loop.checkpointing:
         # The one attribute that every family's decoder is switched by.
         for module in backbone.model.modules():
@@ -181,14 +192,26 @@ def decoder_layers(attached: AttachedModel) -> list[torch.nn.Module]:
     return [layer for p in prefixes for layer in model.get_submodule(p).children()]
 
 
-def _attach(model: Any, recipe: Recipe, device: torch.device) -> AttachedModel:
+def _attach(model: Any, recipe: Recipe, device: torch.device | str | None) -> AttachedModel:
     lora = recipe.lora
     if recipe.sft.mode == "direct":
         # No latent is in sight: the generation group would train on nothing.
         ranks = {n: r for n, r in lora.ranks.items() if n == "understanding"}
         lora = LoraSettings(ranks, {n: lora.alphas[n] for n in ranks}, lora.dropout)
-    named = isinstance(model, str | Path)
-    attached = attach(model, lora=lora, device=device if named else None)
+    if isinstance(model, str | Path):
+        where = choose_device(device)
+        rank = int(os.environ.get("LOCAL_RANK", "-1"))
+        if where.type == "cuda" and rank >= 0:
+            where = torch.device("cuda", rank)
+        attached = attach(model, lora=lora, device=where, dtype=None if recipe.loop.bf16 else torch.float32)
+    else:
+        attached = attach(model, lora=lora)
+        held = attached.backbone.device
+        if device is not None and choose_device(device) != held:
+            attached.detach()
+            raise ClearValueError(
+                f"device={str(device)!r}, but the model that was passed is on {held}: move it before, or pass its name"
+            )
     attached.initialise(recipe.loop.seed)
     attached.config = replace(
         attached.config, protocol=get_protocol(recipe.protocol), text=recipe.text, latent=recipe.latent
@@ -196,26 +219,41 @@ def _attach(model: Any, recipe: Recipe, device: torch.device) -> AttachedModel:
     return attached
 
 
-def _set_trainable(attached: AttachedModel, recipe: Recipe, device: torch.device) -> None:
+def _set_trainable(attached: AttachedModel) -> None:
     """Stage 1 trains LoRA and the modules that the recipe trains whole; the bridge stands still."""
     for name, parameter in attached.named_parameters():
         parameter.requires_grad_(not name.startswith("bridge."))
-        if recipe.loop.bf16 or device.type == "cpu":
-            # Small steps would be rounded away in bfloat16.
-            parameter.data = parameter.data.float()
+        # Small steps would be rounded away in bfloat16.
+        parameter.data = parameter.data.float()
+
+
+def _identity(model: Any) -> dict[str, str | None]:
+    """What tells one base model from another: name and hash of its files, or the type of a loaded one."""
+    if not isinstance(model, str | Path):
+        return {"name": type(model).__name__, "hash": None}
+    name = str(model)
+    is_public = is_builtin_name(name) or (is_hub_id(name) and not Path(name).exists())
+    return {"name": name if is_public else Path(name).name, "hash": model_digest(resolve(model, "model"))}
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _is_done(output: Path, work: Path, facts: dict[str, Any], resume: bool) -> bool:
-    """Whether the run is finished; otherwise its place is claimed."""
+    """Whether the run is finished; refuses a place that holds something else, and changes nothing."""
     record = work / RUN
     if int(os.environ.get("RANK", "0")) > 0:
-        # The first process claims the place and checks it.
+        # The first process checks the place.
         return record.is_file() and (output / CONFIG).is_file()
     exists = record.is_file() or (output.is_dir() and any(output.iterdir()))
     if exists and not resume:
         raise ClearValueError(f"{output} (or {work}) exists: choose another output, or pass resume=True")
     if record.is_file():
-        before = json.loads(record.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ClearValueError(f"{record} is damaged ({error}): delete {work} and train again") from error
         if before != facts:
             parts = [k for k in facts if before.get(k) != facts[k]]
             raise ClearValueError(
@@ -224,11 +262,14 @@ def _is_done(output: Path, work: Path, facts: dict[str, Any], resume: bool) -> b
         return (output / CONFIG).is_file()
     if exists:
         raise ClearValueError(f"{output} is not empty and was not trained by this run: choose another output")
-    work.mkdir(parents=True, exist_ok=True)
+    return False
+
+
+def _claim(work: Path, facts: dict[str, Any]) -> None:
+    record = work / RUN
     temporary = record.with_name(f"{RUN}.{os.getpid()}")
     temporary.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(record)
-    return False
 
 
 def data_hash(data: str | Path) -> str:
@@ -237,8 +278,9 @@ def data_hash(data: str | Path) -> str:
     return hashlib.sha256((path / DATA if path.is_dir() else path).read_bytes()).hexdigest()
 
 
-def _provenance(facts: dict[str, Any], device: torch.device, trainer: ClearTrainer) -> dict[str, Any]:
+def _provenance(facts: dict[str, Any], trainer: ClearTrainer) -> dict[str, Any]:
     commit, dirty = git_state()
+    device = trainer.attached.backbone.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     last: dict[str, float] = next((e for e in reversed(trainer.state.log_history) if "ce" in e), {})
     return {
@@ -253,34 +295,3 @@ def _provenance(facts: dict[str, Any], device: torch.device, trainer: ClearTrain
         "versions": installed_versions(),
         "final": {k: round(float(last[k]), 6) for k in ("loss", *trainer.objective.parts) if k in last},
     }
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Reads the command line and trains."""
-    parser = argparse.ArgumentParser(description="Train an adapter.")
-    parser.add_argument("stage", choices=["sft"])
-    parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--model", default="builtin:bagel-tiny")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--no-resume", action="store_true")
-    parser.add_argument("--clean-image-dir", default=None)
-    parser.add_argument("--corrupted-image-dir", default=None)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    given = parser.parse_args(arguments)
-    train_sft(
-        given.recipe,
-        given.data,
-        given.output,
-        given.model,
-        not given.no_resume,
-        given.device,
-        given.overrides,
-        given.clean_image_dir,
-        given.corrupted_image_dir,
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ losses are averaged over the tokens of the whole step, whatever the accumulation
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clear_adapters.backbones.base import Backbone, LatentPiece, Piece, PreparedImage
+from clear_adapters.datasets.example import decibels
 from clear_adapters.datasets.traces import TraceSettings, build_transcript, choose_path
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import Protocol
@@ -57,8 +59,8 @@ class SftSettings:
             raise ClearValueError(f"mode={self.mode!r}: 'clear' or 'direct'")
         if not 0 <= self.vit_drop <= 1:
             raise ClearValueError(f"vit_drop={self.vit_drop}: a probability in [0, 1]")
-        if self.noised_copies < 1:
-            raise ClearValueError(f"noised_copies={self.noised_copies}: at least 1")
+        if not 1 <= self.noised_copies <= 64:
+            raise ClearValueError(f"noised_copies={self.noised_copies}: from 1 to 64")
         for name in ("ce_weight", "mse_weight"):
             if not getattr(self, name) >= 0:
                 raise ClearValueError(f"{name}={getattr(self, name)}: must not be negative")
@@ -76,6 +78,14 @@ class SftObjective(Objective):
         self.backbone = backbone
         self.protocol = protocol
         self.settings = settings
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a data worker gets where it is spawned and not forked: preparing and packing need no weights."""
+        backbone = copy.copy(self.backbone)
+        for name, value in list(vars(backbone).items()):
+            if isinstance(value, nn.Module):
+                setattr(backbone, name, None)
+        return {**vars(self), "backbone": backbone}
 
     # -- batches
 
@@ -190,5 +200,4 @@ def prepared_psnr(image: PreparedImage, clean: PreparedImage) -> float | None:
     a, b = (
         p.pixels.float() if p.pixels.dtype == torch.uint8 else (p.pixels + 1) * 127.5 for p in (image, clean)
     )
-    error = float((a - b).pow(2).mean())
-    return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))
+    return decibels(float((a - b).pow(2).mean()))

@@ -7,6 +7,7 @@ an ordinary adapter folder. Nothing is read back from the device but at the step
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -168,6 +169,12 @@ class ClearTrainer(Trainer):
             sums = self._sums
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums, "sum")
+            if not math.isfinite(float(logs["loss"])):
+                rates = self._get_learning_rate()
+                raise ClearValueError(
+                    f"step {step}: loss={logs['loss']}: training diverged, and its adapter would be noise. Lower optim.lr "
+                    f"(now lr={rates:g}), or go back to an earlier checkpoint in {self.args.output_dir}"
+                )
             steps = max(1, step - self._mark[1])
             for name, value in zip(self.objective.parts, sums.tolist(), strict=True):
                 logs[name] = value / steps
