@@ -128,6 +128,7 @@ class AttachedModel:
         if self._engine is None:
             c = self._config
             self._engine = Engine(self.backbone, self.bridge, c.protocol, c.text, c.latent)
+        self._engine.plain = not self._enabled
         return self._engine
 
     def _require(self) -> None:
@@ -139,6 +140,8 @@ class AttachedModel:
             if self.lora is not None:
                 self.lora.set_enabled(enabled)
             self._enabled = enabled
+            if self._engine is not None:
+                self._engine.plain = not enabled
 
     @contextmanager
     def disabled(self) -> Iterator[AttachedModel]:
@@ -210,7 +213,6 @@ class AttachedModel:
             clean_images=clean_image,
             seed=seed,
             batch_size=batch_size,
-            plain=not self._enabled,
         )
         return replies[0] if isinstance(question, str) else replies
 
@@ -240,7 +242,6 @@ class AttachedModel:
             latent_from=latent_from,
             clean_image=clean_image,
             seed=seed,
-            plain=not self._enabled,
         )
         return self._guarded(events, self._enabled)
 

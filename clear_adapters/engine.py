@@ -47,6 +47,7 @@ class Engine:
         text: settings where a call gives none.
         latent: likewise.
         max_restores: the most restorations in one reply; then an answer is asked for.
+        plain: be the plain model: no protocol and no bridge, in rollouts and replays too.
 
     Raises:
         ClearValueError: a negative `max_restores`.
@@ -61,6 +62,7 @@ class Engine:
         text: TextSampling | None = None,
         latent: LatentSampling | None = None,
         max_restores: int = 2,
+        plain: bool = False,
     ) -> None:
         if max_restores < 0:
             raise ClearValueError(f"max_restores={max_restores}: must be 0 or more; 0 grants no request")
@@ -70,6 +72,11 @@ class Engine:
         self.text = text or TextSampling()
         self.latent = latent or LatentSampling()
         self.max_restores = max_restores
+        self.plain = plain
+
+    @property
+    def _own_bridge(self) -> LatentBridge | None:
+        return None if self.plain else self.bridge
 
     # -- many rows
 
@@ -112,9 +119,9 @@ class Engine:
             ImageError: a picture that cannot be loaded.
         """
         task = self._task(
-            images, questions, seeds, restore, text, latent, latent_from, clean_images, group, plain=False
+            images, questions, seeds, restore, text, latent, latent_from, clean_images, group, self.plain
         )
-        run = Rollout(self.backbone, self.bridge, task)
+        run = Rollout(self.backbone, self._own_bridge, task)
         drain(run.steps())
         return run.transcripts
 
@@ -130,7 +137,7 @@ class Engine:
         clean_images: ImageLike | Sequence[ImageLike] | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
-        plain: bool = False,
+        plain: bool | None = None,
     ) -> list[Reply]:
         """Answers questions.
 
@@ -146,8 +153,8 @@ class Engine:
             clean_images: as in `rollout`.
             seed: one for every row, or a list with one each.
             batch_size: rows at a time; None takes all at once.
-            plain: ask without the protocol, the picture read by the understanding encoder only. (Weights are not
-                touched: taking LoRA out is the caller's part.)
+            plain: ask without the protocol, the picture read by the understanding encoder only; None is the engine's own
+                setting. (Weights are not touched: taking LoRA out is the caller's part.)
 
         Raises:
             ClearValueError: as in `rollout`; a batch size below 1.
@@ -185,7 +192,7 @@ class Engine:
             run = Rollout(self.backbone, self.bridge, task)
             drain(run.steps())
             replies += [
-                Reply(t, dict(run.clock.seconds), plain, self.backbone.decode) for t in run.transcripts
+                Reply(t, dict(run.clock.seconds), task.plain, self.backbone.decode) for t in run.transcripts
             ]
         return replies
 
@@ -202,7 +209,7 @@ class Engine:
         latent_from: LatentFrom = "own",
         clean_image: ImageLike | None = None,
         seed: int = 0,
-        plain: bool = False,
+        plain: bool | None = None,
     ) -> Iterator[Event]:
         """Answers one question and tells what happens meanwhile; the reply equals that of `answer`.
 
@@ -286,7 +293,7 @@ class Engine:
         """
         return replay(
             self.backbone,
-            self.bridge,
+            self._own_bridge,
             transcripts,
             temperature=self.text.temperature if temperature is None else temperature,
             logprob=logprob or self.latent.logprob,
@@ -307,8 +314,9 @@ class Engine:
         latent_from: LatentFrom,
         clean_images: Any,
         group: int,
-        plain: bool,
+        plain: bool | None,
     ) -> Task:
+        plain = self.plain if plain is None else plain
         _one_of("restore", restore, get_args(Restore))
         _one_of("latent_from", latent_from, get_args(LatentFrom))
         pictures, asked, _ = load_images(images, questions)

@@ -23,6 +23,7 @@ from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.backbones.base import LoraGroup
 from clear_adapters.bridge import BridgeConfig
 from clear_adapters.config import LoraSettings
+from clear_adapters.engine import Engine
 from clear_adapters.errors import (
     AdapterError,
     AttachError,
@@ -36,6 +37,7 @@ from clear_adapters.errors import (
 )
 from clear_adapters.prompts import get_protocol
 from clear_adapters.sampling import LatentSampling, TextSampling
+from clear_adapters.transcript import TextSegment
 
 SMALL = LoraSettings({"understanding": 2, "generation": 2})
 TEXT = TextSampling(max_new_tokens=5)
@@ -536,3 +538,25 @@ def test_a_broken_family_is_only_its_own_trouble(backbone, target, error, messag
             assert backbones.find_for_model(backbone.model) is SPEC
     finally:
         BACKBONES.unregister("abroken")
+
+
+def test_inside_disabled_the_engine_is_the_plain_model(toy):
+    """Rollouts and replays too: no protocol, no bridge."""
+    attached = attach(toy / "model", toy / "adapter", device="cpu")
+    torch.nn.init.normal_(attached.bridge.up.weight)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    engine = attached.engine  # the same object before, inside and after
+    own = engine.rollout(picture, "What?", seeds=[1], restore="always")
+    with_bridge = engine.replay(own).text_logprobs[0]
+    with attached.disabled():
+        assert engine is attached.engine
+        plain = attached.engine.rollout(picture, "What?", seeds=[1])
+        reply = attached.answer(picture, "What?", seed=1)
+        without = attached.engine.replay(own).text_logprobs[0]
+    assert plain[0].reply == reply.text
+    assert not any(isinstance(s, TextSegment) and s.text == engine.protocol.system for s in plain[0])
+    assert any(isinstance(s, TextSegment) and s.text == engine.protocol.system for s in own[0])
+    torch.testing.assert_close(engine.replay(own).text_logprobs[0], with_bridge)
+    bare = Engine(attached.detach(), None, "tiny").replay(own).text_logprobs[0]
+    torch.testing.assert_close(without, bare)
+    assert (with_bridge - bare).abs().max() > 1e-3
