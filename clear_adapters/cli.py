@@ -103,7 +103,7 @@ def _options(
 
 Device = Annotated[
     str | None,
-    typer.Option(help="cuda, cpu, or mps if you ask for it; by default the CUDA GPU if there is one."),
+    typer.Option(help="cpu, cuda or mps; where none is named, the CUDA GPU if there is one, else the CPU."),
 ]
 
 
@@ -115,7 +115,7 @@ def quickstart(
     seed: Annotated[int, typer.Option(min=0, help="Which scenes.")] = 0,
     output: Annotated[Path, typer.Option(help="The picture sheet.")] = Path("quickstart.png"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows as JSON.")] = None,
-    device: Device = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
     """Answer questions about held-out degraded scenes, without and with the adapter, beside the truth."""
     from clear_adapters.quickstart import run

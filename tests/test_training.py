@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,6 +293,23 @@ def test_a_loaded_model_is_trained_where_it_is(data, tmp_path, monkeypatch):
     assert not (tmp_path / "b.training").exists()
 
 
+def test_a_device_without_a_number_is_any_of_its_type(data, tmp_path):
+    overrides = [*BASE, "steps=1"]
+    train_sft(
+        "tiny", data, tmp_path / "a", model=build(0), device="cpu:0", overrides=overrides, progress=False
+    )
+
+
+def test_a_gpu_that_this_process_does_not_train_on_is_refused(examples, tmp_path, monkeypatch):
+    """Trainer would move the network there, and leave the autoencoder behind."""
+    arguments = types.SimpleNamespace(device=torch.device("cuda:0"))
+    monkeypatch.setattr(run_module, "training_arguments", lambda *_, **__: arguments)
+    recipe = load_recipe("tiny", BASE)
+    with pytest.raises(ClearValueError, match=r"on cpu.*on cuda:0.*CUDA_VISIBLE_DEVICES"):
+        sft_trainer(attach(build(0), lora=recipe.lora), recipe, examples, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 def test_eight_examples_are_learnt(examples, tmp_path):
     overrides = [
         "steps=30",
@@ -465,9 +483,10 @@ def test_another_model_protocol_or_picture_folder_is_another_run(toy, data, tmp_
     prompt.write_text("Look twice.")
     with pytest.raises(ClearValueError, match=r"\(protocol differ\)"):
         run()
-    (tmp_path / "out.training" / "run.json").write_bytes(b"\xff")
-    with pytest.raises(ClearValueError, match=r"run\.json is damaged"):
-        run()
+    for damaged in (b"\xff", b"[3]", b"{"):
+        (tmp_path / "out.training" / "run.json").write_bytes(damaged)
+        with pytest.raises(ClearValueError, match=r"run\.json is damaged"):
+            run()
 
 
 @pytest.mark.parametrize("wrong", ["lora.groups={sparkle: 2}", "micro_batch=3"])

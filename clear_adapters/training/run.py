@@ -58,7 +58,8 @@ def train_sft(
         data: a folder with `data.jsonl`, or a JSONL file.
         output: folder of the adapter.
         model: what `attach` takes.
-        resume: go on with a run of the same recipe, data and model that was stopped; one that is finished is left as it is.
+        resume: go on with a run of the same recipe, data and model that was stopped; one that is finished is left as it
+            is. Of a loaded model only the type is compared.
         device: where a model that is named runs; None is the CUDA GPU if there is one. A loaded model stays where it is.
         overrides: `key=value` for the recipe.
         clean_image_dir: for data in the authors' form.
@@ -69,8 +70,8 @@ def train_sft(
         The adapter's folder.
 
     Raises:
-        ClearValueError: settings or data that cannot work, an output that exists without `resume`, or a run of other
-            settings in its place.
+        ClearValueError: settings or data that cannot work, an output that exists without `resume`, a run of other
+            settings in its place, or a loss that is not finite.
         UnknownNameError: an unknown recipe, key or model.
     """
     if not isinstance(recipe, Recipe):
@@ -80,29 +81,34 @@ def train_sft(
     output = Path(os.path.abspath(output))  # noqa: PTH100 (a link at the end stays one)
     work = output.with_name(output.name + ".training")
     examples = read_examples(data, clean_image_dir=clean_image_dir, corrupted_image_dir=corrupted_image_dir)
-    facts = {
-        "recipe": recipe.to_dict(),
-        "data_hash": data_hash(data),
-        "examples": len(examples),
-        "model": _identity(model),
-        "protocol": _digest(repr(get_protocol(recipe.protocol))),
-        "images": _digest(*(f"{p and Path(p).absolute()}" for p in (clean_image_dir, corrupted_image_dir))),
-    }
-    facts = json.loads(json.dumps(facts))
+    facts = None
+    if int(os.environ.get("RANK", "0")) == 0:  # the process that checks the place and writes
+        facts = {
+            "recipe": recipe.to_dict(),
+            "data_hash": data_hash(data),
+            "examples": len(examples),
+            "model": _identity(model),
+            "protocol": _digest(repr(get_protocol(recipe.protocol))),
+            "images": _digest(
+                *(f"{p and Path(p).absolute()}" for p in (clean_image_dir, corrupted_image_dir))
+            ),
+        }
+        facts = json.loads(json.dumps(facts))
     if _is_done(output, work, facts, resume):
         return output
     attached = _attach(model, recipe, device)
     try:
         trainer = sft_trainer(attached, recipe, examples, work, progress=progress)
-        if trainer.is_world_process_zero():
+        last = None
+        if facts is not None:
             # Only now: settings that were refused until here leave nothing behind.
             _claim(work, facts)
-        last = last_checkpoint(work) if trainer.is_world_process_zero() else None
+            last = last_checkpoint(work)
+            if last is None:
+                (work / LOG).unlink(missing_ok=True)
         last = broadcast_object_list([last])[0]
-        if last is None and trainer.is_world_process_zero():
-            (work / LOG).unlink(missing_ok=True)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        if trainer.is_world_process_zero():
+        if facts is not None:
             attached.config = replace(
                 attached.config, stage=recipe.stage, provenance=_provenance(facts, trainer)
             )
@@ -126,7 +132,8 @@ def sft_trainer(
     Switches of the base (checkpointing, compiled layers) go with `attached.detach()`.
 
     Raises:
-        ClearValueError: the batch does not divide among the processes, or the base has another type than the recipe's.
+        ClearValueError: the batch does not divide among the processes, or the base has another type than the recipe's, or
+            is on another device than this process trains on.
     """
     loop, optim = recipe.loop, recipe.optim
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -135,13 +142,11 @@ def sft_trainer(
         raise ClearValueError(
             f"batch={loop.batch} does not divide into micro-batches of {micro} on {world} processes: change one of them"
         )
-    backbone = attached.backbone
-    device = backbone.device
-    dtype = next((p.dtype for p in backbone.model.parameters() if p.is_floating_point()), torch.float32)
-    if not loop.bf16 and dtype != torch.float32:
+    backbone, device = attached.backbone, attached.backbone.device
+    if not loop.bf16 and backbone.dtype != torch.float32:
         raise ClearValueError(
-            f"bf16=False computes in float32, but the model is in {str(dtype).removeprefix('torch.')}: load it with "
-            "dtype='float32', or pass its name"
+            f"bf16=False computes in float32, but the model is in {str(backbone.dtype).removeprefix('torch.')}: load it "
+            "with dtype='float32', or pass its name"
         )
     _set_trainable(attached)
     if loop.checkpointing:
@@ -180,8 +185,12 @@ def sft_trainer(
         seed=loop.seed,
         disable_tqdm=not progress,
     )
+    if not _is_same(args.device, device):
+        raise ClearValueError(
+            f"the model is on {device}, but this process trains on {args.device}: choose one GPU by CUDA_VISIBLE_DEVICES, "
+            "several by torchrun"
+        )
     order = Order(examples, loop.steps * loop.batch, loop.seed)
-    work.mkdir(parents=True, exist_ok=True)
     return ClearTrainer(attached, objective, order, args, rates=optim.rates, log_file=work / LOG)
 
 
@@ -207,7 +216,7 @@ def _attach(model: Any, recipe: Recipe, device: torch.device | str | None) -> At
     else:
         attached = attach(model, lora=lora)
         held = attached.backbone.device
-        if device is not None and choose_device(device) != held:
+        if device is not None and not _is_same(choose_device(device), held):
             attached.detach()
             raise ClearValueError(
                 f"device={str(device)!r}, but the model that was passed is on {held}: move it before, or pass its name"
@@ -217,6 +226,11 @@ def _attach(model: Any, recipe: Recipe, device: torch.device | str | None) -> At
         attached.config, protocol=get_protocol(recipe.protocol), text=recipe.text, latent=recipe.latent
     )
     return attached
+
+
+def _is_same(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are one; a device without a number is any of its type."""
+    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 
 def _set_trainable(attached: AttachedModel) -> None:
@@ -231,19 +245,20 @@ def _identity(model: Any) -> dict[str, str | None]:
     """What tells one base model from another: name and hash of its files, or the type of a loaded one."""
     if not isinstance(model, str | Path):
         return {"name": type(model).__name__, "hash": None}
-    name = str(model)
+    name, folder = str(model), resolve(model, "model")
     is_public = is_builtin_name(name) or (is_hub_id(name) and not Path(name).exists())
-    return {"name": name if is_public else Path(name).name, "hash": model_digest(resolve(model, "model"))}
+    # It is published with the adapter: of a folder on this machine only the last part.
+    return {"name": name if is_public else folder.resolve().name, "hash": model_digest(folder)}
 
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _is_done(output: Path, work: Path, facts: dict[str, Any], resume: bool) -> bool:
+def _is_done(output: Path, work: Path, facts: dict[str, Any] | None, resume: bool) -> bool:
     """Whether the run is finished; refuses a place that holds something else, and changes nothing."""
     record = work / RUN
-    if int(os.environ.get("RANK", "0")) > 0:
+    if facts is None:
         # The first process checks the place.
         return record.is_file() and (output / CONFIG).is_file()
     exists = record.is_file() or (output.is_dir() and any(output.iterdir()))
@@ -251,8 +266,8 @@ def _is_done(output: Path, work: Path, facts: dict[str, Any], resume: bool) -> b
         raise ClearValueError(f"{output} (or {work}) exists: choose another output, or pass resume=True")
     if record.is_file():
         try:
-            before = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
+            before = dict(json.loads(record.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise ClearValueError(f"{record} is damaged ({error}): delete {work} and train again") from error
         if before != facts:
             parts = [k for k in facts if before.get(k) != facts[k]]
@@ -266,6 +281,7 @@ def _is_done(output: Path, work: Path, facts: dict[str, Any], resume: bool) -> b
 
 
 def _claim(work: Path, facts: dict[str, Any]) -> None:
+    work.mkdir(parents=True, exist_ok=True)
     record = work / RUN
     temporary = record.with_name(f"{RUN}.{os.getpid()}")
     temporary.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -280,8 +296,8 @@ def data_hash(data: str | Path) -> str:
 
 def _provenance(facts: dict[str, Any], trainer: ClearTrainer) -> dict[str, Any]:
     commit, dirty = git_state()
-    device = trainer.attached.backbone.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    device = trainer.args.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     last: dict[str, float] = next((e for e in reversed(trainer.state.log_history) if "ce" in e), {})
     return {
         **facts,
