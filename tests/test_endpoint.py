@@ -19,6 +19,9 @@ KEY = "sk-secret-of-the-test"
 
 pytest.importorskip("openai")
 
+# Connections that a test breaks on purpose may be collected while still open, in whichever test runs then.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(autouse=True)
 def _no_proxy(monkeypatch):
