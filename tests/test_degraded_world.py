@@ -175,6 +175,29 @@ def test_a_run_goes_on_where_it_was(finished, toy, capsys, tmp_path):
     assert capsys.readouterr().out.count("is there already") == 1
 
 
+def test_parts_measured_side_by_side_are_merged(finished, toy, tmp_path, capsys):
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    cache = ("--cache", str(finished.parent / "cache"), "--conditions", "high")
+    assert evaluate.main(arguments(toy, first, *cache, "--runs", "1")) == 0
+    assert set(read_result(first).payload["cells"]) == {"clear-auto/high/1"}
+    assert evaluate.main(arguments(toy, second, *cache, "--systems", "base,direct")) == 0
+    capsys.readouterr()
+    whole = tmp_path / "whole.json"
+    more = ("--merge", str(first), str(second), "--systems", "base,direct,clear-auto")
+    assert evaluate.main(arguments(toy, whole, *cache, *more)) == 0
+    assert capsys.readouterr().out.count("is there already") == 3
+    cells = read_result(whole).payload["cells"]
+    assert set(cells) == {"base/high/0", "direct/high/0", "clear-auto/high/0", "clear-auto/high/1"}
+    assert cells["clear-auto/high/1"] == read_result(first).payload["cells"]["clear-auto/high/1"]
+    another = json.loads(first.read_text())
+    another["payload"]["model"]["digest"] = "another"
+    second.write_text(json.dumps(another))
+    before = whole.read_bytes()
+    assert evaluate.main(arguments(toy, whole, "--merge", str(second))) == 2
+    assert str(second) in capsys.readouterr().err
+    assert whole.read_bytes() == before
+
+
 def test_a_time_limit_loses_nothing(toy, tmp_path, capsys):
     output = tmp_path / "r.json"
     assert (
@@ -190,6 +213,7 @@ def test_a_time_limit_loses_nothing(toy, tmp_path, capsys):
     [
         (["--systems", "clear-aut"], "clear-auto"),
         (["--conditions", "hihg"], "high"),
+        (["--runs", "2"], "'2'"),
         (["--plain-tokens", "5", "--systems", "base"], "--fresh"),
         (["--limit", "6", "--systems", "base"], "--fresh"),
         (["--clear", "nowhere/at all"], "no folder"),

@@ -5,7 +5,8 @@ r"""Measures base, direct tuning and CLEAR on held-out degraded scenes; one comm
         --output benchmarks/results/degraded_world.json --cache runs/heldout
 
 Every finished cell (one system under one condition with one adapter) is written at once, so a run that is cut off
-goes on where it was. `--systems`, `--conditions` and `--limit` choose a part; report.py makes table and figures.
+goes on where it was. `--systems`, `--conditions`, `--runs` and `--limit` choose a part; several parts may run side by
+side, each with its own --output, and `--merge` takes them over. report.py makes table and figures.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,18 +70,18 @@ class Record:
         path: where it is.
         payload: what is in it.
         device: in words.
-        seeds: training seeds in it.
     """
 
     path: Path
     payload: dict[str, Any]
     device: str
-    seeds: list[int] = field(default_factory=list)
 
     def write(self) -> None:
-        """Writes it whole."""
+        """Writes it whole, with the training seeds of all its cells."""
+        adapters = [c["adapter"] for c in self.payload["cells"].values() if c["adapter"] is not None]
+        seeds = sorted({a["seed"] for a in adapters if a["seed"] is not None})
         ResultFile.collect(
-            KIND, self.payload, device=self.device, seeds=self.seeds, packages=["scikit-image"]
+            KIND, self.payload, device=self.device, seeds=seeds, packages=["scikit-image"]
         ).write(self.path)
 
 
@@ -98,6 +99,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--cache", type=Path, help="folder that keeps the pictures for the next run")
     p.add_argument("--systems", help="comma-separated, of " + ", ".join(BY_NAME))
     p.add_argument("--conditions", help="comma-separated, of " + ", ".join(CONDITIONS))
+    p.add_argument(
+        "--runs", help="comma-separated numbers of adapters: 0 is the first of --clear and --direct"
+    )
+    p.add_argument(
+        "--merge",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="take the cells of these results over",
+    )
     p.add_argument("--limit", type=int, default=1000, metavar="N", help="questions")
     p.add_argument("--seed", type=int, default=0, help="of the held-out set")
     p.add_argument("--seconds", type=float, help="begin no cell that would end after this")
@@ -130,7 +142,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
     conditions = chosen(args.conditions, CONDITIONS, "condition")
     adapters: dict[str, list[str | None]] = {"none": [None], "direct": args.direct, "clear": args.clear}
     jobs = []
-    for run in range(max(1, len(args.direct), len(args.clear))):
+    numbers = tuple(str(n) for n in range(max(1, len(args.direct), len(args.clear))))
+    for run in map(int, chosen(args.runs, numbers, "run")):
         for system in systems:
             own = adapters[system.adapter]
             if run < (len(own) if system.every_seed else min(1, len(own))):
@@ -166,16 +179,17 @@ def open_record(args: argparse.Namespace, facts: dict[str, Any], device: str) ->
         "asked": asked,
         "cells": {},
     }
-    if args.output.is_file() and not args.fresh:
-        before = read_result(args.output)
+    earlier = [args.output] if args.output.is_file() and not args.fresh else []
+    for path in [*earlier, *args.merge]:
+        before = read_result(path)
         for name in ("set", "model", "asked"):
             old, new = before.payload.get(name, {}), payload[name]
             if before.kind != KIND or any(old.get(k) != v for k, v in new.items() if k != "name"):
                 raise ClearValueError(
-                    f"{args.output} was measured with another {name!r}: choose another --output, or pass --fresh to "
-                    "replace it"
+                    f"{path} was measured with another {name!r}: choose another --output, pass --fresh to replace it, "
+                    "or leave it out of --merge"
                 )
-        payload = dict(before.payload)
+        payload = payload | before.payload | {"cells": payload["cells"] | before.payload["cells"]}
     return Record(args.output, payload, device)
 
 
@@ -240,6 +254,8 @@ def run(args: argparse.Namespace) -> Record:
         steps=args.steps,
     )
     record = open_record(args, data.facts(), words)
+    if args.merge:
+        record.write()
     took: dict[tuple[str, str], float] = {}
     for job, model, adapter in with_models(jobs, record, settings):
         kind = (job.system.adapter if job.system.plain else "clear", job.system.restore)
@@ -251,10 +267,6 @@ def run(args: argparse.Namespace) -> Record:
         if job.measures_pictures:
             record.payload["restorations"] = measure_pictures(model, settings, data, replies, args)
         record.payload["cells"][job.key] = cell | {"run": job.run, "adapter": adapter}
-        cells = record.payload["cells"].values()
-        record.seeds = sorted(
-            {c["adapter"]["seed"] for c in cells if c["adapter"] and c["adapter"]["seed"] is not None}
-        )
         record.write()
         if args.answers is not None:
             write_answers(args.answers / f"{job.key.replace('/', '_')}.json", data, replies)
