@@ -234,13 +234,13 @@ class TextPiece:
     Attributes:
         ids: (T,) int64, without start token; the end token is appended when it is missing.
         scored: whether its log-probabilities are asked for (an appended end token never is).
-        weight: weight of each of its tokens in a loss.
+        weights: (T,) float32 of its tokens in a loss; None is 1 each.
         branch: 0 is seen by all that follows; another number only by pieces of the same branch.
     """
 
     ids: Tensor
     scored: bool = False
-    weight: float = 1.0
+    weights: Tensor | None = None
     branch: int = 0
 
 

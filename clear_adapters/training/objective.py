@@ -65,7 +65,7 @@ class Objective(ABC):
 
     Attributes:
         parts: names of the parts of the loss, which are logged.
-        counts: names of what the parts are averaged over; `collate` counts them in `batch["counts"]`.
+        counts: names of what the parts are averaged over; they stand in `batch["counts"]` before `loss`.
     """
 
     parts: ClassVar[tuple[str, ...]]
@@ -73,7 +73,25 @@ class Objective(ABC):
 
     @abstractmethod
     def collate(self, draws: Sequence[Draw]) -> dict[str, Any]:
-        """A batch, made in a data worker: tensors and things with `to`, and `counts` (len(self.counts),) float32."""
+        """A batch, made in a data worker: tensors and things with `to`, and `counts` (len(self.counts),) float32.
+
+        What `prepare` makes of it may be something else; then `counts` comes from there.
+        """
+
+    def prepare(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What the model has to do before an optimizer step, such as sampling; without gradient, in evaluation mode.
+
+        Called once for each optimizer step with all of this process's batches of it, under the run's autocast. Raises
+        on every process or on none.
+
+        Returns:
+            As many batches, with `counts`.
+        """
+        return batches
+
+    def facts(self) -> dict[str, float]:
+        """Numbers for the log beside the parts, over the steps since the last call."""
+        return {}
 
     @abstractmethod
     def loss(self, module: nn.Module, batch: dict[str, Any], counts: Tensor) -> dict[str, Tensor]:
@@ -81,7 +99,7 @@ class Objective(ABC):
 
         Args:
             module: `AttachedModel.module`, or what DDP or FSDP made of it.
-            batch: from `collate`, on the device.
+            batch: from `prepare`, on the device.
             counts: of all batches that make up one optimizer step, of all processes. Shares so add up to the loss of
                 one large batch. Nothing of the batch may be read back to the host here.
         """

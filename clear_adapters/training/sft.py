@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear_adapters.backbones.base import Backbone, LatentPiece, Piece, PreparedImage
+from clear_adapters.backbones.base import Backbone, LatentPiece, Piece, PreparedImage, TextPiece
 from clear_adapters.datasets.example import decibels
 from clear_adapters.datasets.traces import TraceSettings, build_transcript, choose_path
 from clear_adapters.errors import ClearValueError
@@ -26,6 +26,7 @@ from clear_adapters.prompts import Protocol
 from clear_adapters.replay import pieces
 from clear_adapters.sampling import RowRandom, shift_time
 from clear_adapters.training.objective import Draw, Objective
+from clear_adapters.transcript import ANSWER_CLOSE, ANSWER_OPEN, Origin, TextSegment, Transcript
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class SftSettings:
         vit_drop: probability with which a row's understanding tokens of the degraded picture are left out.
         noised_copies: noised copies of each restoration, each at its own time.
         timestep_shift: s of `t = s u / (1 + (s - 1) u)` with `u = sigmoid(N(0, 1))`.
+        answer_weight: of the answer's tokens among the others in the cross-entropy: an answer is a few tokens of a long
+            trace. The plain rival's text is all answer, so that it stays as it is.
         ce_weight: of the cross-entropy.
         mse_weight: of the flow loss.
         traces: how paths are chosen.
@@ -50,6 +53,7 @@ class SftSettings:
     vit_drop: float = 0.4
     noised_copies: int = 2
     timestep_shift: float = 1.0
+    answer_weight: float = 1.0
     ce_weight: float = 1.0
     mse_weight: float = 0.5
     traces: TraceSettings = field(default_factory=TraceSettings)
@@ -61,7 +65,7 @@ class SftSettings:
             raise ClearValueError(f"vit_drop={self.vit_drop}: a probability in [0, 1]")
         if not 1 <= self.noised_copies <= 64:
             raise ClearValueError(f"noised_copies={self.noised_copies}: from 1 to 64")
-        for name in ("ce_weight", "mse_weight"):
+        for name in ("answer_weight", "ce_weight", "mse_weight"):
             if not getattr(self, name) >= 0:
                 raise ClearValueError(f"{name}={getattr(self, name)}: must not be negative")
         if not self.timestep_shift > 0:
@@ -122,11 +126,26 @@ class SftObjective(Objective):
             end_id=backbone.end_id,
             times=[own[0] for own in times],
         )
+        if settings.answer_weight != 1:
+            self._weigh_answers(transcript, built)
         return _with_copies(built, [own[1:] for own in times])
 
     def _clean(self, draw: Draw) -> PreparedImage | None:
         clean = draw.example.load_clean()
         return None if clean is None else self.backbone.prepare(clean)
+
+    def _weigh_answers(self, transcript: Transcript, built: Sequence[Piece]) -> None:
+        """Gives the tokens between the answer's tags their weight."""
+        texts = [s.text for s in transcript if isinstance(s, TextSegment) and s.origin is Origin.SAMPLED]
+        scored = [p for p in built if isinstance(p, TextPiece) and p.scored]
+        for text, piece in zip(texts, scored, strict=True):
+            start = text.rfind(ANSWER_OPEN) + len(ANSWER_OPEN)
+            end = text.find(ANSWER_CLOSE, start)
+            if start < len(ANSWER_OPEN) or end < 0:
+                continue
+            first, last = (len(self.backbone.encode_text(text[:place])) for place in (start, end))
+            piece.weights = torch.ones(len(piece.ids))
+            piece.weights[first:last] = self.settings.answer_weight
 
     def _time(self, rng: random.Random) -> float:
         return shift_time(1 / (1 + math.exp(-rng.gauss(0, 1))), self.settings.timestep_shift)

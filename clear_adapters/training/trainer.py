@@ -11,7 +11,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ class ClearTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The batches of one optimizer step as the objective prepares them, and what it averages over."""
+        batches = list(islice(epoch_iterator, num_batches))
+        self.model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+            batches = self.objective.prepare(batches)
+        return batches, self._get_num_items_in_batch(batches, device)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """(counts,) of everything that the objective averages over, for one optimizer step of all processes."""
         own = torch.stack([batch["counts"] for batch in batch_samples]).sum(0).to(device, non_blocking=True)
@@ -92,7 +103,7 @@ class ClearTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """This batch's share of the step's loss, times the processes, over which gradients are averaged."""
-        inputs = {k: v if isinstance(v, int) else v.to(self.args.device) for k, v in inputs.items()}
+        inputs = {k: v.to(self.args.device) if hasattr(v, "to") else v for k, v in inputs.items()}
         counts = inputs["counts"] if num_items_in_batch is None else num_items_in_batch
         out = self.objective.loss(model, inputs, counts)
         shares = torch.stack([out[name].detach().float() for name in self.objective.parts])
@@ -178,6 +189,7 @@ class ClearTrainer(Trainer):
             steps = max(1, step - self._mark[1])
             for name, value in zip(self.objective.parts, sums.tolist(), strict=True):
                 logs[name] = value / steps
+            logs |= self.objective.facts()
             logs["seconds_per_step"] = (now - self._mark[0]) / steps
             self._sums = None
         self._mark = (now, step)

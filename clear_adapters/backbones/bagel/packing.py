@@ -104,7 +104,11 @@ class Packer:
         first = row.add(tokens, list(range(start, start + len(tokens))), False, piece.branch)
         row.next_position[piece.branch] = start + len(tokens)
         if piece.scored:
-            self._text += [(number, first + i, token, piece.weight) for i, token in enumerate(ids)]
+            weights = [1.0] * len(ids) if piece.weights is None else piece.weights.tolist()
+            self._text += [
+                (number, first + i, token, weight)
+                for i, (token, weight) in enumerate(zip(ids, weights, strict=True))
+            ]
 
     def _add_image_block(self, row: _Row, count: int, branch: int) -> int:
         start = row.open(branch)
