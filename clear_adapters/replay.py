@@ -28,7 +28,7 @@ from clear_adapters.backbones.base import (
     TextPiece,
 )
 from clear_adapters.errors import ClearValueError
-from clear_adapters.sampling import sde_logprob, sde_mean
+from clear_adapters.sampling import sde_mean, sde_terms
 from clear_adapters.transcript import (
     ImageSegment,
     Origin,
@@ -235,50 +235,98 @@ def replay(
     # Nothing is mixed with noise here: without this, `encode` would draw from the global generator.
     batch = backbone.encode(batch, noise=torch.zeros_like(batch.latents))
     outputs = backbone.forward(batch, bridge)
+    targets = FlowTargets.of(transcripts, chosen, backbone.device)
+    counts = [sum(len(p.ids) for p in row if isinstance(p, TextPiece) and p.scored) for row in rows]
     return Replay(
-        text_logprobs=_text_logprobs(outputs, batch, rows, temperature),
-        latent_logprobs=_latent_logprobs(outputs, transcripts, chosen, logprob),
+        text_logprobs=list(score_text(outputs, batch, temperature).split(counts)),
+        latent_logprobs=list(score_flow(outputs, targets, logprob).split(targets.per_row)),
         hidden=outputs.hidden if with_hidden else None,
         batch=batch,
         outputs=outputs,
     )
 
 
-def _text_logprobs(
-    outputs: ModelOutputs, batch: PackedBatch, rows: Sequence[Sequence[Piece]], temperature: float
-) -> list[Tensor]:
+def score_text(outputs: ModelOutputs, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+    """(T,) float32 log-probabilities of the batch's scored tokens, at a temperature (0 is scored as 1)."""
     logits = outputs.text_logits.float()
     if temperature not in (0, 1):
         logits = logits / temperature
-    scored = -torch.nn.functional.cross_entropy(logits, batch.text_targets, reduction="none")
-    counts = [sum(len(p.ids) for p in row if isinstance(p, TextPiece) and p.scored) for row in rows]
-    return list(scored.split(counts))
+    return -torch.nn.functional.cross_entropy(logits, batch.text_targets, reduction="none")
 
 
-def _latent_logprobs(
-    outputs: ModelOutputs,
-    transcripts: Sequence[Transcript],
-    chosen: Sequence[Sequence[Sequence[int]] | None],
-    reduce: Literal["mean", "sum"],
-) -> list[Tensor]:
+@dataclass
+class FlowTargets:
+    """Where the scored steps of rollouts went, token by token, in the order in which their velocities come.
+
+    Attributes:
+        x: (M, C) float32, latent tokens before their step.
+        x_next: (M, C) float32, after it.
+        t: (M, 1) float32, time before it.
+        dt: (M, 1) float32, its length.
+        step: (M,) int64, the number of the step that the token belongs to, from 0 to S - 1.
+        sigma: (M, 1) float32, noise level.
+        recorded: (S,) float32 log-probabilities at sampling.
+        tokens: (S,) float32, latent tokens a step.
+        per_row: steps of each row; they sum to S.
+    """
+
+    x: Tensor
+    x_next: Tensor
+    t: Tensor
+    dt: Tensor
+    step: Tensor
+    sigma: Tensor
+    recorded: Tensor
+    tokens: Tensor
+    per_row: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        transcripts: Sequence[Transcript],
+        chosen: Sequence[Sequence[Sequence[int]] | None],
+        device: torch.device,
+    ) -> FlowTargets:
+        """Collects the scored steps of SAMPLED restorations; `chosen` as in `pieces`, None for all of a row's."""
+        x, x_next, recorded = [], [], []
+        facts: list[tuple[float, float, float, int]] = []  # t, dt, sigma, tokens
+        per_row = []
+        for transcript, own in zip(transcripts, chosen, strict=True):
+            wanted, before = None if own is None else iter(own), len(facts)
+            for segment in transcript.restorations:
+                trace = None if segment.restoration is None else segment.restoration.trace
+                if trace is None or segment.origin is not Origin.SAMPLED:
+                    continue
+                index = list(range(len(trace.t)) if wanted is None else next(wanted, ()))
+                x.append(trace.x[0, index].flatten(0, 1))
+                x_next.append(trace.x_next[0, index].flatten(0, 1))
+                recorded.append(trace.logprobs[0, index])
+                size = trace.x.shape[2]
+                facts += [(float(trace.t[k]), float(trace.dt[k]), trace.sigma, size) for k in index]
+            per_row.append(len(facts) - before)
+        table = torch.tensor(facts, dtype=torch.float32).view(-1, 4).to(device)
+        counts = torch.tensor([f[3] for f in facts], dtype=torch.int64)
+        step = torch.arange(len(facts)).repeat_interleave(counts).to(device)
+        empty = [torch.zeros(0, 1, device=device)]
+        return cls(
+            x=torch.cat(x or empty).to(device),
+            x_next=torch.cat(x_next or empty).to(device),
+            t=table[step, 0:1],
+            dt=table[step, 1:2],
+            step=step,
+            sigma=table[step, 2:3],
+            recorded=torch.cat(recorded or [torch.zeros(0)]).to(device),
+            tokens=table[:, 3],
+            per_row=per_row,
+        )
+
+
+def score_flow(outputs: ModelOutputs, targets: FlowTargets, reduce: Literal["mean", "sum"]) -> Tensor:
+    """(S,) float32 log-probabilities of the scored steps; see `sampling.sde_logprob`."""
     velocity = outputs.velocity
-    found: list[Tensor] = []
-    at = 0
-    for transcript, own in zip(transcripts, chosen, strict=True):
-        scores = [velocity.new_zeros(0)]
-        wanted = None if own is None else iter(own)
-        for segment in transcript.restorations:
-            trace = None if segment.restoration is None else segment.restoration.trace
-            if trace is None or segment.origin is not Origin.SAMPLED:
-                continue
-            index = list(range(len(trace.t)) if wanted is None else next(wanted, ()))
-            size = trace.x.shape[2]
-            # The noised copies stand in order, one after the other, so their velocities do too.
-            v = velocity[at : at + len(index) * size].view(len(index), size, velocity.shape[-1])
-            at += len(index) * size
-            x, x_next = (y[0, index].to(v.device) for y in (trace.x, trace.x_next))
-            t, dt = (y[index].to(v.device)[:, None, None] for y in (trace.t, trace.dt))
-            mean = sde_mean(x, v, t, dt, trace.sigma)
-            scores.append(sde_logprob(x_next, mean, dt, trace.sigma, reduce))
-        found.append(torch.cat(scores))
-    return found
+    if not len(targets.step):
+        return velocity.new_zeros(0) + velocity.sum()
+    mean = sde_mean(targets.x, velocity, targets.t, targets.dt, targets.sigma)
+    token = sde_terms(targets.x_next, mean, targets.dt, targets.sigma).sum(-1)
+    total = token.new_zeros(len(targets.tokens)).index_add(0, targets.step, token)
+    return total / (targets.tokens * velocity.shape[-1]) if reduce == "mean" else total

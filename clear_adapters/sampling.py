@@ -232,7 +232,9 @@ def ode_step(x: Tensor, velocity: Tensor, dt: float | Tensor) -> Tensor:
     return x - velocity * dt
 
 
-def sde_mean(x: Tensor, velocity: Tensor, t: Tensor | float, dt: Tensor | float, sigma: float) -> Tensor:
+def sde_mean(
+    x: Tensor, velocity: Tensor, t: Tensor | float, dt: Tensor | float, sigma: Tensor | float
+) -> Tensor:
     """Mean of the stochastic step from t to t - dt (paper, the SDE of section 3.3).
 
     `mu = x - [v + sigma^2 / 2 * s] dt`, `s = (x + (1 - t) v) / t`, clamped to +-100 against t near 0.
@@ -256,8 +258,13 @@ def sde_logprob(
     Returns:
         (...,) float32.
     """
-    terms = -((x_next.float() - mean.float()) ** 2) / (2 * sigma**2 * dt)
+    terms = sde_terms(x_next, mean, dt, sigma)
     return terms.mean((-2, -1)) if reduce == "mean" else terms.sum((-2, -1))
+
+
+def sde_terms(x_next: Tensor, mean: Tensor, dt: Tensor | float, sigma: Tensor | float) -> Tensor:
+    """What `sde_logprob` reduces: float32, of x_next's shape."""
+    return -((x_next.float() - mean.float()) ** 2) / (2 * sigma**2 * dt)
 
 
 def guide(

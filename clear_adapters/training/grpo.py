@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from clear_adapters.errors import ClearValueError
-from clear_adapters.rewards import read_terms
+import torch
+from torch import Tensor, nn
+
+from clear_adapters.backbones.base import ModelOutputs, PackedBatch, PreparedImage, Restoration
+from clear_adapters.datasets.example import Example
+from clear_adapters.errors import ClearError, ClearValueError
+from clear_adapters.replay import FlowTargets, pieces, score_flow, score_text
+from clear_adapters.rewards import Rewards, Scores, columns_of, read_terms
+from clear_adapters.sampling import LatentSampling, TextSampling
+from clear_adapters.training.objective import Draw, Objective, row_seed
+from clear_adapters.transcript import Origin, TextSegment, Transcript
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from clear_adapters.attached import AttachedModel
 
 
 @dataclass(frozen=True)
@@ -21,7 +37,7 @@ class GrpoSettings:
         flow_steps: points of the flow schedule in rollouts; the released code has 20.
         sigma: noise level of the stochastic steps.
         scored_steps: steps of a restoration that are trained on, of those that were sampled.
-        step_choice: `random` steps, `round_robin` over training steps, or a random `window` of neighbours.
+        step_choice: `random` steps, `round_robin` through the rollouts of a group, or a random `window` of neighbours.
         latent_from: what the text reads: the model's `own` latent, or it decoded and encoded again (`reencode`).
         clip: of the text's ratios, 1 +- clip.
         latent_clip: of the steps' ratios.
@@ -84,3 +100,413 @@ class GrpoSettings:
                 raise ClearValueError(
                     f"advantage='separate' needs latent_rewards among the rewards; {missing} are not"
                 )
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A draw with its pictures loaded."""
+
+    draw: Draw
+    image: Image
+    clean: Image | None
+
+
+@dataclass
+class _Rollouts:
+    """What one optimizer step's questions led to, for this process.
+
+    Attributes:
+        key: seeds of the draws that it was made from.
+        transcripts: a question's rollouts stand next to each other.
+        prepared: pictures that were prepared, by the picture's `id`.
+        text_advantage: (rows,) float32.
+        flow_advantage: (rows,) float32.
+        scored: (rows,) float32, 1 where the group has a reward and 0 elsewhere.
+    """
+
+    key: tuple[int, ...]
+    transcripts: list[Transcript]
+    prepared: dict[int, PreparedImage]
+    text_advantage: Tensor
+    flow_advantage: Tensor
+    scored: Tensor
+
+
+class GrpoObjective(Objective):
+    """Stage 3's rollouts, rewards and loss.
+
+    Rollout and loss see the same tokens, the same latents and the same context: the text after a restoration reads its
+    final latent, and the velocity comes from a hidden noised copy (the released code scores that text against a noised
+    latent, on tokens that were encoded anew). The ratio's denominator is what the rollout recorded; the reference of
+    the KL is the adapter that the run began with, not the current policy.
+
+    Attributes:
+        reference: the parameters of the reference by name; they are exchanged with the trained ones for one forward.
+    """
+
+    parts = ("policy", "flow", "kl", "flow_kl", "ratio", "clipped")
+    counts = ("text", "flow")
+
+    def __init__(
+        self,
+        attached: AttachedModel,
+        settings: GrpoSettings,
+        reference: Mapping[str, Tensor],
+        text: TextSampling,
+        latent: LatentSampling,
+    ) -> None:
+        """Makes the rewards.
+
+        Args:
+            attached: the model with the adapter that is trained.
+            settings: of the stage.
+            reference: by the names of `attached.named_parameters()`, of the same shapes and devices.
+            text: for the longest reply; temperature and top-p come from the settings.
+            latent: for the shift and the reduction; rollouts run without guidance.
+
+        Raises:
+            ClearValueError, UnknownNameError: rewards that cannot work, or a reference that lacks a parameter.
+        """
+        missing = [n for n, _ in attached.named_parameters() if n not in reference]
+        if missing:
+            raise ClearValueError(
+                f"the reference lacks {missing[0]!r} and {len(missing) - 1} more parameters"
+            )
+        self.attached = attached
+        self.backbone = attached.backbone
+        self.settings = settings
+        self.reference = dict(reference)
+        self.rewards = Rewards(settings.rewards)
+        self._text = replace(text, temperature=settings.temperature, top_p=1.0, top_k=0)
+        self._latent = replace(
+            latent,
+            steps=settings.flow_steps,
+            guidance_text=1.0,
+            guidance_image=1.0,
+            sde_sigma=settings.sigma,
+        )
+        self._held: _Rollouts | None = None
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a data worker gets where it is spawned: loading pictures needs nothing."""
+        return {}
+
+    # -- questions
+
+    def collate(self, draws: Sequence[Draw]) -> dict[str, Any]:
+        """The questions with their pictures loaded; see `Objective.collate`.
+
+        Raises:
+            ImageError: a picture cannot be read.
+        """
+        return {"rows": [_Question(d, d.example.load(), d.example.load_clean()) for d in draws]}
+
+    # -- rollouts
+
+    def prepare(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Samples, rewards, and packs for the loss; see `Objective.prepare`.
+
+        Raises:
+            ClearError: a reward that cannot be computed, such as a judge that failed too often.
+        """
+        rows = [question for batch in batches for question in batch["rows"]]
+        key = tuple(q.draw.seed for q in rows)
+        if self._held is None or self._held.key != key:
+            self._held = self._sample(rows, key)
+        made, at = [], 0
+        for batch in batches:
+            count = len(batch["rows"]) * self.settings.group
+            made.append(self._pack(self._held, range(at, at + count)))
+            at += count
+        return made
+
+    def _sample(self, rows: Sequence[_Question], key: tuple[int, ...]) -> _Rollouts:
+        group = self.settings.group
+        portion = max(1, (self.settings.rollout_rows or len(rows) * group) // group)
+        transcripts: list[Transcript] = []
+        for at in range(0, len(rows), portion):
+            own = rows[at : at + portion]
+            transcripts += self.attached.engine.rollout(
+                [q.image for q in own],
+                [q.draw.example.question for q in own],
+                seeds=[row_seed(q.draw.seed, f"rollout {g}", 0) for q in own for g in range(group)],
+                text=self._text,
+                latent=self._latent,
+                latent_from=self.settings.latent_from,
+                group=group,
+            )
+        scores = self._score(rows, transcripts)
+        totals = _table(scores.totals, group)
+        text = advantages(totals, self.settings.scale)
+        flow = text
+        if self.settings.advantage == "separate":
+            terms = self.rewards.terms
+            parts = [terms[n].weight * _table(scores.parts[n], group) for n in self.settings.latent_rewards]
+            flow = advantages(torch.stack(parts).sum(0), self.settings.scale)
+        self._note(scores, transcripts, totals)
+        scored = (~totals.isnan()).float().flatten()
+        return _Rollouts(key, transcripts, {}, text.flatten(), flow.flatten(), scored)
+
+    def _score(self, rows: Sequence[_Question], transcripts: Sequence[Transcript]) -> Scores:
+        """Rewards of the rollouts. What fails on one process ends all of them, instead of leaving the others waiting."""
+        group = self.settings.group
+        repeated = [q for q in rows for _ in range(group)]
+        examples = [q.draw.example for q in repeated]
+        columns: dict[str, list[Any]] = {
+            f.name: [getattr(e, f.name) for e in examples]
+            for f in fields(Example)
+            if f.name not in ("extra", "group")
+        }
+        columns |= {"image": [q.image for q in repeated], "clean_image": [q.clean for q in repeated]}
+        columns |= columns_of(transcripts)
+        columns |= self._latent_columns(rows, transcripts)
+        completions = columns.pop("completions")
+        error: ClearError | None = None
+        scores = None
+        try:
+            scores = self.rewards(
+                [e.question for e in examples], completions, group=self.settings.group, **columns
+            )
+        except ClearError as caught:
+            error = caught
+        if torch.distributed.is_initialized():
+            failed: list[str | None] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(failed, None if error is None else str(error))
+            others = [f"process {i}: {text}" for i, text in enumerate(failed) if text is not None]
+            if others and error is None:
+                error = ClearError(f"rewards failed on another process: {others[0]}")
+        if error is not None:
+            raise error
+        assert scores is not None
+        return scores
+
+    def _latent_columns(
+        self, rows: Sequence[_Question], transcripts: Sequence[Transcript]
+    ) -> dict[str, list[Any]]:
+        """Latents and features, where a reward asks for them."""
+        wanted, group = self.rewards.columns, self.settings.group
+        found: dict[str, list[Any]] = {}
+        last = [t.restorations[-1].restoration if t.restorations else None for t in transcripts]
+        clean = [None if q.clean is None else self.backbone.prepare(q.clean) for q in rows]
+        known = [i for i, c in enumerate(clean) if c is not None]
+        if "clean_latent" in wanted or "restored_latent" in wanted:
+            encoded = self.backbone.encode_images([c for c in clean if c is not None]) if known else []
+            latents = dict(zip(known, (r.latent for r in encoded), strict=True))
+            pairs = [(r, latents.get(i // group)) for i, r in enumerate(last)]
+            found["restored_latent"] = [None if r is None else r.latent for r in last]
+            found["clean_latent"] = [
+                c if r is not None and c is not None and _fit(r, c) else None for r, c in pairs
+            ]
+        if "clean_features" in wanted or "restored_features" in wanted:
+            features = self.backbone.understand([c for c in clean if c is not None]) if known else []
+            by_row = dict(zip(known, features, strict=True))
+            found["clean_features"] = [by_row.get(i // group) for i in range(len(transcripts))]
+            restored: list[Any] = [None] * len(transcripts)
+            drawn = {i: self.backbone.decode(r) for i, r in enumerate(last) if r is not None}
+            images = {i: self.backbone.prepare(d[0]) for i, d in drawn.items() if d is not None}
+            for i, feature in zip(images, self.backbone.understand(list(images.values())), strict=True):
+                restored[i] = feature
+            found["restored_features"] = restored
+        return found
+
+    # -- packing
+
+    def _pack(self, held: _Rollouts, places: range) -> dict[str, Any]:
+        """The rollouts of one micro-batch with all that the loss compares with."""
+        backbone, device = self.backbone, self.backbone.device
+        transcripts = [held.transcripts[i] for i in places]
+        steps = [self._steps(held.key, i, t) for i, t in zip(places, transcripts, strict=True)]
+
+        def prepare(image: Any) -> PreparedImage:
+            # A group's rows share their picture: it is resized and encoded once.
+            if id(image) not in held.prepared:
+                held.prepared[id(image)] = backbone.prepare(image)
+            return held.prepared[id(image)]
+
+        rows = [
+            pieces(t, prepare=prepare, decode=backbone.decode, steps=own)
+            for t, own in zip(transcripts, steps, strict=True)
+        ]
+        batch = backbone.pack(rows).to(device)
+        batch = backbone.encode(batch, noise=torch.zeros_like(batch.latents))
+        targets = FlowTargets.of(transcripts, steps, device)
+        old = [s.logprobs for t in transcripts for s in _sampled(t) if s.logprobs is not None]
+        index = torch.tensor(list(places))
+        made: dict[str, Any] = {
+            "batch": batch,
+            "targets": targets,
+            "text_old": torch.cat(old).to(device),
+            "text_advantage": held.text_advantage[index].to(device),
+            "flow_advantage": held.flow_advantage[index].to(device),
+        }
+        made |= self._weights(batch, targets, held.scored[index])
+        if self.settings.beta > 0:
+            with self._as_reference():
+                made["text_reference"], made["flow_reference"] = self._logprobs(
+                    backbone.forward(batch, self.attached.bridge), batch, targets
+                )
+        return made
+
+    def _steps(self, key: tuple[int, ...], place: int, transcript: Transcript) -> list[list[int]]:
+        """The steps of each restoration that are trained on."""
+        settings, total = self.settings, self.settings.flow_steps - 1
+        question, member = divmod(place, settings.group)
+        rng = random.Random(row_seed(key[question], f"steps {member}", 0))
+        first = random.Random(key[question]).randrange(total)
+        found = []
+        for number in range(len(transcript.restorations)):
+            if settings.step_choice == "random":
+                own = rng.sample(range(total), settings.scored_steps)
+            elif settings.step_choice == "window":
+                start = rng.randrange(total - settings.scored_steps + 1)
+                own = list(range(start, start + settings.scored_steps))
+            else:
+                start = first + (member + number) * settings.scored_steps
+                own = [(start + i) % total for i in range(settings.scored_steps)]
+            found.append(sorted(own))
+        return found
+
+    def _weights(self, batch: PackedBatch, targets: FlowTargets, scored: Tensor) -> dict[str, Any]:
+        """What each token and each step weighs, and the sums by which the step's losses are divided."""
+        device, rows = batch.text_row.device, len(scored)
+        scored = scored.to(device)
+        tokens = torch.bincount(batch.text_row, minlength=rows).float()
+        text = scored[batch.text_row]
+        if self.settings.reduction == "grpo":
+            text = text / tokens[batch.text_row]
+            total = (scored * (tokens > 0)).sum()
+        elif self.settings.reduction == "bnpo":
+            total = text.sum()
+        else:
+            total = scored.sum() * self._text.max_new_tokens
+        per_row = torch.tensor(targets.per_row, device=device)
+        row = torch.arange(rows, device=device).repeat_interleave(per_row)
+        flow = scored[row] / per_row[row]
+        restoring = (scored * (per_row > 0)).sum()
+        return {
+            "text_weight": text,
+            "flow_weight": flow,
+            "flow_row": row,
+            "counts": torch.stack((total, restoring)),
+        }
+
+    def _logprobs(
+        self, outputs: ModelOutputs, batch: PackedBatch, targets: FlowTargets
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            score_text(outputs, batch, self.settings.temperature),
+            score_flow(outputs, targets, self._latent.logprob),
+        )
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """The reference in the adapter's place: tensors change hands, nothing is copied."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, parameter in self.attached.named_parameters():
+            parameter.data, self.reference[name] = self.reference[name], parameter.data
+        # Autocast keeps casts of weights by the parameter, not by what it holds.
+        torch.clear_autocast_cache()
+
+    # -- loss
+
+    def loss(self, module: nn.Module, batch: dict[str, Any], counts: Tensor) -> dict[str, Tensor]:
+        """Clipped policy loss on text and steps with a k3 KL; see `Objective.loss`.
+
+        `-min(r A, clip(r, 1 - e, 1 + e) A) + beta (exp(d) - d - 1)`, with r the ratio to the rollout's policy and d the
+        difference of the reference's log-probability to the present one (paper, section 3.3).
+        """
+        settings, packed = self.settings, batch["batch"]
+        text, flow = self._logprobs(module(packed), packed, batch["targets"])
+        text_weight = batch["text_weight"] / counts[0].clamp(min=1)
+        flow_weight = batch["flow_weight"] / counts[1].clamp(min=1)
+        text_advantage = batch["text_advantage"][packed.text_row]
+        flow_advantage = batch["flow_advantage"][batch["flow_row"]]
+        policy, ratio, clipped = _clipped(text, batch["text_old"], text_advantage, settings.clip)
+        flow_policy, _, _ = _clipped(flow, batch["targets"].recorded, flow_advantage, settings.latent_clip)
+        out = {
+            "policy": (policy * text_weight).sum(),
+            "flow": (flow_policy * flow_weight).sum(),
+            "ratio": ((ratio - 1).abs() * text_weight).sum(),
+            "clipped": (clipped * text_weight).sum(),
+            # Without steps these are empty sums that still hang on the graph, so that every process takes part.
+            "kl": 0 * text.sum(),
+            "flow_kl": 0 * flow.sum(),
+        }
+        if settings.beta > 0:
+            out["kl"] = (_k3(text, batch["text_reference"]) * text_weight).sum()
+            out["flow_kl"] = (_k3(flow, batch["flow_reference"]) * flow_weight).sum()
+        restoration = out["flow"] + settings.beta * out["flow_kl"]
+        out["loss"] = out["policy"] + settings.beta * out["kl"] + settings.image_weight * restoration
+        return out
+
+    # -- facts for the log
+
+    def _note(self, scores: Scores, transcripts: Sequence[Transcript], totals: Tensor) -> None:
+        columns: dict[str, list[float]] = {
+            f"reward/{n}": [v for v in values if v is not None] for n, values in scores.parts.items()
+        }
+        columns["reward/total"] = [v for v in scores.totals if v is not None]
+        columns["restored"] = [float(bool(t.restorations)) for t in transcripts]
+        columns["tokens"] = [float(sum(len(s.ids) for s in _sampled(t))) for t in transcripts]
+        known = totals[~totals.isnan().any(1)]
+        columns["unscored"] = totals.isnan().any(1).float().tolist()
+        columns["equal"] = (known.amax(1) == known.amin(1)).float().tolist() if len(known) else []
+        for name, values in columns.items():
+            total, count = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (total + sum(values), count + len(values))
+
+    def facts(self) -> dict[str, tuple[float, float]]:
+        """Means over rollouts (`unscored` and `equal`: over groups) of rewards and lengths; see `Objective.facts`."""
+        found, self._sums = self._sums, {}
+        return found
+
+
+def advantages(totals: Tensor, scale: Literal["group", "none"]) -> Tensor:
+    """`(R - mean) / std` in each group, or `R - mean`.
+
+    Args:
+        totals: (P, G) rewards; NaN is a rollout without one, which takes no part.
+        scale: whether to divide by the standard deviation. A group of equal rewards has advantage 0 either way.
+
+    Returns:
+        (P, G) float32, 0 where there is no reward.
+    """
+    known = ~totals.isnan()
+    count = known.sum(1, keepdim=True).clamp(min=1)
+    centred = torch.where(known, totals - totals.nansum(1, keepdim=True) / count, 0.0)
+    if scale == "none":
+        return centred
+    deviation = (centred.pow(2).sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return centred / (deviation + 1e-4)
+
+
+def _clipped(logprob: Tensor, old: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, ratio, and whether the clipped form was the one that counted."""
+    ratio = (logprob - old).exp()
+    plain, bounded = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    return -torch.minimum(plain, bounded), ratio.detach(), (bounded < plain).float()
+
+
+def _k3(logprob: Tensor, reference: Tensor) -> Tensor:
+    difference = reference - logprob
+    return difference.exp() - difference - 1
+
+
+def _table(values: Sequence[float | None], group: int) -> Tensor:
+    """(P, G) float32 with NaN for None."""
+    return torch.tensor([float("nan") if v is None else v for v in values]).view(-1, group)
+
+
+def _sampled(transcript: Transcript) -> list[TextSegment]:
+    return [s for s in transcript if isinstance(s, TextSegment) and s.origin is Origin.SAMPLED]
+
+
+def _fit(restored: Restoration, clean: Tensor) -> bool:
+    return restored.latent is not None and restored.latent.shape == clean.shape

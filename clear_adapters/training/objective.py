@@ -89,8 +89,11 @@ class Objective(ABC):
         """
         return batches
 
-    def facts(self) -> dict[str, float]:
-        """Numbers for the log beside the parts, over the steps since the last call."""
+    def facts(self) -> dict[str, tuple[float, float]]:
+        """Further means for the log, over the steps since the last call: by name a sum and what it is divided by.
+
+        The names are the same on every process.
+        """
         return {}
 
     @abstractmethod

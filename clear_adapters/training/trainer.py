@@ -189,7 +189,7 @@ class ClearTrainer(Trainer):
             steps = max(1, step - self._mark[1])
             for name, value in zip(self.objective.parts, sums.tolist(), strict=True):
                 logs[name] = value / steps
-            logs |= self.objective.facts()
+            logs |= self._facts()
             logs["seconds_per_step"] = (now - self._mark[0]) / steps
             self._sums = None
         self._mark = (now, step)
@@ -198,6 +198,16 @@ class ClearTrainer(Trainer):
                 rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in logs.items()}
                 out.write(json.dumps({"step": step, **rounded}) + "\n")
         super().log(logs, start_time)
+
+    def _facts(self) -> dict[str, float]:
+        """The objective's means over all processes; those of nothing are left out."""
+        found = self.objective.facts()
+        if not found:
+            return {}
+        sums = torch.tensor(list(found.values()), dtype=torch.float64, device=self.args.device)
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        return {n: total / count for n, (total, count) in zip(found, sums.tolist(), strict=True) if count}
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         try:

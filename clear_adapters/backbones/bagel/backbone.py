@@ -187,6 +187,14 @@ class BagelBackbone(Backbone):
                 found[n] = Restoration("flow", self.latent_grid(size), size, latent=latent)
         return [found[n] for n in range(len(images))]
 
+    @torch.no_grad()
+    def understand(self, images: Sequence[PreparedImage]) -> list[Tensor]:
+        if not images:
+            return []
+        padded = pad_patches([(i.patches, i.patch_grid) for i in images], self.config.vit_side)
+        tokens = self.model.embed_patches(*(x.to(self.device) for x in padded))
+        return [t[: len(i.patches)] for t, i in zip(tokens, images, strict=True)]
+
     def decode(self, restoration: Restoration) -> list[Image]:
         if restoration.latent is None:
             raise ClearValueError(
