@@ -76,7 +76,11 @@ def test_version_and_lists():
 
 
 @pytest.mark.parametrize(
-    "command", [["quickstart"], ["answer"], ["degrade"], ["train", "sft"], ["data", "world"]]
+    "command",
+    [
+        *(["quickstart"], ["answer"], ["degrade"], ["data", "world"]),
+        *(["train", name] for name in ("sft", "bridge", "grpo", "all", "plot")),
+    ],
 )
 def test_every_command_has_help_with_an_example(command):
     text = " ".join(call(*command, "--help").output.split())
@@ -202,6 +206,12 @@ def bad_inputs(toy, photo, folder):
         "empty": (["answer", photo, " ", *given], "The question is blank"),
         "both": (["answer", photo, QUESTION, *given, "--json", "--stream"], "choose one"),
         "recipe": (["train", "sft", "--recipe", "tny", "--data", folder, "--output", folder / "a"], "'tiny'"),
+        "before": (["train", "grpo", "--data", folder, "--output", folder / "a"], "pass its folder"),
+        "stage": (
+            ["train", "all", "--data", folder, "--output", folder / "a", "--set", "gpro:steps=1"],
+            "'grpo'",
+        ),
+        "log": (["train", "plot", folder / "log.jsonl"], "is no file"),
         "split": (["data", "world", "--output", folder / "d", "--split", "trian", "--examples", 3], "train"),
         "sheet": (["quickstart", "--output", folder / "sheet.doc"], "ending"),
         "restored": (["answer", photo, QUESTION, *given, "--save-restored", folder / "o.xyz"], "ending"),
@@ -235,6 +245,7 @@ BAD = (
         "both",
     ),
     *("recipe", "split", "sheet", "restored", "device", "encoding", "rank", "schedule"),
+    *("before", "stage", "log"),
 )
 
 
@@ -273,9 +284,8 @@ def test_names_of_the_library_reach_training_and_data(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "clear_adapters.datasets.world.build", lambda *a, **k: seen.update(data=(a, k)) or a[0]
     )
-    monkeypatch.setattr(
-        "clear_adapters.training.run.train_sft", lambda *a, **k: seen.update(sft=(a, k)) or a[2]
-    )
+    monkeypatch.setattr("clear_adapters.training.run.train", lambda *a, **k: seen.update(sft=(a, k)) or a[2])
+    monkeypatch.setattr("clear_adapters.training.run.summary", str)
     made = ["--examples", 12, "--seed", 2, "--split", "heldout", "--questions-per-scene", 2, "--workers", 3]
     looks = ["--formulas", "fixed", "--weights", "benchmark", "--psnr-side", 64]
     call("data", "world", "--output", tmp_path / "d", *made, *looks)
@@ -303,5 +313,6 @@ def test_names_of_the_library_reach_training_and_data(monkeypatch, tmp_path):
             "overrides": ["steps=3", "loop.seed=7"],
             "clean_image_dir": tmp_path / "c",
             "corrupted_image_dir": tmp_path / "b",
+            "stage": "sft",
         },
     )

@@ -26,10 +26,11 @@ from clear_adapters.datasets.world import build as build_world
 from clear_adapters.errors import ClearError, ClearValueError
 from clear_adapters.prompts import get_protocol
 from clear_adapters.store import read_adapter
-from clear_adapters.training import run as run_module
+from clear_adapters.training import build as build_module
+from clear_adapters.training.build import attach_for, set_trainable, trainer_for
 from clear_adapters.training.objective import Draw, Order
 from clear_adapters.training.recipe import load_recipe
-from clear_adapters.training.run import sft_trainer, train_sft
+from clear_adapters.training.run import train as train_stage
 from clear_adapters.training.sft import SftObjective, SftSettings, prepared_psnr
 from clear_adapters.training.trainer import ClearTrainer, last_checkpoint
 
@@ -67,7 +68,7 @@ def train(examples, work, *overrides):
     """Trains the toy; gives the adapter's tensors."""
     attached = attach(build(0), lora=load_recipe("tiny", [*BASE, *overrides]).lora)
     attached.config = replace(attached.config, protocol=get_protocol("tiny"))
-    sft_trainer(attached, load_recipe("tiny", [*BASE, *overrides]), examples, work, progress=False).train()
+    trainer_for(attached, load_recipe("tiny", [*BASE, *overrides]), examples, work, progress=False).train()
     return {n: p.detach().clone() for n, p in attached.named_parameters()}
 
 
@@ -175,7 +176,7 @@ def test_exactly_what_is_listed_is_trained(examples, whole):
     base = build(0)
     before = {n: p.detach().clone() for n, p in base.model.named_parameters()}
     attached = attach(base, lora=LoraSettings({"understanding": 2, "generation": 2}, whole=whole))
-    run_module._set_trainable(attached)
+    set_trainable(attached, load_recipe("tiny"))
     trained = attached.trainable_parameters()
     assert not [n for n in trained if n.startswith("bridge.")]
     own = objective(base, vit_drop=0.0)
@@ -203,7 +204,7 @@ def test_training_changes_nothing_else(examples, tmp_path):
     attached = attach(base, lora=recipe.lora)
     first = {n: p.detach().clone() for n, p in attached.named_parameters()}
     forward = attached.module.forward
-    sft_trainer(attached, recipe, examples, tmp_path, progress=False).train()
+    trainer_for(attached, recipe, examples, tmp_path, progress=False).train()
     assert attached.module.forward == forward
     changed = {n for n, p in attached.named_parameters() if not torch.equal(p, first[n])}
     assert changed == {n for n in first if not n.startswith("bridge.")}
@@ -224,7 +225,7 @@ def test_flags_of_the_base_are_undone_with_the_run(examples, tmp_path):
     base = build(0)
     recipe = load_recipe("tiny", [*BASE, "compile=true", "checkpointing=true"])
     attached = attach(base, lora=recipe.lora)
-    sft_trainer(attached, recipe, examples, tmp_path, progress=False)
+    trainer_for(attached, recipe, examples, tmp_path, progress=False)
     decoder = base.model.language_model.model
     assert decoder.checkpointing
     assert all(layer._compiled_call_impl is not None for layer in decoder.layers)
@@ -235,7 +236,7 @@ def test_flags_of_the_base_are_undone_with_the_run(examples, tmp_path):
 
 def test_runs_of_two_seeds_start_from_two_adapters(toy):
     def first(seed):
-        attached = run_module._attach(toy / "model", load_recipe("tiny", [f"loop.seed={seed}"]), None)
+        attached = attach_for(load_recipe("tiny", [f"loop.seed={seed}"]), toy / "model")
         found = {n: p.detach().clone() for n, p in attached.named_parameters() if "lora_A" in n}
         attached.detach()
         return found
@@ -257,7 +258,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_logged_step(data, tm
     monkeypatch.setattr(SftObjective, "loss", spoilt)
     overrides = [*BASE, "steps=9", "log_every=4"]
     with pytest.raises(ClearValueError, match=r"step 4.*loss=nan.*lr"):
-        train_sft("tiny", data, tmp_path / "out", model=build(0), overrides=overrides, progress=False)
+        train_stage("tiny", data, tmp_path / "out", model=build(0), overrides=overrides, progress=False)
     assert len(calls) == 4
     assert not (tmp_path / "out").exists()
     rows = [json.loads(line) for line in (tmp_path / "out.training" / "log.jsonl").read_text().splitlines()]
@@ -268,34 +269,34 @@ def test_weights_that_are_not_finite_are_never_an_adapter(data, tmp_path):
     """The last steps are not logged, and one of them ruins the weights."""
     overrides = [*BASE, "steps=2", "log_every=5", "lr=1e30", "eps=1e-30", "batch=1"]
     with pytest.raises(ClearError, match=r"not finite|loss="):
-        train_sft("tiny", data, tmp_path / "out", model=build(0), overrides=overrides, progress=False)
+        train_stage("tiny", data, tmp_path / "out", model=build(0), overrides=overrides, progress=False)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_base_is_loaded_in_the_type_that_is_computed_in(toy, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(run_module, "attach", lambda *a, **k: asked.append(k["dtype"]) or attach(*a, **k))
+    monkeypatch.setattr(build_module, "attach", lambda *a, **k: asked.append(k["dtype"]) or attach(*a, **k))
     for bf16, wanted in (("true", None), ("false", torch.float32)):
-        run_module._attach(toy / "model", load_recipe("tiny", [f"bf16={bf16}"]), None).detach()
+        attach_for(load_recipe("tiny", [f"bf16={bf16}"]), toy / "model").detach()
         assert asked.pop() == wanted
     recipe = load_recipe("tiny", ["bf16=false"])
     half = attach(toy / "model", lora=recipe.lora, dtype="bfloat16", device="cpu")
     with pytest.raises(ClearValueError, match=r"bf16=False.*bfloat16"):
-        sft_trainer(half, recipe, [], tmp_path)
+        trainer_for(half, recipe, [], tmp_path)
 
 
 def test_a_loaded_model_is_trained_where_it_is(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # what the default would choose
-    train_sft("tiny", data, tmp_path / "a", model=build(0), overrides=[*BASE, "steps=1"], progress=False)
-    monkeypatch.setattr(run_module, "choose_device", lambda _: torch.device("cuda:1"))
+    train_stage("tiny", data, tmp_path / "a", model=build(0), overrides=[*BASE, "steps=1"], progress=False)
+    monkeypatch.setattr(build_module, "choose_device", lambda _: torch.device("cuda:1"))
     with pytest.raises(ClearValueError, match=r"device='cuda:1'.*is on cpu"):
-        train_sft("tiny", data, tmp_path / "b", model=build(0), device="cuda:1", overrides=BASE)
+        train_stage("tiny", data, tmp_path / "b", model=build(0), device="cuda:1", overrides=BASE)
     assert not (tmp_path / "b.training").exists()
 
 
 def test_a_device_without_a_number_is_any_of_its_type(data, tmp_path):
     overrides = [*BASE, "steps=1"]
-    train_sft(
+    train_stage(
         "tiny", data, tmp_path / "a", model=build(0), device="cpu:0", overrides=overrides, progress=False
     )
 
@@ -303,10 +304,10 @@ def test_a_device_without_a_number_is_any_of_its_type(data, tmp_path):
 def test_a_gpu_that_this_process_does_not_train_on_is_refused(examples, tmp_path, monkeypatch):
     """Trainer would move the network there, and leave the autoencoder behind."""
     arguments = types.SimpleNamespace(device=torch.device("cuda:0"))
-    monkeypatch.setattr(run_module, "training_arguments", lambda *_, **__: arguments)
+    monkeypatch.setattr(build_module, "training_arguments", lambda *_, **__: arguments)
     recipe = load_recipe("tiny", BASE)
     with pytest.raises(ClearValueError, match=r"on cpu.*on cuda:0.*CUDA_VISIBLE_DEVICES"):
-        sft_trainer(attach(build(0), lora=recipe.lora), recipe, examples, tmp_path / "work")
+        trainer_for(attach(build(0), lora=recipe.lora), recipe, examples, tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
 
@@ -349,9 +350,9 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from clear_adapters.backbones.bagel.tiny import build
-from clear_adapters.training.run import train_sft
+from clear_adapters.training.run import train
 data, out, *overrides = sys.argv[1:]
-train_sft("tiny", data, out, model=build(0), device="cpu", overrides=overrides, progress=False)
+train("tiny", data, out, model=build(0), device="cpu", overrides=overrides, progress=False)
 torch.distributed.destroy_process_group()
 """
 
@@ -360,7 +361,7 @@ def test_two_processes_equal_one(data, examples, tmp_path):
     # The second process has no restoration in its half of the first step.
     seed = seed_where(examples, [True, True, False, False])
     overrides = [*BASE, "steps=2", f"seed={seed}", "save_dtype=float32"]
-    one = train_sft(
+    one = train_stage(
         "tiny", data, tmp_path / "one", model=build(0), device="cpu", overrides=overrides, progress=False
     )
     with socket.socket() as free:
@@ -408,7 +409,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(data, tmp_path, monkeypatch
     ]
 
     def run(name):
-        return train_sft(
+        return train_stage(
             "tiny", data, tmp_path / name, model=build(0), device="cpu", overrides=overrides, progress=False
         )
 
@@ -450,9 +451,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(data, tmp_path, monkeypatch
     assert run("killed") == again
     assert (again / "clear_config.json").stat().st_mtime_ns == stamp
     with pytest.raises(ClearValueError, match="recipe differ"):
-        train_sft("tiny", data, again, model=build(0), overrides=[*overrides, "lr=1"])
+        train_stage("tiny", data, again, model=build(0), overrides=[*overrides, "lr=1"])
     with pytest.raises(ClearValueError, match="resume=True"):
-        train_sft("tiny", data, again, model=build(0), overrides=overrides, resume=False)
+        train_stage("tiny", data, again, model=build(0), overrides=overrides, resume=False)
     facts = b.config.provenance
     assert facts["steps"] == 5
     assert set(facts) >= {"seed", "commit", "data_hash", "seconds", "device", "recipe", "versions"}
@@ -465,7 +466,7 @@ def test_another_model_protocol_or_picture_folder_is_another_run(toy, data, tmp_
     given = {"overrides": [*BASE, "steps=1", f"protocol={prompt}"], "device": "cpu", "progress": False}
 
     def run(model=tmp_path / "model", **more):
-        return train_sft("tiny", data, tmp_path / "out", model=model, **{**given, **more})
+        return train_stage("tiny", data, tmp_path / "out", model=model, **{**given, **more})
 
     made = read_adapter(run()).config.provenance
     assert made["model"]["name"] == "model"
@@ -493,27 +494,27 @@ def test_another_model_protocol_or_picture_folder_is_another_run(toy, data, tmp_
 def test_a_refused_run_leaves_nothing_that_blocks_the_corrected_one(data, tmp_path, wrong):
     given = {"model": build(0), "progress": False}
     with pytest.raises(ClearError):
-        train_sft("tiny", data, tmp_path / "out", overrides=[*BASE, "steps=1", wrong], **given)
+        train_stage("tiny", data, tmp_path / "out", overrides=[*BASE, "steps=1", wrong], **given)
     assert list(tmp_path.iterdir()) == []
-    train_sft("tiny", data, tmp_path / "out", overrides=[*BASE, "steps=1"], **given)
+    train_stage("tiny", data, tmp_path / "out", overrides=[*BASE, "steps=1"], **given)
 
 
 def test_an_output_of_something_else_is_left_alone(data, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")
     with pytest.raises(ClearValueError, match="not trained by this run"):
-        train_sft("tiny", data, tmp_path / "out", model=build(0))
+        train_stage("tiny", data, tmp_path / "out", model=build(0))
 
 
 def test_the_batch_must_divide(examples, tmp_path):
     recipe = load_recipe("tiny", [*BASE, "micro_batch=3"])
     attached = attach(build(0), lora=recipe.lora)
     with pytest.raises(ClearValueError, match="does not divide"):
-        sft_trainer(attached, recipe, examples, tmp_path)
+        trainer_for(attached, recipe, examples, tmp_path)
 
 
 def test_the_rival_trains_the_understanding_group_alone(data, tmp_path):
-    folder = train_sft(
+    folder = train_stage(
         "tiny",
         data,
         tmp_path / "out",

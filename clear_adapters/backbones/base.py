@@ -526,6 +526,10 @@ class Backbone(ABC):
         """The pictures' own latents, as restorations of one row each."""
 
     @abstractmethod
+    def understand(self, images: Sequence[PreparedImage]) -> list[Tensor]:
+        """The understanding encoder's features of pictures, (P, D) each, as the language model reads them."""
+
+    @abstractmethod
     def decode(self, restoration: Restoration) -> list[Image] | None:
         """Pixels, one PIL image a row; None for a family that cannot."""
 

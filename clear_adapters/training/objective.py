@@ -36,17 +36,31 @@ class Order(Dataset[Draw]):
     One long pass, so that data workers live through the run and resuming is a matter of skipping.
     """
 
-    def __init__(self, examples: Sequence[Example], length: int, seed: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example], length: int, seed: int, *, batch: int = 1, repeat: int = 1
+    ) -> None:
+        """Sets the order.
+
+        Args:
+            examples: the data set.
+            length: draws in all, repetitions included.
+            seed: of the order and of everything random about a draw.
+            batch: draws of one optimizer step, of all processes.
+            repeat: steps in a row that get the same draws.
+        """
         self._examples = examples
         self._length = length
         self._seed = seed
+        self._batch = batch
+        self._repeat = repeat
         self._held: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, place: int) -> Draw:
-        epoch, within = divmod(place, len(self._examples))
+        step, within = divmod(place, self._batch)
+        epoch, within = divmod(step // self._repeat * self._batch + within, len(self._examples))
         if self._held is None or self._held[0] != epoch:
             generator = torch.Generator().manual_seed(row_seed(self._seed, "order", epoch))
             self._held = (epoch, torch.randperm(len(self._examples), generator=generator))

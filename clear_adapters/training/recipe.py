@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any, Literal
 
 from clear_adapters.config import LoraSettings
-from clear_adapters.errors import ClearError, ClearValueError, unknown_name
+from clear_adapters.errors import ClearValueError, UnknownNameError, unknown_name
 from clear_adapters.prompts import get_protocol
 from clear_adapters.sampling import LatentSampling, TextSampling
+from clear_adapters.training.bridge import BridgeSettings
+from clear_adapters.training.grpo import GrpoSettings
+from clear_adapters.training.plain import build, keys, parse
 from clear_adapters.training.sft import SftSettings
 
-STAGES = ("sft",)
+STAGES = ("sft", "bridge", "grpo")
+"""In the order in which they follow each other."""
+
+PARTS = ("understanding", "generation", "bridge", "extra")
+"""What of an adapter can be trained or stand still: the two LoRA groups, the bridge, and modules trained whole."""
+
+DEFAULT_PARTS = {
+    "sft": ("understanding", "generation", "extra"),
+    "bridge": ("understanding", "bridge"),
+    "grpo": ("understanding", "generation", "bridge"),
+}
+"""What each stage trains where a recipe does not say, of what its adapter has."""
+
+_ONLY = {"protocol": "sft", "lora": "sft", "sft": "sft", "bridge": "bridge", "grpo": "grpo"}
+"""Keys of one stage alone. The first stage makes the adapter: later ones take its layout and protocol from it."""
+
+_OPEN = ("lora.groups", "lora.alpha", "grpo.rewards")
+"""Keys whose values are mappings with names of their own."""
 
 SCHEDULES = (
     *("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "inverse_sqrt", "linear"),
@@ -140,73 +156,121 @@ class Recipe:
 
     Attributes:
         stage: which objective.
-        protocol: name of a protocol, or a file with a system prompt.
-        lora: what is adapted.
+        trains: which of `PARTS` are trained; None is `DEFAULT_PARTS` of the stage.
+        protocol: stage 1: name of a protocol, or a file with a system prompt. Later stages keep their adapter's.
+        lora: stage 1: what is adapted. Later stages keep their adapter's.
         optim: how weights are moved.
         loop: how long, and in which portions.
         sft: settings of stage 1.
+        bridge: settings of stage 2.
+        grpo: settings of stage 3.
         text: how the adapter's text is sampled where a call does not say.
         latent: how its restorations are.
 
     Raises:
-        ClearValueError: a stage that does not exist.
-        UnknownNameError: a protocol that does not exist.
+        ClearValueError: settings that do not go together.
+        UnknownNameError: a stage, a part or a protocol that does not exist.
     """
 
     stage: str = "sft"
+    trains: tuple[str, ...] | None = None
     protocol: str = "default"
     lora: LoraSettings = field(default_factory=LoraSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
     sft: SftSettings = field(default_factory=SftSettings)
+    bridge: BridgeSettings = field(default_factory=BridgeSettings)
+    grpo: GrpoSettings = field(default_factory=GrpoSettings)
     text: TextSampling = field(default_factory=TextSampling)
     latent: LatentSampling = field(default_factory=LatentSampling)
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise unknown_name("training stage", self.stage, STAGES)
+        if self.trains is not None:
+            if not self.trains:
+                raise ClearValueError(f"trains is empty: name at least one of {', '.join(PARTS)}")
+            for part in self.trains:
+                if part not in PARTS:
+                    raise unknown_name("part of an adapter in trains", part, PARTS)
         get_protocol(self.protocol)
+        if self.loop.save_every % self.repeat:
+            raise ClearValueError(
+                f"save_every={self.loop.save_every} with iterations={self.repeat}: rollouts serve {self.repeat} steps and "
+                "are not part of a checkpoint, so one between these steps would lose them. Make save_every a multiple "
+                "of iterations"
+            )
+
+    @property
+    def repeat(self) -> int:
+        """Steps of the optimizer on the same examples, one after the other."""
+        return self.grpo.iterations if self.stage == "grpo" else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as in the file."""
-        return {**asdict(self), "lora": self.lora.to_dict()}
+        """Plain data, as in the file: without what other stages set."""
+        data = {**asdict(self), "lora": self.lora.to_dict()}
+        return {k: v for k, v in data.items() if _ONLY.get(k, self.stage) == self.stage}
 
 
 # ------------------------------------------------------------------------------------------------------ reading
 
 
+def _folder() -> Any:
+    return resources.files("clear_adapters.training") / "recipes"
+
+
 def list_recipes() -> list[str]:
-    """Names of the recipes that come with the library."""
-    folder = resources.files("clear_adapters.training") / "recipes"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    """Names of the recipes that come with the library; each has a file for every stage."""
+    return sorted(p.name for p in _folder().iterdir() if (p / "sft.yaml").is_file())
 
 
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe.
+def load_recipe(name: str | Path, overrides: Sequence[str] = (), stage: str = "sft") -> Recipe:
+    """Reads the recipe of a stage.
 
     Args:
-        name: one of `list_recipes()`, or a YAML file.
-        overrides: `key=value`; a key is dotted (`optim.lr`), or its last part alone where that is unique.
+        name: one of `list_recipes()`, a folder with `<stage>.yaml`, or a YAML file of that stage.
+        overrides: `key=value`; a key is dotted (`optim.lr`), or its last part alone where that is unique. A key may
+            name its stage before a colon (`grpo:steps`).
+        stage: one of `STAGES`.
 
     Raises:
-        UnknownNameError: no such recipe, or an unknown key; close matches are in the message.
-        ClearValueError: the file or a value cannot be used.
+        UnknownNameError: no such recipe, stage or key; close matches are in the message.
+        ClearValueError: the file or a value cannot be used, or is for another stage.
     """
-    if str(name) in list_recipes():
-        text = (resources.files("clear_adapters.training") / "recipes" / f"{name}.yaml").read_text("utf-8")
-    elif Path(name).is_file():
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ClearValueError(f"recipe {name} is not UTF-8 text: {error}") from error
-    else:
-        raise unknown_name("recipe", str(name), list_recipes(), hint="Or give the path of a YAML file.")
-    data = _parse(text, f"recipe {name}")
+    if stage not in STAGES:
+        raise unknown_name("training stage", stage, STAGES)
+    source = f"recipe {name}"
+    data = parse(_text(name, stage), source)
     if not isinstance(data, dict):
-        raise ClearValueError(f"recipe {name} must hold a mapping, not {type(data).__name__}")
-    for override in overrides:
-        _override(data, override)
-    return recipe_from_dict(data, f"recipe {name}")
+        raise ClearValueError(f"{source} must hold a mapping, not {type(data).__name__}")
+    own = data.setdefault("stage", stage)
+    if own in STAGES and own != stage:
+        raise ClearValueError(
+            f"{source} has stage: {own}, but stage {stage} is to be trained: give a file of that stage, or a folder that "
+            f"holds {stage}.yaml"
+        )
+    for override in divide_overrides(overrides, (stage,))[stage]:
+        _override(data, override, stage)
+    return recipe_from_dict(data, source)
+
+
+def _text(name: str | Path, stage: str) -> str:
+    if str(name) in list_recipes():
+        return str((_folder() / str(name) / f"{stage}.yaml").read_text("utf-8"))
+    path = Path(name)
+    if path.is_dir():
+        path = path / f"{stage}.yaml"
+        if not path.is_file():
+            raise ClearValueError(
+                f"the recipe folder {name} has no {stage}.yaml, so that it does not say how to train that stage"
+            )
+    elif not path.is_file():
+        hint = "Or give the path of a YAML file, or of a folder with one for each stage."
+        raise unknown_name("recipe", str(name), list_recipes(), hint=hint)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ClearValueError(f"recipe {name} is not UTF-8 text: {error}") from error
 
 
 def recipe_from_dict(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -214,111 +278,103 @@ def recipe_from_dict(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
     Raises:
         UnknownNameError: an unknown key; close matches are in the message.
-        ClearValueError: a value of another type or out of its range.
+        ClearValueError: a value of another type or out of its range, or settings of another stage.
     """
-    made = _build(Recipe, data, source)
+    if isinstance(data, Mapping):
+        stage = data.get("stage", Recipe.stage)
+        strange = [k for k in data if _ONLY.get(k, stage) != stage]
+        if stage in STAGES and strange:
+            raise ClearValueError(f"{source} of stage {stage}: {_misplaced(strange[0], stage)}: remove it")
+    made = build(Recipe, data, source)
     assert isinstance(made, Recipe)
     return made
 
 
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # the last for a number without end
-        raise ClearValueError(f"{source} is not valid YAML: {error}") from error
+def _misplaced(key: str, stage: str) -> str:
+    owner = _ONLY[key.partition(".")[0]]
+    inherited = " (later stages take it from their adapter)" if key.startswith(("lora", "protocol")) else ""
+    return f"{key} is a setting of stage {owner} and has no effect on stage {stage}{inherited}"
 
 
-def _paths(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a recipe, and its type."""
-    found: dict[str, Any] = {}
-    hints = get_type_hints(cls)
-    for f in fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            found |= _paths(hints[f.name], f"{prefix}{f.name}.")
-        else:
-            found[prefix + f.name] = hints[f.name]
+# ---------------------------------------------------------------------------------------------------- overrides
+
+
+def divide_overrides(overrides: Sequence[str], stages: Sequence[str]) -> dict[str, list[str]]:
+    """Which overrides are for which stage.
+
+    Args:
+        overrides: `key=value` for each stage that has the key, or `stage:key=value` for that one.
+        stages: that are to be trained.
+
+    Returns:
+        By stage, without prefixes.
+
+    Raises:
+        UnknownNameError: a key that none of the stages has; close matches are in the message.
+        ClearValueError: no `key=value`, a key that may be several, or one for a stage that is not trained.
+    """
+    found: dict[str, list[str]] = {stage: [] for stage in stages}
+    for override in overrides:
+        head, equals, value = override.partition("=")
+        if not equals:
+            raise ClearValueError(f"override {override!r}: write key=value")
+        only, colon, key = (part.strip() for part in head.rpartition(":"))
+        if colon and only not in STAGES:
+            raise unknown_name("training stage", only, STAGES, hint=f"It stands in {override!r}.")
+        if colon and only not in stages:
+            raise ClearValueError(
+                f"override {override!r} is for stage {only}, but {' and '.join(stages)} is trained"
+            )
+        asked = [only] if colon else list(stages)
+        takers = [stage for stage in asked if _full_key(key, stage, override)]
+        if not takers:
+            raise _unknown_key(key, asked)
+        for stage in takers:
+            found[stage].append(f"{key}={value}")
     return found
 
 
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    if not equals:
-        raise ClearValueError(f"override {override!r}: write key=value")
-    known = _paths(Recipe)
-    inside = [k for k in ("lora.groups", "lora.alpha") if key.startswith(k + ".")]
-    full = [key] if key in known or inside else [k for k in known if k.rpartition(".")[2] == key]
+def _keys(stage: str) -> list[str]:
+    """Every dotted key of a stage's recipe."""
+    return [k for k in keys(Recipe) if k != "stage" and _ONLY.get(k.partition(".")[0], stage) == stage]
+
+
+def _full_key(key: str, stage: str, override: str) -> str | None:
+    """The dotted key that is meant, or None."""
+    known = _keys(stage)
+    if key in known or any(key.startswith(f"{k}.") for k in _OPEN if k in known):
+        return key
+    full = [k for k in known if k.rpartition(".")[2] == key]
     if len(full) > 1:
         # `steps` means those of the training: sampling settings are written with their section.
         full = [k for k in full if not k.startswith(("text.", "latent."))] or full
     if len(full) > 1:
         raise ClearValueError(f"override {override!r}: {key} may be {' or '.join(full)}; write one of them")
-    if not full:
-        short = {k.rpartition(".")[2]: k for k in reversed(known)}  # the first section wins
-        close = difflib.get_close_matches(key, [*known, *short], n=3)
-        raise unknown_name(
-            "recipe key",
-            key,
-            known,
-            hint=f"Close: {', '.join(dict.fromkeys(short.get(c, c) for c in close))}." if close else "",
-        )
-    *folders, leaf = full[0].split(".")
+    return full[0] if full else None
+
+
+def _unknown_key(key: str, stages: Sequence[str]) -> UnknownNameError | ClearValueError:
+    for other in STAGES:
+        full = _full_key(key, other, key)
+        if full is not None:
+            return ClearValueError(_misplaced(full, " and ".join(stages)))
+    known = list(dict.fromkeys(k for stage in stages for k in _keys(stage)))
+    short = {k.rpartition(".")[2]: k for k in reversed(known)}  # the first section wins
+    close = difflib.get_close_matches(key, [*known, *short], n=3)
+    if close:
+        meant = " or ".join(dict.fromkeys(short.get(c, c) for c in close))
+        return UnknownNameError(f"Unknown recipe key {key!r}. Did you mean {meant}?")
+    return unknown_name("recipe key", key, known)
+
+
+def _override(data: dict[str, Any], override: str, stage: str) -> None:
+    key, _, text = override.partition("=")
+    full = _full_key(key, stage, override)
+    assert full is not None
+    *folders, leaf = full.split(".")
     place = data
     for folder in folders:
         place = place.setdefault(folder, {})
         if not isinstance(place, dict):
             raise ClearValueError(f"override {override!r}: {folder} is no mapping")
-    place[leaf] = _parse(text, f"override {override!r}")
-
-
-def _build(cls: type, data: Any, source: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise ClearValueError(f"{source} must be a mapping, not {data!r}")
-    hints = get_type_hints(cls)
-    names = [f.name for f in fields(cls)]
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        if key not in names:
-            raise unknown_name(f"key in {source}", str(key), names)
-        wanted = hints[key]
-        place = f"{source}: {key}"
-        if dataclasses.is_dataclass(wanted):
-            values[key] = _build(wanted, value, place)  # type: ignore[arg-type]  # a class here
-        elif cls is LoraSettings:
-            values[key] = tuple(value) if key == "whole" and isinstance(value, list) else value
-        else:
-            values[key] = _value(wanted, value, place)
-    try:
-        return cls(**values)
-    except ClearError as error:
-        if isinstance(error, KeyError):
-            raise
-        raise ClearValueError(f"{source}: {error}") from error
-
-
-def _value(wanted: Any, value: Any, source: str) -> Any:
-    """A value of the type asked for; YAML reads `2e-3` as a word, which is taken as the number it is."""
-    origin = get_origin(wanted)
-    if origin is Literal:
-        if value not in get_args(wanted):
-            raise ClearValueError(f"{source}={value!r}: one of {', '.join(map(repr, get_args(wanted)))}")
-        return value
-    if origin is Union or str(type(wanted)).endswith("UnionType'>"):
-        if value is None:
-            return None
-        return _value(next(a for a in get_args(wanted) if a is not type(None)), value, source)
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or len(value) != len(get_args(wanted)):
-            raise ClearValueError(f"{source}={value!r}: must be a list of {len(get_args(wanted))}")
-        return tuple(_value(a, v, source) for a, v in zip(get_args(wanted), value, strict=True))
-    if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise ClearValueError(f"{source}={value!r}: must be a finite number")
-        return number
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise ClearValueError(f"{source}={value!r}: must be of type {wanted.__name__}")
-    return value
+    place[leaf] = parse(text, f"override {override!r}")

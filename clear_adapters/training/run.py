@@ -1,14 +1,15 @@
-"""A training run from a recipe: model and data in, adapter folder out.
+"""A training run from a recipe: model, data and the adapter of the stage before in, adapter folder out.
 
 Work in progress (checkpoints, log) stands beside the output, in `<output>.training`; the adapter appears in one move.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,33 +18,29 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from clear_adapters.adapter import attach, choose_device
-from clear_adapters.attached import AttachedModel
-from clear_adapters.config import LoraSettings, is_builtin_name, is_hub_id
-from clear_adapters.datasets.example import DATA, Example, read_examples
+from clear_adapters import store
+from clear_adapters.config import ClearConfig, is_builtin_name, is_hub_id
+from clear_adapters.datasets.example import DATA, read_examples
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import get_protocol
 from clear_adapters.results import git_state, installed_versions
-from clear_adapters.store import CONFIG, model_digest, resolve
-from clear_adapters.training.objective import Order
-from clear_adapters.training.recipe import Recipe, load_recipe
-from clear_adapters.training.sft import SftObjective
-from clear_adapters.training.trainer import (
-    ClearTrainer,
-    compile_layers,
-    last_checkpoint,
-    training_arguments,
-)
+from clear_adapters.store import CONFIG
+from clear_adapters.training.build import LOG, attach_for, trainer_for
+from clear_adapters.training.recipe import STAGES, Recipe, divide_overrides, load_recipe
+from clear_adapters.training.trainer import ClearTrainer, last_checkpoint
 
 RUN = "run.json"
-LOG = "log.jsonl"
+MODEL = "builtin:bagel-tiny"
 
 
-def train_sft(
+def train(
     recipe: Recipe | str | Path,
     data: str | Path,
     output: str | Path,
-    model: Any = "builtin:bagel-tiny",
+    *,
+    stage: str | None = None,
+    model: Any = None,
+    adapter: str | Path | None = None,
     resume: bool = True,
     device: str | torch.device | None = None,
     overrides: Sequence[str] = (),
@@ -51,15 +48,18 @@ def train_sft(
     corrupted_image_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Path:
-    """Trains stage 1 and writes the adapter.
+    """Trains one stage and writes the adapter.
 
     Args:
-        recipe: one that is loaded, its name, or a file.
+        recipe: one that is loaded, its name, a folder of recipes, or a file.
         data: a folder with `data.jsonl`, or a JSONL file.
         output: folder of the adapter.
-        model: what `attach` takes.
-        resume: go on with a run of the same recipe, data and model that was stopped; one that is finished is left as it
-            is. Of a loaded model only the type is compared.
+        stage: `sft`, `bridge` or `grpo`; None is that of a loaded recipe, else `sft`.
+        model: what `attach` takes. None is the built-in one for `sft`, and later the model that the adapter was trained on.
+        adapter: for `bridge` and `grpo`: `builtin:NAME`, folder or Hub id of the stage before. Its layout and protocol are
+            kept, and its weights are what `grpo` measures its KL to.
+        resume: go on with a run of the same recipe, data, model and adapter that was stopped; one that is finished is left
+            as it is. Of a loaded model only the type is compared.
         device: where a model that is named runs; None is the CUDA GPU if there is one. A loaded model stays where it is.
         overrides: `key=value` for the recipe.
         clean_image_dir: for data in the authors' form.
@@ -70,35 +70,40 @@ def train_sft(
         The adapter's folder.
 
     Raises:
-        ClearValueError: settings or data that cannot work, an output that exists without `resume`, a run of other
-            settings in its place, or a loss that is not finite.
-        UnknownNameError: an unknown recipe, key or model.
+        ClearValueError: settings or data that cannot work, an adapter that is missing or not wanted, an output that
+            exists without `resume`, a run of other settings in its place, or a loss that is not finite.
+        UnknownNameError: an unknown recipe, key, model or adapter.
+        AdapterError: the adapter cannot be used.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides)
-    elif overrides:
-        raise ClearValueError("overrides= is for a recipe that is read here; this one is loaded already")
+    recipe = _recipe(recipe, stage, overrides)
+    _check_adapter(recipe.stage, adapter)
+    if model is None and adapter is None:
+        model = MODEL
     output = Path(os.path.abspath(output))  # noqa: PTH100 (a link at the end stays one)
-    work = output.with_name(output.name + ".training")
+    work = work_of(output)
     examples = read_examples(data, clean_image_dir=clean_image_dir, corrupted_image_dir=corrupted_image_dir)
     facts = None
     if int(os.environ.get("RANK", "0")) == 0:  # the process that checks the place and writes
+        before = None if adapter is None else store.read_adapter(store.resolve(adapter, "adapter")).config
+        protocol = get_protocol(recipe.protocol) if before is None else before.protocol
         facts = {
             "recipe": recipe.to_dict(),
             "data_hash": data_hash(data),
             "examples": len(examples),
-            "model": _identity(model),
-            "protocol": _digest(repr(get_protocol(recipe.protocol))),
+            "model": _identity(model) if model is not None else _base_of(adapter, before),
+            "protocol": _digest(repr(protocol)),
             "images": _digest(
                 *(f"{p and Path(p).absolute()}" for p in (clean_image_dir, corrupted_image_dir))
             ),
         }
+        if adapter is not None:
+            facts["adapter"] = _name_and_hash(adapter, "adapter", adapter_digest)
         facts = json.loads(json.dumps(facts))
     if _is_done(output, work, facts, resume):
         return output
-    attached = _attach(model, recipe, device)
+    attached = attach_for(recipe, model, adapter, device)
     try:
-        trainer = sft_trainer(attached, recipe, examples, work, progress=progress)
+        trainer = trainer_for(attached, recipe, examples, work, progress=progress)
         last = None
         if facts is not None:
             # Only now: settings that were refused until here leave nothing behind.
@@ -109,9 +114,8 @@ def train_sft(
         last = broadcast_object_list([last])[0]
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if facts is not None:
-            attached.config = replace(
-                attached.config, stage=recipe.stage, provenance=_provenance(facts, trainer)
-            )
+            provenance = _provenance(facts, trainer, attached.config)
+            attached.config = replace(attached.config, stage=recipe.stage, provenance=provenance)
             attached.save_pretrained(output, dtype=getattr(torch, recipe.loop.save_dtype))
         trainer.accelerator.wait_for_everyone()
     finally:
@@ -119,136 +123,124 @@ def train_sft(
     return output
 
 
-def sft_trainer(
-    attached: AttachedModel,
-    recipe: Recipe,
-    examples: Sequence[Example],
-    work: Path,
+def train_all(
+    recipe: str | Path,
+    data: str | Path,
+    output: str | Path,
     *,
-    progress: bool = True,
-) -> ClearTrainer:
-    """A trainer of stage 1 over an attached model, ready to run where the model is.
+    model: Any = None,
+    overrides: Sequence[str] = (),
+    report: Callable[[str, Path], None] | None = None,
+    **settings: Any,
+) -> list[Path]:
+    """Trains the three stages, each from the adapter of the one before.
 
-    Switches of the base (checkpointing, compiled layers) go with `attached.detach()`.
+    Stages that are finished are left as they are, and one that was stopped goes on.
+
+    Args:
+        recipe: a name, or a folder of recipes with a file for each stage.
+        data: as for `train`, for every stage.
+        output: folder of the adapters `1-sft`, `2-bridge` and `3-grpo`.
+        model: as for `train`, for every stage.
+        overrides: `key=value` for each stage that has the key, `stage:key=value` for that one.
+        report: called with stage and adapter folder when one is finished, also when it was before.
+        **settings: further ones of `train`.
+
+    Returns:
+        The adapters' folders.
 
     Raises:
-        ClearValueError: the batch does not divide among the processes, or the base has another type than the recipe's, or
-            is on another device than this process trains on.
+        ClearError: as for `train`; recipes are checked before the first stage begins.
     """
-    loop, optim = recipe.loop, recipe.optim
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = loop.micro_batch or max(1, loop.batch // world)
-    if loop.batch % (micro * world):
-        raise ClearValueError(
-            f"batch={loop.batch} does not divide into micro-batches of {micro} on {world} processes: change one of them"
-        )
-    backbone, device = attached.backbone, attached.backbone.device
-    if not loop.bf16 and backbone.dtype != torch.float32:
-        raise ClearValueError(
-            f"bf16=False computes in float32, but the model is in {str(backbone.dtype).removeprefix('torch.')}: load it "
-            "with dtype='float32', or pass its name"
-        )
-    _set_trainable(attached)
-    if loop.checkpointing:
-        # The one attribute that every family's decoder is switched by.
-        for module in backbone.model.modules():
-            if hasattr(module, "checkpointing"):
-                module.checkpointing = True  # type: ignore[assignment]  # a plain attribute
-    if loop.compile:
-        compile_layers(decoder_layers(attached))
-    objective = SftObjective(backbone, attached.config.protocol, recipe.sft)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(12, max(0, cores // world - 1)) if loop.workers is None else loop.workers
-    cosine_end = optim.schedule == "cosine" and optim.min_lr > 0
-    args = training_arguments(
-        work,
-        max_steps=loop.steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=loop.batch // (micro * world),
-        learning_rate=optim.lr,
-        lr_scheduler_type="cosine_with_min_lr" if cosine_end else optim.schedule,
-        lr_scheduler_kwargs={"min_lr_rate": optim.min_lr} if cosine_end else None,
-        warmup_steps=optim.warmup,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.betas[0],
-        adam_beta2=optim.betas[1],
-        adam_epsilon=optim.eps,
-        max_grad_norm=optim.max_grad_norm,
-        bf16=loop.bf16 and device.type == "cuda",
-        use_cpu=device.type == "cpu",
-        dataloader_num_workers=workers,
-        dataloader_pin_memory=device.type == "cuda",
-        logging_steps=loop.log_every,
-        save_strategy="steps" if loop.save_every else "no",
-        save_steps=loop.save_every or 500,
-        save_total_limit=2,
-        seed=loop.seed,
-        disable_tqdm=not progress,
+    divided = divide_overrides(overrides, STAGES)
+    recipes = [load_recipe(recipe, divided[stage], stage) for stage in STAGES]
+    model = MODEL if model is None else model
+    done: list[Path] = []
+    for number, loaded in enumerate(recipes, 1):
+        folder = Path(output) / f"{number}-{loaded.stage}"
+        before = done[-1] if done else None
+        done.append(train(loaded, data, folder, model=model, adapter=before, **settings))
+        gc.collect()  # trainer and model hold each other, and a GPU may have no room for the next one beside them
+        if report is not None:
+            report(loaded.stage, done[-1])
+    return done
+
+
+def summary(folder: Path) -> str:
+    """One line on a finished run: stage, steps, time, and its last logged losses."""
+    config = ClearConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
+    made = config.provenance
+    minutes, seconds = divmod(round(made["seconds"]), 60)
+    final = sorted(made["final"].items(), key=lambda item: item[0] != "loss")
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in final)
+    return (
+        f"{config.stage}: {made['steps']} steps in {minutes}:{seconds:02} min; {losses}; adapter in {folder}"
     )
-    if not _is_same(args.device, device):
+
+
+def work_of(output: Path) -> Path:
+    """Where the checkpoints and the log of a run stand."""
+    return output.with_name(f"{output.name}.training")
+
+
+def _recipe(recipe: Recipe | str | Path, stage: str | None, overrides: Sequence[str]) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides, stage or STAGES[0])
+    if overrides:
+        raise ClearValueError("overrides= is for a recipe that is read here; this one is loaded already")
+    if stage not in (None, recipe.stage):
+        raise ClearValueError(f"stage={stage!r}, but the recipe that was passed is of stage {recipe.stage!r}")
+    return recipe
+
+
+def _check_adapter(stage: str, adapter: str | Path | None) -> None:
+    number = STAGES.index(stage)
+    if number == 0 and adapter is not None:
         raise ClearValueError(
-            f"the model is on {device}, but this process trains on {args.device}: choose one GPU by CUDA_VISIBLE_DEVICES, "
-            "several by torchrun"
+            f"stage {stage} makes a new adapter and does not go on from adapter={str(adapter)!r}: leave it out, or train "
+            f"stage {' or '.join(STAGES[1:])} from it"
         )
-    order = Order(examples, loop.steps * loop.batch, loop.seed)
-    return ClearTrainer(attached, objective, order, args, rates=optim.rates, log_file=work / LOG)
-
-
-def decoder_layers(attached: AttachedModel) -> list[torch.nn.Module]:
-    """The decoder layers that the family's LoRA groups name."""
-    model, groups = attached.backbone.model, attached.backbone.spec.groups.values()
-    prefixes = dict.fromkeys(g.prefix for g in groups)
-    return [layer for p in prefixes for layer in model.get_submodule(p).children()]
-
-
-def _attach(model: Any, recipe: Recipe, device: torch.device | str | None) -> AttachedModel:
-    lora = recipe.lora
-    if recipe.sft.mode == "direct":
-        # No latent is in sight: the generation group would train on nothing.
-        ranks = {n: r for n, r in lora.ranks.items() if n == "understanding"}
-        lora = LoraSettings(ranks, {n: lora.alphas[n] for n in ranks}, lora.dropout)
-    if isinstance(model, str | Path):
-        where = choose_device(device)
-        rank = int(os.environ.get("LOCAL_RANK", "-1"))
-        if where.type == "cuda" and rank >= 0:
-            where = torch.device("cuda", rank)
-        attached = attach(model, lora=lora, device=where, dtype=None if recipe.loop.bf16 else torch.float32)
-    else:
-        attached = attach(model, lora=lora)
-        held = attached.backbone.device
-        if device is not None and not _is_same(choose_device(device), held):
-            attached.detach()
-            raise ClearValueError(
-                f"device={str(device)!r}, but the model that was passed is on {held}: move it before, or pass its name"
-            )
-    attached.initialise(recipe.loop.seed)
-    attached.config = replace(
-        attached.config, protocol=get_protocol(recipe.protocol), text=recipe.text, latent=recipe.latent
-    )
-    return attached
-
-
-def _is_same(one: torch.device, other: torch.device) -> bool:
-    """Whether two devices are one; a device without a number is any of its type."""
-    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
-
-
-def _set_trainable(attached: AttachedModel) -> None:
-    """Stage 1 trains LoRA and the modules that the recipe trains whole; the bridge stands still."""
-    for name, parameter in attached.named_parameters():
-        parameter.requires_grad_(not name.startswith("bridge."))
-        # Small steps would be rounded away in bfloat16.
-        parameter.data = parameter.data.float()
+    if number > 0 and adapter is None:
+        raise ClearValueError(
+            f"stage {stage} goes on from the adapter of stage {STAGES[number - 1]}, and none was given: pass its folder, "
+            "'builtin:NAME' or Hub id as adapter= (--adapter)"
+        )
 
 
 def _identity(model: Any) -> dict[str, str | None]:
     """What tells one base model from another: name and hash of its files, or the type of a loaded one."""
     if not isinstance(model, str | Path):
         return {"name": type(model).__name__, "hash": None}
-    name, folder = str(model), resolve(model, "model")
-    is_public = is_builtin_name(name) or (is_hub_id(name) and not Path(name).exists())
+    return _name_and_hash(model, "model", store.model_digest)
+
+
+def _base_of(adapter: Any, config: ClearConfig | None) -> dict[str, str | None]:
+    assert config is not None
+    if config.base_model is None:
+        raise ClearValueError(
+            f"adapter {adapter} does not say which model it was trained on (it was none with a public name): pass that "
+            "model as model= (--model)"
+        )
+    return _name_and_hash(config.base_model, "model", store.model_digest, config.base_revision)
+
+
+def _name_and_hash(
+    name: str | Path, kind: store.Kind, digest: Callable[[Path], str], revision: str | None = None
+) -> dict[str, str | None]:
+    folder = store.resolve(name, kind, revision=revision)
+    text = str(name)
+    is_public = is_builtin_name(text) or (is_hub_id(text) and not Path(text).exists())
     # It is published with the adapter: of a folder on this machine only the last part.
-    return {"name": name if is_public else folder.resolve().name, "hash": model_digest(folder)}
+    return {"name": text if is_public else folder.resolve().name, "hash": digest(folder)}
+
+
+def adapter_digest(folder: Path) -> str:
+    """A short hash of the files that an adapter is read from."""
+    found = hashlib.sha256()
+    for name in store.FILES:
+        if (folder / name).is_file():
+            found.update(f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()[:16]
 
 
 def _digest(*parts: str) -> str:
@@ -294,13 +286,18 @@ def data_hash(data: str | Path) -> str:
     return hashlib.sha256((path / DATA if path.is_dir() else path).read_bytes()).hexdigest()
 
 
-def _provenance(facts: dict[str, Any], trainer: ClearTrainer) -> dict[str, Any]:
+def _provenance(facts: dict[str, Any], trainer: ClearTrainer, before: ClearConfig) -> dict[str, Any]:
     commit, dirty = git_state()
     device = trainer.args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    last: dict[str, float] = next((e for e in reversed(trainer.state.log_history) if "ce" in e), {})
+    names = ("loss", *trainer.objective.parts)
+    last: dict[str, float] = next(
+        (e for e in reversed(trainer.state.log_history) if all(n in e for n in names)), {}
+    )
     return {
         **facts,
+        # How the adapter came about that this run began with.
+        **({"before": dict(before.provenance)} if "adapter" in facts else {}),
         "seed": facts["recipe"]["loop"]["seed"],
         "steps": trainer.state.global_step,
         "seconds": round(trainer.seconds, 1),
@@ -309,5 +306,5 @@ def _provenance(facts: dict[str, Any], trainer: ClearTrainer) -> dict[str, Any]:
         "dirty": dirty,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": installed_versions(),
-        "final": {k: round(float(last[k]), 6) for k in ("loss", *trainer.objective.parts) if k in last},
+        "final": {k: round(float(last[k]), 6) for k in names if k in last},
     }
