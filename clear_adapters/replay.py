@@ -4,8 +4,8 @@
 stands as noised copies that nothing later sees (for the velocity), then as its final latent, which the text reads.
 
 In float32 a replay says what the rollout recorded within 1e-4. In bfloat16 the cached and the uncached forward round
-differently: on a GPU 99 % of the built-in model's text tokens agree within 0.1 and of its flow steps within 1e-3, half of
-them within 1e-5 and 2e-4 (benchmarks/results/replay_precision.json).
+differently: on a GPU 99 % of the built-in model's text tokens agree within 0.05 and of its flow steps within 2e-3, half of
+them within 1e-6 and 2e-4 (benchmarks/results/replay_precision.json).
 """
 
 from __future__ import annotations
