@@ -234,24 +234,28 @@ class TextPiece:
     Attributes:
         ids: (T,) int64, without start token; the end token is appended when it is missing.
         scored: whether its log-probabilities are asked for (an appended end token never is).
-        weights: (T,) float32 of its tokens in a loss; None is 1 each.
+        weight: weight of each of its tokens in a loss.
         branch: 0 is seen by all that follows; another number only by pieces of the same branch.
     """
 
     ids: Tensor
     scored: bool = False
-    weights: Tensor | None = None
+    weight: float = 1.0
     branch: int = 0
 
 
 @dataclass
 class ImagePiece:
-    """A picture in a row: its latent at t = 0 for the generator (`as_condition`), then its understanding tokens."""
+    """A picture in a row: its latent at t = 0 for the generator (`as_condition`), then its understanding tokens.
+
+    Places of the latter are found under the number `watched` in `PackedBatch.watch_index`, where it is not negative.
+    """
 
     image: PreparedImage
     as_condition: bool = True
     understanding: bool = True
     branch: int = 0
+    watched: int = -1
 
 
 @dataclass
@@ -268,6 +272,7 @@ class LatentPiece:
         bridged: whether the bridge's residual is added.
         velocity: whether the velocity is asked for.
         branch: as in `TextPiece`.
+        watched: as in `ImagePiece`.
     """
 
     latent: Tensor | None = None
@@ -278,6 +283,7 @@ class LatentPiece:
     bridged: bool = False
     velocity: bool = False
     branch: int = 0
+    watched: int = -1
 
 
 Piece = TextPiece | ImagePiece | LatentPiece
@@ -338,6 +344,8 @@ class PackedBatch:
         text_row: (T,) int64.
         text_weight: (T,) float32.
         hidden_layers: layers whose output is asked for.
+        watch_index: (W,) int64, flat places in B x L of the watched pieces' tokens, in order; None without any.
+        watch_piece: (W,) int64, the number that each is watched under.
         target: (G, C) float32 or None, velocity targets, filled by `Backbone.encode`.
     """
 
@@ -367,6 +375,8 @@ class PackedBatch:
     text_row: Tensor
     text_weight: Tensor
     hidden_layers: tuple[int, ...] = ()
+    watch_index: Tensor | None = None
+    watch_piece: Tensor | None = None
     target: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
@@ -524,6 +534,10 @@ class Backbone(ABC):
     @abstractmethod
     def encode_images(self, images: Sequence[PreparedImage]) -> list[Restoration]:
         """The pictures' own latents, as restorations of one row each."""
+
+    @abstractmethod
+    def latent_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the latent of a picture of (height, width) in pixels."""
 
     @abstractmethod
     def understand(self, images: Sequence[PreparedImage]) -> list[Tensor]:

@@ -1,12 +1,44 @@
-"""Stage 2: the latent representation bridge learns to be read (paper, section 3.2; METHOD.md has the released form)."""
+"""Stage 2: the latent representation bridge, which lets a restoration be read (paper, section 3.2).
+
+States of the bridged tokens are pulled towards those of an understanding encoder's tokens of the same picture, and the
+text after them is learnt. The paper trains on true clean latents alone; a model that has read only those trusts its own,
+poorer ones too much. Here rows read latents of three kinds: true ones, the model's own, and one-step estimates, through
+which the answer's gradient reaches the generator.
+
+The teacher's picture is never resized to the latent grid, as the released code does: the encoder would see it at a scale
+that it does not know. Its states are averaged over the grid instead.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clear_adapters.backbones.base import (
+    Backbone,
+    ImagePiece,
+    LatentPiece,
+    ModelOutputs,
+    PackedBatch,
+    Piece,
+    PreparedImage,
+    Restoration,
+)
+from clear_adapters.bridge import LatentBridge
 from clear_adapters.datasets.traces import TraceSettings
 from clear_adapters.errors import ClearValueError
+from clear_adapters.prompts import Protocol
+from clear_adapters.replay import pieces
+from clear_adapters.sampling import LatentSampling
+from clear_adapters.training.objective import Draw, Objective
+from clear_adapters.training.rows import NoisePlan, draw_time, draw_transcript, prepared, without_weights
+from clear_adapters.transcript import ImageSegment, RestorationSegment, TextSegment, Transcript
 
 
 @dataclass(frozen=True)
@@ -23,11 +55,10 @@ class BridgeSettings:
         distill: `per_layer_kl` between the states of teacher and bridged tokens, place by place; `final_mse` of the mean
             last states; `none`.
         layer_stride: every so many layers, and the last, are compared.
-        answer_weight: as in stage 1.
         ce_weight: of the cross-entropy of the text after the restoration.
         distill_weight: of the distillation.
         mse_weight: of the flow loss on the estimates' velocities.
-        traces: how paths are chosen; every row of this stage restores that can.
+        traces: how paths are chosen, as in stage 1: rows that do not restore keep the decision as it is.
 
     Raises:
         ClearValueError: a value out of its range.
@@ -40,7 +71,6 @@ class BridgeSettings:
     timestep_shift: float = 1.0
     distill: Literal["per_layer_kl", "final_mse", "none"] = "per_layer_kl"
     layer_stride: int = 1
-    answer_weight: float = 1.0
     ce_weight: float = 1.0
     distill_weight: float = 0.1
     mse_weight: float = 0.0
@@ -58,8 +88,311 @@ class BridgeSettings:
             raise ClearValueError(f"layer_stride={self.layer_stride}: must be at least 1")
         if self.distill not in ("per_layer_kl", "final_mse", "none"):
             raise ClearValueError(f"distill={self.distill!r}: 'per_layer_kl', 'final_mse' or 'none'")
-        for name in ("answer_weight", "ce_weight", "distill_weight", "mse_weight"):
+        for name in ("ce_weight", "distill_weight", "mse_weight"):
             if not getattr(self, name) >= 0:
                 raise ClearValueError(f"{name}={getattr(self, name)}: must not be negative")
         if not self.timestep_shift > 0:
             raise ClearValueError(f"timestep_shift={self.timestep_shift}: must be positive")
+
+
+Source = Literal["true", "own", "estimate"]
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """A row before its latent is there.
+
+    Attributes:
+        transcript: recorded, with prepared pictures.
+        source: what stands for the restoration.
+        seed: of the row.
+        time: of the noised copy that an estimate is made from.
+    """
+
+    transcript: Transcript
+    source: Source
+    seed: int
+    time: float
+
+    @property
+    def wants_own(self) -> bool:
+        """Whether the model has to generate a latent for it."""
+        return self.source == "own"
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Teachers and students of one pair of grids.
+
+    Attributes:
+        teacher: (P, h w) int64, flat places in B x L of the teacher's tokens.
+        student: (P, h' w') int64.
+        teacher_grid: (h, w).
+        student_grid: (h', w').
+    """
+
+    teacher: Tensor
+    student: Tensor
+    teacher_grid: tuple[int, int]
+    student_grid: tuple[int, int]
+
+    def to(self, device: torch.device | str) -> _Pairs:
+        """The places on a device."""
+        return replace(self, teacher=self.teacher.to(device), student=self.student.to(device))
+
+
+class BridgeObjective(Objective):
+    """Stage 2's latents, batches and loss."""
+
+    parts = ("ce", "distill", "mse")
+    counts = ("text_tokens", "pairs", "latent_tokens")
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        protocol: Protocol,
+        settings: BridgeSettings,
+        bridge: LatentBridge | None,
+        latent: LatentSampling,
+    ) -> None:
+        """Gets ready.
+
+        Args:
+            backbone: the verbs over the adapted network.
+            protocol: of the traces.
+            settings: of the stage.
+            bridge: what is trained.
+            latent: for the shift of the model's own latents; they are sampled without guidance and noise.
+        """
+        self.backbone = backbone
+        self.protocol = protocol
+        self.settings = settings
+        self.bridge = bridge
+        self._sampling = replace(
+            latent, steps=settings.own_steps, guidance_text=1.0, guidance_image=1.0, sde_sigma=0.0
+        )
+        layers = backbone.layers
+        chosen = sorted({*range(0, layers, settings.layer_stride), layers - 1})
+        self._layers: tuple[int, ...] = {
+            "none": (),
+            "final_mse": (layers - 1,),
+            "per_layer_kl": tuple(chosen),
+        }[settings.distill]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a data worker gets where it is spawned: preparing needs no weights."""
+        return {**vars(self), "backbone": without_weights(self.backbone), "bridge": None}
+
+    # -- batches
+
+    def collate(self, draws: Sequence[Draw]) -> dict[str, Any]:
+        """Traces with prepared pictures; see `Objective.collate`.
+
+        Raises:
+            ImageError: a picture cannot be read.
+        """
+        return {"rows": [self._trace(draw) for draw in draws]}
+
+    def _trace(self, draw: Draw) -> _Trace:
+        settings, rng = self.settings, random.Random(draw.seed)
+        transcript = draw_transcript(
+            self.backbone, self.protocol, draw, rng, settings.traces, settings.vit_drop
+        )
+        share = rng.random()
+        source: Source = "true"
+        if (
+            len(transcript.restorations) == 1
+        ):  # in a recorded reply with several, what is own cannot stand for the next
+            limits = (settings.own, settings.own + settings.estimate)
+            source = "own" if share < limits[0] else "estimate" if share < limits[1] else "true"
+        return _Trace(transcript, source, draw.seed, draw_time(rng, settings.timestep_shift))
+
+    def prepare(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Generates the model's own latents and packs; see `Objective.prepare`."""
+        wanted = [row for batch in batches for row in batch["rows"] if row.wants_own]
+        own: dict[int, tuple[Restoration, PreparedImage | None]] = {}
+        if wanted:
+            found = own_latents(
+                self.backbone, [r.transcript for r in wanted], [r.seed for r in wanted], self._sampling
+            )
+            teachers = self._decoded(found) if self._layers else [None] * len(found)
+            own = {id(r): pair for r, *pair in zip(wanted, found, teachers, strict=True)}  # type: ignore[misc]
+        return [self._pack(batch["rows"], own) for batch in batches]
+
+    def _decoded(self, found: Sequence[Restoration]) -> list[PreparedImage | None]:
+        """The model's own latents as pictures, equal sizes at once; None for a family that draws no pixels."""
+        images: list[PreparedImage | None] = [None] * len(found)
+        for grid in dict.fromkeys(r.grid for r in found):
+            places = [i for i, r in enumerate(found) if r.grid == grid]
+            latents = [found[i].latent for i in places]
+            whole = replace(found[places[0]], latent=torch.cat([x for x in latents if x is not None]))
+            for i, image in zip(places, self.backbone.decode(whole) or [], strict=False):
+                images[i] = self.backbone.prepare(image)
+        return images
+
+    def _pack(
+        self, rows: Sequence[_Trace], own: Mapping[int, tuple[Restoration, PreparedImage | None]]
+    ) -> dict[str, Any]:
+        backbone, device = self.backbone, self.backbone.device
+        laid: list[list[Piece]] = []
+        grids: list[tuple[Grid, Grid]] = []
+        for row in rows:
+            times = [row.time] * len(row.transcript.restorations) if row.source == "estimate" else None
+            built = pieces(
+                row.transcript,
+                prepare=prepared,
+                encode_text=backbone.encode_text,
+                end_id=backbone.end_id,
+                times=times,
+            )
+            laid.append(self._with_teachers(built, row, own.get(id(row)), grids))
+        packed = backbone.pack(laid, self._layers)
+        plan = NoisePlan.of(packed, [row.seed for row in rows])
+        pairs = _pairs(packed, grids)
+        counts = [float(packed.text_weight.sum()), float(len(grids)), float(len(packed.velocity_at))]
+        packed = packed.to(device)
+        return {
+            "batch": backbone.encode(packed, plan.to(device).draw(packed)),
+            "pairs": [p.to(device) for p in pairs],
+            "counts": torch.tensor(counts),
+        }
+
+    def _with_teachers(
+        self,
+        built: Sequence[Piece],
+        row: _Trace,
+        own: tuple[Restoration, PreparedImage | None] | None,
+        grids: list[tuple[Grid, Grid]],
+    ) -> list[Piece]:
+        """Puts the model's own latent in its place, and the teacher before the final latent.
+
+        The teacher stands on a branch of its own: it sees what stands before the restoration, at the same position, and
+        nothing sees it. (In the released code it stands behind the student and sees it.)
+        """
+        done: list[Piece] = []
+        branch = 1 + max((p.branch for p in built), default=0)
+        for piece in built:
+            if not isinstance(piece, LatentPiece) or piece.velocity:
+                done.append(piece)
+                continue
+            teacher = piece.image if row.source == "true" else None
+            if own is not None:
+                found, teacher = own
+                assert found.latent is not None
+                piece = replace(piece, latent=found.latent[0].cpu(), image=None, grid=found.grid)
+            if teacher is not None and self._layers:
+                number = 2 * len(grids)
+                done.append(ImagePiece(teacher, as_condition=False, branch=branch, watched=number))
+                piece = replace(piece, watched=number + 1)
+                grids.append((teacher.patch_grid, self.backbone.latent_grid(teacher.size)))
+                branch += 1
+            done.append(piece)
+        return done
+
+    # -- loss
+
+    def loss(self, module: nn.Module, batch: dict[str, Any], counts: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy, distillation and flow loss; see `Objective.loss`."""
+        settings, packed = self.settings, batch["batch"]
+        mse = counts.new_zeros(())
+        if (
+            settings.estimate > 0
+        ):  # a setting, not what the batch holds: every process takes the same forwards
+            packed, mse = self._estimate(module, packed, counts)
+        outputs = module(packed)
+        ce = F.cross_entropy(outputs.text_logits.float(), packed.text_targets, reduction="none")
+        ce = (ce * packed.text_weight).sum() / counts[0].clamp(min=1)
+        # Zeros that hang on the graph, so that every process takes part in everything.
+        distill = 0 * (outputs.text_logits.float().sum() + outputs.velocity.sum())
+        for pairs in batch["pairs"]:
+            distill = distill + self._distance(outputs, pairs)
+        distill = distill / counts[1].clamp(min=1)
+        loss = settings.ce_weight * ce + settings.distill_weight * distill + settings.mse_weight * mse
+        return {"loss": loss, "ce": ce, "distill": distill, "mse": mse}
+
+    def _estimate(self, module: nn.Module, packed: PackedBatch, counts: Tensor) -> tuple[PackedBatch, Tensor]:
+        """The batch with `x_t - t v` in the place of final latents that are estimated, and the flow loss of their v."""
+        velocity = module(replace(packed, hidden_layers=())).velocity.float()
+        at = packed.velocity_at
+        time = packed.latent_time[at][:, None]
+        clean = packed.latents[at] - time * velocity
+        # A copy's final latent stands right behind it, and is as long; a row has one restoration that is estimated.
+        length = torch.bincount(packed.velocity_row, minlength=1)[packed.velocity_row]
+        latents = packed.latents.index_copy(0, at + length, clean)
+        assert packed.target is not None
+        mse = (velocity - packed.target[at]).pow(2).mean(-1).sum() / counts[2].clamp(min=1)
+        return replace(packed, latents=latents), mse
+
+    def _distance(self, outputs: ModelOutputs, pairs: _Pairs) -> Tensor:
+        """Sum over pairs of the distance between teacher and student, over layers that weigh more the higher they are."""
+        weights = [float(layer + 1) for layer in self._layers]
+        total = outputs.text_logits.new_zeros((), dtype=torch.float32)
+        for layer, weight in zip(self._layers, weights, strict=True):
+            states = outputs.hidden[layer].flatten(0, 1)
+            teacher = align(states[pairs.teacher].detach().float(), pairs.teacher_grid, pairs.student_grid)
+            student = states[pairs.student].float()
+            if self.settings.distill == "final_mse":
+                return total + (teacher.mean(1) - student.mean(1)).pow(2).mean(-1).sum()
+            teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
+            kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+            total = total + weight / sum(weights) * kl.mean(1).sum()
+        return total
+
+
+def align(states: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """States (P, h w, D) of one grid as the means over the cells of another: (P, h' w', D)."""
+    spread = states.transpose(1, 2).unflatten(2, grid)
+    return F.interpolate(spread, size=wanted, mode="area").flatten(2).transpose(1, 2)
+
+
+def _pairs(packed: PackedBatch, grids: Sequence[tuple[Grid, Grid]]) -> list[_Pairs]:
+    """Places of teachers and students, pairs of equal grids together."""
+    if packed.watch_index is None or packed.watch_piece is None:
+        return []
+    sizes = torch.bincount(packed.watch_piece).tolist()
+    places = packed.watch_index[packed.watch_piece.argsort(stable=True)].split(sizes)
+    groups: dict[tuple[Grid, Grid], list[int]] = {}
+    for number, pair in enumerate(grids):
+        groups.setdefault(pair, []).append(number)
+    return [
+        _Pairs(
+            torch.stack([places[2 * n] for n in members]),
+            torch.stack([places[2 * n + 1] for n in members]),
+            *pair,
+        )
+        for pair, members in groups.items()
+    ]
+
+
+@torch.no_grad()
+def own_latents(
+    backbone: Backbone, transcripts: Sequence[Transcript], seeds: Sequence[int], sampling: LatentSampling
+) -> list[Restoration]:
+    """What the model restores where recorded transcripts first do, one restoration each.
+
+    Args:
+        backbone: the model, by the cached path.
+        transcripts: with a restoration each, and the same kinds of blocks before it.
+        seeds: of the rows, so that a row's latent does not depend on its batch.
+        sampling: of the flow.
+    """
+    context = backbone.start(len(transcripts), seeds)
+    heads = [list(t)[: [isinstance(s, RestorationSegment) for s in t].index(True)] for t in transcripts]
+    for block in zip(*heads, strict=True):
+        if isinstance(block[0], ImageSegment):
+            images = [prepared(s.image) for s in block]
+            context = backbone.read_image(context, images, as_condition=True, understanding=False)
+            seen = [i for i, s in enumerate(block) if s.understanding]
+            if seen:
+                context = backbone.read_image(
+                    context, [images[i] for i in seen], as_condition=False, understanding=True, rows=seen
+                )
+        else:
+            texts = [
+                s.ids if len(s.ids) else backbone.encode_text(s.text)
+                for s in block
+                if isinstance(s, TextSegment)
+            ]
+            context = backbone.read_text(context, texts)
+    return list(backbone.restore(context, sampling)[1])

@@ -7,8 +7,6 @@ losses are averaged over the tokens of the whole step, whatever the accumulation
 
 from __future__ import annotations
 
-import copy
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,15 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear_adapters.backbones.base import Backbone, LatentPiece, Piece, PreparedImage, TextPiece
-from clear_adapters.datasets.example import decibels
-from clear_adapters.datasets.traces import TraceSettings, build_transcript, choose_path
+from clear_adapters.backbones.base import Backbone, LatentPiece, Piece
+from clear_adapters.datasets.traces import TraceSettings, build_transcript
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import Protocol
 from clear_adapters.replay import pieces
-from clear_adapters.sampling import RowRandom, shift_time
 from clear_adapters.training.objective import Draw, Objective
-from clear_adapters.transcript import ANSWER_CLOSE, ANSWER_OPEN, Origin, TextSegment, Transcript
+from clear_adapters.training.rows import NoisePlan, draw_time, draw_transcript, prepared, without_weights
 
 
 @dataclass(frozen=True)
@@ -39,8 +35,6 @@ class SftSettings:
         vit_drop: probability with which a row's understanding tokens of the degraded picture are left out.
         noised_copies: noised copies of each restoration, each at its own time.
         timestep_shift: s of `t = s u / (1 + (s - 1) u)` with `u = sigmoid(N(0, 1))`.
-        answer_weight: of the answer's tokens among the others in the cross-entropy: an answer is a few tokens of a long
-            trace. The plain rival's text is all answer, so that it stays as it is.
         ce_weight: of the cross-entropy.
         mse_weight: of the flow loss.
         traces: how paths are chosen.
@@ -53,7 +47,6 @@ class SftSettings:
     vit_drop: float = 0.4
     noised_copies: int = 2
     timestep_shift: float = 1.0
-    answer_weight: float = 1.0
     ce_weight: float = 1.0
     mse_weight: float = 0.5
     traces: TraceSettings = field(default_factory=TraceSettings)
@@ -65,7 +58,7 @@ class SftSettings:
             raise ClearValueError(f"vit_drop={self.vit_drop}: a probability in [0, 1]")
         if not 1 <= self.noised_copies <= 64:
             raise ClearValueError(f"noised_copies={self.noised_copies}: from 1 to 64")
-        for name in ("answer_weight", "ce_weight", "mse_weight"):
+        for name in ("ce_weight", "mse_weight"):
             if not getattr(self, name) >= 0:
                 raise ClearValueError(f"{name}={getattr(self, name)}: must not be negative")
         if not self.timestep_shift > 0:
@@ -85,11 +78,7 @@ class SftObjective(Objective):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a data worker gets where it is spawned and not forked: preparing and packing need no weights."""
-        backbone = copy.copy(self.backbone)
-        for name, value in list(vars(backbone).items()):
-            if isinstance(value, nn.Module):
-                setattr(backbone, name, None)
-        return {**vars(self), "backbone": backbone}
+        return {**vars(self), "backbone": without_weights(self.backbone)}
 
     # -- batches
 
@@ -99,72 +88,35 @@ class SftObjective(Objective):
         Raises:
             ImageError: a picture cannot be read.
         """
-        example, settings, backbone = draw.example, self.settings, self.backbone
+        settings, backbone = self.settings, self.backbone
         rng = random.Random(draw.seed)
-        image = backbone.prepare(example.load())
-        clean = None
         if settings.mode == "direct":
-            transcript = build_transcript(example, self.protocol, "plain", image=image)
+            image = backbone.prepare(draw.example.load())
+            transcript = build_transcript(draw.example, self.protocol, "plain", image=image)
         else:
-            psnr = example.psnr
-            if example.extra.get("psnr_side") != max(image.size):
-                clean = self._clean(draw)
-                psnr = None if clean is None else prepared_psnr(image, clean)
-            path = choose_path(example, settings.traces, rng, psnr)
-            seen = rng.random() >= settings.vit_drop
-            if path in ("restore", "always", "recorded") and clean is None:
-                clean = self._clean(draw)
-            transcript = build_transcript(
-                example, self.protocol, path, image=image, clean=clean, understanding=seen
+            transcript = draw_transcript(
+                backbone, self.protocol, draw, rng, settings.traces, settings.vit_drop
             )
         copies = settings.noised_copies
-        times = [[self._time(rng) for _ in range(copies)] for _ in transcript.restorations]
+        times = [
+            [draw_time(rng, settings.timestep_shift) for _ in range(copies)] for _ in transcript.restorations
+        ]
         built = pieces(
             transcript,
-            prepare=_prepared,
+            prepare=prepared,
             encode_text=backbone.encode_text,
             end_id=backbone.end_id,
             times=[own[0] for own in times],
         )
-        if settings.answer_weight != 1:
-            self._weigh_answers(transcript, built)
         return _with_copies(built, [own[1:] for own in times])
-
-    def _clean(self, draw: Draw) -> PreparedImage | None:
-        clean = draw.example.load_clean()
-        return None if clean is None else self.backbone.prepare(clean)
-
-    def _weigh_answers(self, transcript: Transcript, built: Sequence[Piece]) -> None:
-        """Gives the tokens between the answer's tags their weight."""
-        texts = [s.text for s in transcript if isinstance(s, TextSegment) and s.origin is Origin.SAMPLED]
-        scored = [p for p in built if isinstance(p, TextPiece) and p.scored]
-        for text, piece in zip(texts, scored, strict=True):
-            start = text.rfind(ANSWER_OPEN) + len(ANSWER_OPEN)
-            end = text.find(ANSWER_CLOSE, start)
-            if start < len(ANSWER_OPEN) or end < 0:
-                continue
-            first, last = (len(self.backbone.encode_text(text[:place])) for place in (start, end))
-            piece.weights = torch.ones(len(piece.ids))
-            piece.weights[first:last] = self.settings.answer_weight
-
-    def _time(self, rng: random.Random) -> float:
-        return shift_time(1 / (1 + math.exp(-rng.gauss(0, 1))), self.settings.timestep_shift)
 
     def collate(self, draws: Sequence[Draw]) -> dict[str, Any]:
         """Packs draws; see `Objective.collate`."""
         batch = self.backbone.pack([self.row(draw) for draw in draws])
-        rows = batch.velocity_row
-        places = torch.arange(len(rows))
-        if len(rows):
-            # The place of each noised token in its own row, so that its noise does not depend on the batch.
-            starts = torch.searchsorted(rows, rows, right=False)
-            places = places - starts
         return {
             "batch": batch,
-            "seeds": torch.tensor([draw.seed for draw in draws], dtype=torch.int64),
-            "noise_places": places,
-            "noise_lanes": int(places.max()) + 1 if len(rows) else 0,
-            "counts": torch.tensor([float(batch.text_weight.sum()), float(len(rows))]),
+            "noise": NoisePlan.of(batch, [draw.seed for draw in draws]),
+            "counts": torch.tensor([float(batch.text_weight.sum()), float(len(batch.velocity_at))]),
         }
 
     # -- loss
@@ -172,13 +124,7 @@ class SftObjective(Objective):
     def loss(self, module: nn.Module, batch: dict[str, Any], counts: Tensor) -> dict[str, Tensor]:
         """Cross-entropy and flow loss; see `Objective.loss`."""
         packed = batch["batch"]
-        noise = torch.zeros_like(packed.latents)
-        if batch["noise_lanes"]:
-            width = packed.latents.shape[-1]
-            drawn = RowRandom(batch["seeds"]).normal(batch["noise_lanes"] * width)
-            drawn = drawn.view(len(batch["seeds"]), -1, width)
-            noise[packed.velocity_at] = drawn[packed.velocity_row, batch["noise_places"]]
-        packed = self.backbone.encode(packed, noise)
+        packed = self.backbone.encode(packed, batch["noise"].draw(packed))
         outputs = module(packed)
         ce = F.cross_entropy(outputs.text_logits.float(), packed.text_targets, reduction="none")
         ce = (ce * packed.text_weight).sum() / counts[0].clamp(min=1)
@@ -188,13 +134,6 @@ class SftObjective(Objective):
         mse = (outputs.velocity.float() - target).pow(2).mean(-1).sum() / counts[1].clamp(min=1)
         settings = self.settings
         return {"loss": settings.ce_weight * ce + settings.mse_weight * mse, "ce": ce, "mse": mse}
-
-
-def _prepared(image: Any) -> PreparedImage:
-    """What a transcript built here holds as a picture: one that is prepared already."""
-    if not isinstance(image, PreparedImage):
-        raise ClearValueError(f"expected a prepared picture, not {type(image).__name__}")
-    return image
 
 
 def _with_copies(built: list[Piece], times: list[list[float]]) -> list[Piece]:
@@ -210,13 +149,3 @@ def _with_copies(built: list[Piece], times: list[list[float]]) -> list[Piece]:
                 branch += 1
                 done.append(replace(piece, time=time, branch=branch))
     return done
-
-
-def prepared_psnr(image: PreparedImage, clean: PreparedImage) -> float | None:
-    """PSNR in dB of two prepared pictures at the model's resolution; None where their sizes differ."""
-    if image.size != clean.size:
-        return None
-    a, b = (
-        p.pixels.float() if p.pixels.dtype == torch.uint8 else (p.pixels + 1) * 127.5 for p in (image, clean)
-    )
-    return decibels(float((a - b).pow(2).mean()))

@@ -80,6 +80,7 @@ class Packer:
         self._pictures: list[PreparedImage] = []
         self._picture_of: dict[int, int] = {}
         self._latents: list[tuple[Tensor | int, tuple[int, int], LatentPiece]] = []
+        self._watched: list[tuple[int, int, int, int]] = []  # row, place, count, number
         self._tokens = 0
         for number, pieces in enumerate(rows):
             row = _Row()
@@ -90,7 +91,7 @@ class Packer:
                     if piece.as_condition:
                         self._add_latent(row, number, LatentPiece(image=piece.image, branch=piece.branch))
                     if piece.understanding:
-                        self._add_patches(row, piece)
+                        self._add_patches(row, number, piece)
                 else:
                     self._add_latent(row, number, piece)
             built.append(row)
@@ -104,11 +105,7 @@ class Packer:
         first = row.add(tokens, list(range(start, start + len(tokens))), False, piece.branch)
         row.next_position[piece.branch] = start + len(tokens)
         if piece.scored:
-            weights = [1.0] * len(ids) if piece.weights is None else piece.weights.tolist()
-            self._text += [
-                (number, first + i, token, weight)
-                for i, (token, weight) in enumerate(zip(ids, weights, strict=True))
-            ]
+            self._text += [(number, first + i, token, piece.weight) for i, token in enumerate(ids)]
 
     def _add_image_block(self, row: _Row, count: int, branch: int) -> int:
         start = row.open(branch)
@@ -117,9 +114,11 @@ class Packer:
         row.next_position[branch] = start + 1
         return first + 1
 
-    def _add_patches(self, row: _Row, piece: ImagePiece) -> None:
+    def _add_patches(self, row: _Row, number: int, piece: ImagePiece) -> None:
         patches, grid = piece.image.patches, piece.image.patch_grid
         first = self._add_image_block(row, len(patches), piece.branch)
+        if piece.watched >= 0:
+            self._watched.append((number, first, len(patches), piece.watched))
         row.patches += range(first, first + len(patches))
         self._patches.append((patches, grid))
 
@@ -141,6 +140,8 @@ class Packer:
         count = grid[0] * grid[1]
         first = self._add_image_block(row, count, piece.branch)
         row.gen += range(first, first + count)
+        if piece.watched >= 0:
+            self._watched.append((number, first, count, piece.watched))
         if piece.velocity:
             self._velocity.append((number, self._tokens, count))
         self._latents.append((source, grid, piece))
@@ -172,7 +173,7 @@ class Packer:
         places = [grid_places(g, self._config.latent_side) for g, _ in pieces]
         velocity = [(n, torch.arange(f, f + c)) for n, f, c in self._velocity]
         text = list(zip(*self._text, strict=True)) if self._text else [(), (), (), ()]
-        patches = self._patch_tensors()
+        patches, watched = self._patch_tensors(), self._watched
         return PackedBatch(
             ids=table("ids", 0, torch.int64),
             positions=table("positions", 0, torch.int64),
@@ -204,6 +205,12 @@ class Packer:
             text_row=torch.tensor(text[0], dtype=torch.int64),
             text_weight=torch.tensor(text[3], dtype=torch.float32),
             hidden_layers=hidden_layers,
+            watch_index=torch.cat(
+                [torch.arange(r * length + f, r * length + f + c) for r, f, c, _ in watched]
+            )
+            if watched
+            else None,
+            watch_piece=torch.cat([torch.full((c,), n) for _, _, c, n in watched]) if watched else None,
         )
 
     def _latent_tokens(self) -> tuple[Tensor, Tensor, list[Tensor]]:
