@@ -11,7 +11,6 @@ from clear_adapters.config import LoraSettings
 from clear_adapters.datasets.world import build as build_world
 from clear_adapters.errors import ClearValueError, UnknownNameError
 from clear_adapters.store import read_adapter
-from clear_adapters.training import bridge as bridge_module
 from clear_adapters.training.recipe import SCHEDULES, STAGES, list_recipes, load_recipe, recipe_from_dict
 from clear_adapters.training.run import train_all
 
@@ -42,7 +41,6 @@ def test_values_of_the_paper_and_the_release():
     assert paper.lora.whole == ()
 
 
-@pytest.mark.skipif(not hasattr(bridge_module, "BridgeObjective"), reason="stage 2 has no objective yet")
 @pytest.mark.parametrize("name", ["paper", "release", "tiny"])
 def test_every_recipe_takes_two_steps_of_every_stage(name, tmp_path):
     data = build_world(tmp_path / "data", 8, workers=1, progress=False)

@@ -18,7 +18,6 @@ from clear_adapters.datasets.world import build as build_world
 from clear_adapters.errors import ClearError, ClearValueError, UnknownNameError
 from clear_adapters.rewards import REWARDS, register_reward
 from clear_adapters.store import read_adapter
-from clear_adapters.training import bridge as bridge_module
 from clear_adapters.training.build import objective_for, set_trainable, trainer_for
 from clear_adapters.training.objective import Order
 from clear_adapters.training.plot import plot_log
@@ -74,8 +73,6 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data, toy):
     """All three stages, two steps each."""
-    if not hasattr(bridge_module, "BridgeObjective"):
-        pytest.skip("stage 2 has no objective yet")
     output = tmp_path_factory.mktemp("trained")
     told = []
     made = train_all(
@@ -410,7 +407,6 @@ def test_an_adapter_of_another_stage_is_told_and_taken(trained, data, toy, tmp_p
     assert "of stage sft" in told
 
 
-@pytest.mark.skipif(not hasattr(bridge_module, "BridgeObjective"), reason="stage 2 has no objective yet")
 def test_the_objective_of_each_stage():
     attached = fresh(whole=())
     for stage in STAGES:

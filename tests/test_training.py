@@ -30,8 +30,8 @@ from clear_adapters.training import build as build_module
 from clear_adapters.training.build import attach_for, set_trainable, trainer_for
 from clear_adapters.training.objective import Draw, Order
 from clear_adapters.training.recipe import load_recipe
-from clear_adapters.training.run import train as train_stage
 from clear_adapters.training.rows import prepared_psnr
+from clear_adapters.training.run import train as train_stage
 from clear_adapters.training.sft import SftObjective, SftSettings
 from clear_adapters.training.trainer import ClearTrainer, last_checkpoint
 
