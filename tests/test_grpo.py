@@ -14,8 +14,9 @@ from clear_adapters.errors import ClearError, ClearValueError, UnknownNameError
 from clear_adapters.prompts import get_protocol
 from clear_adapters.sampling import LatentSampling, TextSampling
 from clear_adapters.training.grpo import GrpoObjective, GrpoSettings, advantages
-from clear_adapters.training.objective import Draw
-from clear_adapters.transcript import Origin, RestorationSegment, TextSegment
+from clear_adapters.training.objective import Draw, row_seed
+from clear_adapters.transcript import Origin, TextSegment
+from tests.scripted import ANSWER, ASK, Script
 
 TEXT = TextSampling(max_new_tokens=6)
 LATENT = LatentSampling(steps=4, shift=1.0)
@@ -362,12 +363,28 @@ def test_empty_and_unclosed_completions_are_scored(attached, examples, monkeypat
 
 
 def test_a_request_past_the_limit_is_answered_and_scored(attached, examples, monkeypatch):
-    restoring(attached, monkeypatch, some=False)
-    attached.engine.max_restores = 1
-    own = objective(attached)
-    (batch,) = prepared(own, collated(own, examples[:2]))
-    assert all(sum(isinstance(s, RestorationSegment) for s in t) == 1 for t in own._held.transcripts)
-    assert math.isfinite(float(losses(own, attached, [batch])[0]["loss"].detach()))
+    """The model asks three times; two are granted, and the sentence that the engine writes then is no one's doing."""
+    seeds = [row_seed(0, f"rollout {g}", 0) for g in range(2)]
+    script = Script(attached.backbone, {seeds[0]: [ASK, ASK, ASK, ANSWER], seeds[1]: [ANSWER]})
+    monkeypatch.setattr("clear_adapters.backbones.bagel.backbone.choose_token", script)
+    own = GrpoObjective(
+        attached,
+        GrpoSettings(group=2, flow_steps=4, rewards={"accuracy": 1.0, "format": 0.1}),
+        clones(attached),
+        TextSampling(max_new_tokens=80),
+        LATENT,
+    )
+    (batch,) = prepared(own, collated(own, examples[:1]))
+    first, second = own._held.transcripts
+    assert (len(first.restorations), len(second.restorations)) == (2, 0)
+    forced = [s for s in first if isinstance(s, TextSegment) and s.origin is Origin.FORCED]
+    assert len(forced) == 1
+    assert batch["targets"].per_row == [2, 0]
+    sampled = sum(len(s.ids) for s in first if isinstance(s, TextSegment) and s.origin is Origin.SAMPLED)
+    assert int((batch["batch"].text_row == 0).sum()) == sampled
+    text, flow = own._logprobs(attached.module(batch["batch"]), batch["batch"], batch["targets"])
+    assert (text - batch["text_old"]).abs().max() < 1e-4
+    assert (flow - batch["targets"].recorded).abs().max() < 1e-4
 
 
 def test_a_reward_that_fails_ends_the_run(attached, examples):
