@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clear_adapters import store
 from clear_adapters.attached import AttachedModel
-from clear_adapters.errors import ClearValueError
+from clear_adapters.errors import AdapterError, ClearValueError
 from clear_adapters.training.objective import Objective, Order
 
 ADAPTER = "adapter"
@@ -143,6 +145,26 @@ class ClearTrainer(Trainer):
             self.attached.save_pretrained(folder / ADAPTER, overwrite=True)
             (folder / _SECONDS).write_text(json.dumps(self.seconds), encoding="utf-8")
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As Trainer's; what a full disk leaves half-written is taken away.
+
+        Raises:
+            ClearValueError: it cannot be written; the checkpoint before is whole.
+        """
+        folder = Path(str(self.args.output_dir))
+        try:
+            super()._save_checkpoint(model, trial)
+        # torch's writer and safetensors tell of a full disk in errors of their own.
+        except (OSError, RuntimeError, SafetensorError, AdapterError) as error:
+            step = self.state.global_step
+            if self.args.should_save:
+                shutil.rmtree(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
+            last = last_checkpoint(folder)
+            raise ClearValueError(
+                f"step {step}: no checkpoint can be written to {folder}: {error}. Make room, or make it writable, and give "
+                f"the same command again: it goes on from {'the beginning' if last is None else last.name}"
+            ) from error
+
     @property
     def seconds(self) -> float:
         """Seconds of training so far, those before an interruption included."""
@@ -237,11 +259,20 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run; half-written ones, which a killed run leaves, are deleted."""
     found: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
-        if (path / _STATE).is_file():
+        if _is_whole(path / _STATE):
             found.append((int(path.name.rpartition("-")[2]), path))
         else:
             shutil.rmtree(path)
     return max(found)[1] if found else None
+
+
+def _is_whole(state: Path) -> bool:
+    """Whether a checkpoint's last file is there to its end."""
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:

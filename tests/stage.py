@@ -1,0 +1,80 @@
+"""One stage of the toy in a process of its own: python stage.py STAGE DATA OUTPUT ADAPTER [key=value ...].
+
+Questions with an odd sum of letters restore in stage 3, the others as they like; the untrained toy would hardly ever ask.
+With NO_ROOM_AFTER=k no file can grow beyond a few bytes from the k-th optimizer step on, as on a full disk.
+"""
+
+import os
+import resource
+import sys
+
+import torch
+
+from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters.engine import Engine
+from clear_adapters.errors import ClearError
+from clear_adapters.rewards import register_reward
+from clear_adapters.training.run import train
+from clear_adapters.training.trainer import ClearTrainer
+
+
+def variety(prompts, completions, **columns):
+    """A reward in which replies of an untrained toy differ."""
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def some_restore() -> None:
+    """Half of the questions restore."""
+    rollout = Engine.rollout
+
+    def forced(self, images, questions, *, group=1, **more):
+        always = rollout(self, images, questions, group=group, restore="always", **more)
+        auto = rollout(self, images, questions, group=group, **more)
+        wanted = [sum(map(ord, q)) % 2 for q in questions for _ in range(group)]
+        return [a if w else b for a, b, w in zip(always, auto, wanted, strict=True)]
+
+    Engine.rollout = forced
+
+
+def run_out_of_room(steps: int) -> None:
+    """Lets no file grow after so many optimizer steps."""
+    real = ClearTrainer.compute_loss
+
+    def full(self, *args, **kwargs):
+        if self.state.global_step == steps:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        return real(self, *args, **kwargs)
+
+    ClearTrainer.compute_loss = full
+
+
+def main() -> int:
+    """Trains."""
+    stage, data, output, adapter, *overrides = sys.argv[1:]
+    torch.set_num_threads(1)
+    register_reward("variety", variety)
+    some_restore()
+    if "NO_ROOM_AFTER" in os.environ:
+        run_out_of_room(int(os.environ["NO_ROOM_AFTER"]))
+    try:
+        train(
+            "tiny",
+            data,
+            output,
+            stage=stage,
+            model=build(0),
+            adapter=None if adapter == "-" else adapter,
+            device="cpu",
+            overrides=overrides,
+            progress=False,
+        )
+    except ClearError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
