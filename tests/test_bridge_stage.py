@@ -1,22 +1,27 @@
 """Stage 2: who sees whom, what is compared, and which latents are read."""
 
+import pickle
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clear_adapters import attach
 from clear_adapters.backbones.bagel.tiny import build
-from clear_adapters.backbones.base import ImagePiece, LatentPiece, Restoration
+from clear_adapters.backbones.base import ImagePiece, LatentPiece, ModelOutputs, Restoration
 from clear_adapters.datasets import read_examples
 from clear_adapters.datasets.world import build as build_world
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import get_protocol
-from clear_adapters.sampling import LatentSampling
-from clear_adapters.training.bridge import BridgeObjective, BridgeSettings, align, own_latents
+from clear_adapters.replay import pieces
+from clear_adapters.sampling import LatentSampling, RowRandom, flow_schedule
+from clear_adapters.training.bridge import BridgeObjective, BridgeSettings, _Pairs, align, own_latents
 from clear_adapters.training.objective import Draw
-from clear_adapters.transcript import RestorationSegment
+from clear_adapters.training.rows import prepared
+from clear_adapters.transcript import Origin, RestorationSegment, TextSegment
 
 SAMPLING = LatentSampling(steps=3, shift=1.0, guidance_text=1.0, guidance_image=1.0)
 
@@ -306,3 +311,112 @@ def test_only_the_first_of_several_restorations_would_be_own(attached, examples)
     (made,) = batches(own, [recorded])
     assert made["counts"][1] == 2
     assert F.relu(losses(own, attached, [made])[0]["distill"]) > 0
+
+
+def test_own_latents_are_those_of_the_layout_that_is_trained(attached, examples):
+    """Flow steps by uncached forwards over the row's own pieces: asked for or requested, with and without ViT tokens."""
+    traces = replace(BridgeSettings().traces, restore_below=1000.0, explore=0.0, declined=0.0, always=0.5)
+    own, backbone, kinds = objective(attached, own=1.0, vit_drop=0.5, traces=traces), attached.backbone, set()
+    rows = own.collate([Draw(e, 0, 70 + i) for i, e in enumerate(examples * 2)])["rows"]
+    found = own_latents(backbone, [r.transcript for r in rows], [r.seed for r in rows], SAMPLING)
+    for row, restoration in zip(rows, found, strict=True):
+        built = pieces(
+            row.transcript, prepare=prepared, encode_text=backbone.encode_text, end_id=backbone.end_id
+        )
+        [place] = [i for i, p in enumerate(built) if isinstance(p, LatentPiece)]
+        x = (
+            RowRandom(torch.tensor([row.seed]))
+            .normal(restoration.latent.numel())
+            .view_as(restoration.latent[0])
+        )
+        for t, after in pairwise(flow_schedule(SAMPLING.steps, SAMPLING.shift)):
+            copy = LatentPiece(x, grid=restoration.grid, time=t, noised=True, velocity=True, branch=1)
+            packed = backbone.encode(backbone.pack([[*built[:place], copy]]))
+            with torch.no_grad():
+                x = x - (t - after) * attached.module(packed).velocity
+        assert torch.allclose(x, restoration.latent[0], atol=1e-4)
+        request = [s for s in row.transcript if isinstance(s, TextSegment)][2]
+        seen = next(p for p in built if isinstance(p, ImagePiece)).understanding
+        kinds.add((request.origin, seen))
+    assert kinds == {(o, s) for o in (Origin.SAMPLED, Origin.FORCED) for s in (True, False)}
+
+
+def test_the_text_reads_the_own_latents_of_its_row_and_of_the_settings(attached, examples):
+    own = objective(attached, own=1.0, own_steps=4)
+    rows = own.collate([Draw(e, 0, i) for i, e in enumerate(examples[:3])])["rows"]
+    packed = batches(own, examples[:3])[0]["batch"]
+    sampling = replace(SAMPLING, steps=4)
+    found = own_latents(attached.backbone, [r.transcript for r in rows], [r.seed for r in rows], sampling)
+    expected = torch.cat([r.latent[0] for r in found])
+    assert torch.allclose(packed.latents[packed.latent_bridged], expected, atol=1e-5)
+
+
+def test_cells_keep_their_rows_and_columns():
+    states = torch.arange(8.0).view(1, 8, 1)  # two rows of four
+    assert align(states, (2, 4), (1, 2)).flatten().tolist() == [2.5, 4.5]
+    assert align(states, (2, 4), (2, 2)).flatten().tolist() == [0.5, 2.5, 4.5, 6.5]
+
+
+def test_every_teacher_token_weighs_the_same_in_the_mean(attached):
+    """Also where the grids do not divide, as BAGEL's 37 x 37 and 32 x 32."""
+    own = objective(attached, distill="final_mse")
+    states = torch.randn(1, 25 + 16, 8, generator=torch.Generator().manual_seed(0))
+    pairs = _Pairs(torch.arange(25)[None], torch.arange(25, 41)[None], (5, 5), (4, 4))
+    outputs = ModelOutputs(torch.zeros(1, 1), torch.zeros(0, 1), {own._layers[-1]: states})
+    expected = (states[0, :25].mean(0) - states[0, 25:].mean(0)).pow(2).mean()
+    assert torch.allclose(own._distance(outputs, pairs), expected)
+
+
+def test_an_estimate_has_no_teacher(attached, examples):
+    (made,) = batches(objective(attached, estimate=1.0), examples[:3])
+    assert (made["counts"][1], made["pairs"], made["batch"].watch_index) == (0, [], None)
+    assert made["counts"][2] == len(made["batch"].velocity_at) > 0
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 1), (0.5, 2)])
+def test_every_batch_takes_the_same_forwards(attached, examples, share, expected):
+    """Processes wait for each other in each: one whose batch has no estimate must not leave one out."""
+    own = objective(attached, estimate=share)
+    direct = [replace(e, clean_image=None, extra={}) for e in examples[:2]]
+    for rows in (direct, examples[:4]):
+        calls = []
+        (made,) = batches(own, rows)
+        own.loss(lambda b, seen=calls: seen.append(1) or attached.module(b), made, made["counts"])
+        assert len(calls) == expected
+
+
+def test_the_loss_reads_nothing_back_to_the_host(attached, examples):
+    """Tensors without values: whatever asks for one, or for a size that depends on one, raises."""
+    own = objective(attached, estimate=0.5, own=0.2, mse_weight=0.5)
+    (made,) = batches(own, examples[:4])
+    assert min(made["counts"].tolist()) > 0
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+
+        def blank(held):
+            moved = {
+                k: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in vars(held).items()
+            }
+            return type(held)(**moved)
+
+        batch = {"batch": blank(made["batch"]), "pairs": [blank(p) for p in made["pairs"]]}
+        out = own.loss(attached.module, batch, fake.from_tensor(made["counts"]))
+    assert out["loss"].shape == ()
+
+
+def test_what_a_spawned_worker_gets_holds_no_weights(attached, examples):
+    own = objective(attached, own=0.5)
+    sent = pickle.loads(pickle.dumps(own.collate))
+    assert sent.__self__.bridge is None
+    assert sent.__self__.backbone.model is None
+    draws = [Draw(e, 0, i) for i, e in enumerate(examples[:4])]
+    here, there = own.collate(draws)["rows"], sent(draws)["rows"]
+    assert [(r.source, r.seed, r.time) for r in here] == [(r.source, r.seed, r.time) for r in there]
+    assert own.bridge is attached.bridge
+
+
+def test_layers_that_are_compared(attached, monkeypatch):
+    monkeypatch.setattr(type(attached.backbone), "layers", property(lambda _: 6))
+    found = {n: objective(attached, layer_stride=n)._layers for n in (1, 2, 5, 9)}
+    assert found == {1: (0, 1, 2, 3, 4, 5), 2: (0, 2, 4, 5), 5: (0, 5), 9: (0, 5)}
+    assert objective(attached, distill="final_mse")._layers == (5,)
+    assert objective(attached, distill="none")._layers == ()

@@ -318,7 +318,9 @@ class BridgeObjective(Objective):
         time = packed.latent_time[at][:, None]
         clean = packed.latents[at] - time * velocity
         # A copy's final latent stands right behind it, and is as long; a row has one restoration that is estimated.
-        length = torch.bincount(packed.velocity_row, minlength=1)[packed.velocity_row]
+        # Rows are sorted. Counting them by `bincount` would wait for the device.
+        row = packed.velocity_row
+        length = torch.searchsorted(row, row, right=True) - torch.searchsorted(row, row)
         latents = packed.latents.index_copy(0, at + length, clean)
         assert packed.target is not None
         mse = (velocity - packed.target[at]).pow(2).mean(-1).sum() / counts[2].clamp(min=1)
@@ -330,10 +332,12 @@ class BridgeObjective(Objective):
         total = outputs.text_logits.new_zeros((), dtype=torch.float32)
         for layer, weight in zip(self._layers, weights, strict=True):
             states = outputs.hidden[layer].flatten(0, 1)
-            teacher = align(states[pairs.teacher].detach().float(), pairs.teacher_grid, pairs.student_grid)
+            teacher = states[pairs.teacher].detach().float()
             student = states[pairs.student].float()
             if self.settings.distill == "final_mse":
+                # Not aligned before: cells of grids that do not divide overlap, and would weigh some tokens twice.
                 return total + (teacher.mean(1) - student.mean(1)).pow(2).mean(-1).sum()
+            teacher = align(teacher, pairs.teacher_grid, pairs.student_grid)
             teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
             kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
             total = total + weight / sum(weights) * kl.mean(1).sum()
