@@ -9,6 +9,7 @@ import resource
 import sys
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.engine import Engine
@@ -48,12 +49,28 @@ def run_out_of_room(steps: int) -> None:
     ClearTrainer.compute_loss = full
 
 
+def check_shards(wanted: bool) -> None:
+    """Fails where the base is not in shards and should be, or is and should not."""
+    real = ClearTrainer.train
+
+    def checked(self, *args, **kwargs):
+        named = self.attached.module.named_parameters()
+        layers = [p for n, p in named if "language_model.model.layers." in n and ".lora_" not in n]
+        assert layers
+        assert all(isinstance(p, DTensor) == wanted for p in layers)
+        assert not any(isinstance(p, DTensor) for _, p in self.attached.named_parameters())
+        return real(self, *args, **kwargs)
+
+    ClearTrainer.train = checked
+
+
 def main() -> int:
     """Trains."""
     stage, data, output, adapter, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
     register_reward("variety", variety)
     some_restore()
+    check_shards("shard=True" in overrides)
     if "NO_ROOM_AFTER" in os.environ:
         run_out_of_room(int(os.environ["NO_ROOM_AFTER"]))
     try:
@@ -62,7 +79,7 @@ def main() -> int:
             data,
             output,
             stage=stage,
-            model=build(0),
+            model=os.environ.get("MODEL") or build(0),
             adapter=None if adapter == "-" else adapter,
             device="cpu",
             overrides=overrides,

@@ -20,6 +20,7 @@ from clear_adapters.lora import PREFIX, target_names
 from clear_adapters.prompts import get_protocol
 from clear_adapters.training.objective import Objective, Order
 from clear_adapters.training.recipe import DEFAULT_PARTS, PARTS, STAGES, Recipe
+from clear_adapters.training.shard import shard_layers
 from clear_adapters.training.trainer import ClearTrainer, compile_layers, training_arguments
 
 LOG = "log.jsonl"
@@ -55,6 +56,10 @@ def attach_for(
         dtype = None if recipe.loop.bf16 else torch.float32
         attached = attach(model, adapter, device=where, dtype=dtype, **fresh)
     else:
+        if recipe.loop.shard:
+            raise ClearValueError(
+                "loop.shard=True takes a model apart for good, and this one was passed loaded: pass its name instead"
+            )
         attached = attach(model, adapter, **fresh)
         held = attached.backbone.device
         if device is not None and not _is_same(choose_device(device), held):
@@ -158,6 +163,9 @@ def trainer_for(
             f"the model is on {device}, but this process trains on {args.device}: choose one GPU by CUDA_VISIBLE_DEVICES, "
             "several by torchrun"
         )
+    if loop.shard:
+        adapter = [p for _, p in attached.named_parameters()]
+        shard_layers(attached.module, decoder_layers(attached), adapter)
     order = Order(examples, loop.steps * loop.batch, loop.seed, batch=loop.batch, repeat=recipe.repeat)
     return ClearTrainer(attached, objective, order, args, rates=optim.rates, log_file=work / LOG)
 

@@ -113,6 +113,7 @@ class LoopSettings:
             adapter's own weights are float32 in training either way.
         compile: compile the decoder's layers.
         checkpointing: recompute activations, which saves memory.
+        shard: spread the frozen base over the processes (FSDP2); the adapter stays whole on each.
         save_every: steps between checkpoints; 0 writes none.
         log_every: steps between log lines, at which alone the device is waited for.
         workers: data workers; None is one a core, at most 12.
@@ -129,6 +130,7 @@ class LoopSettings:
     bf16: bool = True
     compile: bool = False
     checkpointing: bool = False
+    shard: bool = False
     save_every: int = 200
     log_every: int = 10
     workers: int | None = None

@@ -27,6 +27,7 @@ from clear_adapters import store
 from clear_adapters.attached import AttachedModel
 from clear_adapters.errors import AdapterError, ClearValueError
 from clear_adapters.training.objective import Objective, Order
+from clear_adapters.training.shard import gathered
 
 ADAPTER = "adapter"
 _STATE = "trainer_state.json"
@@ -88,7 +89,7 @@ class ClearTrainer(Trainer):
         """The batches of one optimizer step as the objective prepares them, and what it averages over."""
         batches = list(islice(epoch_iterator, num_batches))
         self.model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+        with torch.no_grad(), gathered(self.attached.module), self.accelerator.autocast():
             batches = self.objective.prepare(batches)
         return batches, self._get_num_items_in_batch(batches, device)
 

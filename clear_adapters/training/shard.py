@@ -1,0 +1,59 @@
+"""The frozen base in shards over the processes (FSDP2), for a model that one GPU cannot hold beside its activations.
+
+The adapter is small: it stays whole on every process, and DDP averages its gradients. So a checkpoint, a save and the
+exchange with the reference are the same as without shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from clear_adapters.errors import ClearValueError
+
+
+def shard_layers(module: nn.Module, layers: Iterable[nn.Module], adapter: Iterable[nn.Parameter]) -> None:
+    """Spreads the weights of layers over all processes; the group has to exist.
+
+    Args:
+        module: what DDP will wrap; it is told to leave the shards alone.
+        layers: each is gathered while it computes, forward and backward.
+        adapter: parameters that stay whole.
+
+    Raises:
+        ClearValueError: there is one process only.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2:
+        raise ClearValueError(
+            "loop.shard=True spreads the base over processes, and this is one: use torchrun"
+        )
+    whole = set(adapter)
+    for layer in layers:
+        fully_shard(layer, ignored_params=whole & set(layer.parameters()))
+    shards = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, shards)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """All shards whole inside a `with`.
+
+    Rollouts take as many forwards as their texts are long, which differs among processes: a gather in each forward would
+    wait for processes that have finished. Costs the memory of the whole base meanwhile.
+    """
+    layers = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.reshard()
+            layer.set_reshard_after_forward(True)
