@@ -28,6 +28,6 @@ SPEC = BackboneSpec(
     checkpoints=("builtin:bagel-tiny", "ByteDance-Seed/BAGEL-7B-MoT", "CUDAOUTOFMEMORY/CLEAR"),
     tested_with="torch 2.11 to 2.13, transformers 5.23, diffusers 0.42",
     license="Apache-2.0 (BAGEL-7B-MoT)",
-    stages=("sft",),
+    stages=("sft", "bridge", "grpo"),
     sources=("arXiv 2505.14683", "github.com/ByteDance-Seed/Bagel"),
 )
