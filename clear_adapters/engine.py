@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from clear_adapters.backbones.base import drain
@@ -296,7 +297,7 @@ class Engine:
             self._own_bridge,
             transcripts,
             temperature=self.text.temperature if temperature is None else temperature,
-            logprob=logprob or self.latent.logprob,
+            sampling=self.latent if logprob is None else replace(self.latent, logprob=logprob),
             steps=steps,
             with_hidden=with_hidden,
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from clear_adapters.backbones.base import (
     TextPiece,
 )
 from clear_adapters.errors import ClearValueError
-from clear_adapters.sampling import sde_mean, sde_terms
+from clear_adapters.sampling import LatentSampling, sde_mean, sde_terms
 from clear_adapters.transcript import (
     ImageSegment,
     Origin,
@@ -202,7 +202,7 @@ def replay(
     transcripts: Sequence[Transcript],
     *,
     temperature: float = 1.0,
-    logprob: Literal["mean", "sum"] = "mean",
+    sampling: LatentSampling | None = None,
     steps: Sequence[Sequence[Sequence[int]]] | None = None,
     with_hidden: tuple[int, ...] = (),
 ) -> Replay:
@@ -213,7 +213,7 @@ def replay(
         bridge: the bridge that the rollouts read through.
         transcripts: the rows.
         temperature: of the text sampling; 0 (greedy) is scored at 1, as the rollout recorded it.
-        logprob: reduction over latent dimensions, as in `LatentSampling`.
+        sampling: of the restorations, for the reduction over latent dimensions and the temperature of codes.
         steps: for each transcript, for each of its restorations that has a trace, the steps to score; None is all.
         with_hidden: layers whose output is asked for.
 
@@ -224,6 +224,7 @@ def replay(
         raise ClearValueError("replay needs at least one transcript")
     if temperature < 0:
         raise ClearValueError(f"temperature={temperature}: must be 0 (greedy) or a positive number")
+    sampling = sampling or LatentSampling()
     chosen = [None] * len(transcripts) if steps is None else list(steps)
     if len(chosen) != len(transcripts):
         raise ClearValueError(f"steps has {len(chosen)} entries for {len(transcripts)} transcripts")
@@ -235,11 +236,11 @@ def replay(
     # Nothing is mixed with noise here: without this, `encode` would draw from the global generator.
     batch = backbone.encode(batch, noise=torch.zeros_like(batch.latents))
     outputs = backbone.forward(batch, bridge)
-    targets = FlowTargets.of(transcripts, chosen, backbone.device)
+    targets = restoration_targets(backbone.spec.kind, transcripts, chosen, backbone.device)
     counts = [sum(len(p.ids) for p in row if isinstance(p, TextPiece) and p.scored) for row in rows]
     return Replay(
         text_logprobs=list(score_text(outputs, batch, temperature).split(counts)),
-        latent_logprobs=list(score_flow(outputs, targets, logprob).split(targets.per_row)),
+        latent_logprobs=list(targets.score(outputs, sampling).split(targets.per_row)),
         hidden=outputs.hidden if with_hidden else None,
         batch=batch,
         outputs=outputs,
@@ -320,13 +321,71 @@ class FlowTargets:
             per_row=per_row,
         )
 
+    def score(self, outputs: ModelOutputs, sampling: LatentSampling) -> Tensor:
+        """(S,) float32 log-probabilities of the steps as the model sees them now; see `sampling.sde_logprob`."""
+        velocity = outputs.velocity
+        if not len(self.step):
+            return velocity.new_zeros(0) + velocity.sum()
+        mean = sde_mean(self.x, velocity, self.t, self.dt, self.sigma)
+        token = sde_terms(self.x_next, mean, self.dt, self.sigma).sum(-1)
+        total = token.new_zeros(len(self.tokens)).index_add(0, self.step, token)
+        return total / (self.tokens * velocity.shape[-1]) if sampling.logprob == "mean" else total
 
-def score_flow(outputs: ModelOutputs, targets: FlowTargets, reduce: Literal["mean", "sum"]) -> Tensor:
-    """(S,) float32 log-probabilities of the scored steps; see `sampling.sde_logprob`."""
-    velocity = outputs.velocity
-    if not len(targets.step):
-        return velocity.new_zeros(0) + velocity.sum()
-    mean = sde_mean(targets.x, velocity, targets.t, targets.dt, targets.sigma)
-    token = sde_terms(targets.x_next, mean, targets.dt, targets.sigma).sum(-1)
-    total = token.new_zeros(len(targets.tokens)).index_add(0, targets.step, token)
-    return total / (targets.tokens * velocity.shape[-1]) if reduce == "mean" else total
+
+@dataclass
+class CodeTargets:
+    """The codes of SAMPLED restorations, in the order in which their logits come: every code is a step.
+
+    Attributes:
+        codes: (S,) int64.
+        recorded: (S,) float32 log-probabilities at sampling.
+        per_row: codes of each row; they sum to S.
+    """
+
+    codes: Tensor
+    recorded: Tensor
+    per_row: list[int]
+
+    @classmethod
+    def of(cls, transcripts: Sequence[Transcript], device: torch.device) -> CodeTargets:
+        """Collects them.
+
+        Raises:
+            ClearValueError: a restoration that was sampled without log-probabilities.
+        """
+        codes, recorded, per_row = [], [], []
+        for transcript in transcripts:
+            own = [s.restoration for s in transcript.restorations if s.origin is Origin.SAMPLED]
+            found = [r for r in own if r is not None and r.codes is not None]
+            if any(r.code_logprobs is None for r in found):
+                raise ClearValueError(
+                    "a restoration without log-probabilities cannot be trained on: roll it out again"
+                )
+            codes += [r.codes[0] for r in found]
+            recorded += [r.code_logprobs[0] for r in found]
+            per_row.append(sum(r.codes.shape[1] for r in found))
+        empty = torch.zeros(0)
+        return cls(
+            torch.cat(codes or [empty.long()]).to(device), torch.cat(recorded or [empty]).to(device), per_row
+        )
+
+    def score(self, outputs: ModelOutputs, sampling: LatentSampling) -> Tensor:
+        """(S,) float32 log-probabilities of the codes as the model sees them now, at the sampling temperature."""
+        if outputs.code_logits is None:
+            raise ClearValueError(
+                "this backbone's forward gave no code logits: its restorations cannot be scored"
+            )
+        logits = outputs.code_logits.float() / (sampling.temperature or 1.0)
+        return -torch.nn.functional.cross_entropy(logits, self.codes, reduction="none")
+
+
+def restoration_targets(
+    kind: str,
+    transcripts: Sequence[Transcript],
+    chosen: Sequence[Sequence[Sequence[int]] | None],
+    device: torch.device,
+) -> FlowTargets | CodeTargets:
+    """What a family's restorations are scored against: chosen steps of a flow, or all codes."""
+    return (
+        FlowTargets.of(transcripts, chosen, device) if kind == "flow" else CodeTargets.of(transcripts, device)
+    )

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from clear_adapters.backbones.bagel import backbone as bagel
-from clear_adapters.backbones.base import ImagePiece, LatentPiece, TextPiece
+from clear_adapters.backbones.base import ImagePiece, LatentPiece, ModelOutputs, Restoration, TextPiece
 from clear_adapters.bridge import BridgeConfig, LatentBridge
 from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearValueError
-from clear_adapters.replay import pieces, replay
-from clear_adapters.sampling import TextSampling
+from clear_adapters.replay import pieces, replay, restoration_targets
+from clear_adapters.sampling import LatentSampling, TextSampling
 from clear_adapters.transcript import ImageSegment, Origin, RestorationSegment, TextSegment, Transcript
 from tests.scripted import ANSWER, ASK, SDE, Script, make_engine, picture, toy
 
@@ -298,3 +298,33 @@ def test_pieces_errors(backbone):
     restoration = backbone.encode_images([backbone.prepare(IMAGES[0])])[0]
     with pytest.raises(ClearValueError, match="decode"):
         pieces([RestorationSegment(restoration, reencoded=True)], prepare=backbone.prepare)
+
+
+def test_codes_are_scored_one_by_one():
+    """A family that restores codes is scored by the same names: every code is a step."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 5, generator=generator)
+    codes = torch.randint(0, 5, (7,), generator=generator)
+    expected = (logits / 0.5).log_softmax(-1)[range(7), codes]
+
+    def restored(start, stop, logprobs=True):
+        found = Restoration(
+            "codes",
+            (1, stop - start),
+            (8, 8),
+            codes=codes[None, start:stop],
+            code_logprobs=expected[None, start:stop] if logprobs else None,
+        )
+        return RestorationSegment(found)
+
+    rows = [Transcript([restored(0, 4)]), Transcript([]), Transcript([restored(4, 7)])]
+    targets = restoration_targets("codes", rows, [None] * 3, torch.device("cpu"))
+    assert targets.per_row == [4, 0, 3]
+    outputs = ModelOutputs(torch.zeros(0, 3), torch.zeros(0, 2), code_logits=logits)
+    found = targets.score(outputs, LatentSampling(temperature=0.5))
+    assert torch.allclose(found, expected)
+    assert torch.equal(targets.recorded, expected)
+    with pytest.raises(ClearValueError, match="no code logits"):
+        targets.score(ModelOutputs(torch.zeros(0, 3), torch.zeros(0, 2)), LatentSampling())
+    with pytest.raises(ClearValueError, match="roll it out again"):
+        restoration_targets("codes", [Transcript([restored(0, 4, False)])], [None], torch.device("cpu"))

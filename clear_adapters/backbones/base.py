@@ -422,11 +422,13 @@ class ModelOutputs:
         text_logits: (T, V) at `text_at`.
         velocity: (M, C) float32 at `velocity_at`.
         hidden: layer -> (B, L, D) output of the layer before the final norm.
+        code_logits: (S, K) of the scored codes, in order; None for a family that restores flow latents.
     """
 
     text_logits: Tensor
     velocity: Tensor
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    code_logits: Tensor | None = None
 
 
 # ------------------------------------------------------------------------------------------------------- verbs

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clear_adapters.backbones.base import ModelOutputs, PackedBatch, PreparedImage, Restoration
 from clear_adapters.datasets.example import Example
 from clear_adapters.errors import ClearError, ClearValueError
-from clear_adapters.replay import FlowTargets, pieces, score_flow, score_text
+from clear_adapters.replay import CodeTargets, FlowTargets, pieces, restoration_targets, score_text
 from clear_adapters.rewards import Rewards, Scores, columns_of, read_terms
 from clear_adapters.sampling import LatentSampling, TextSampling
 from clear_adapters.training.objective import Draw, Objective, row_seed
@@ -330,7 +330,7 @@ class GrpoObjective(Objective):
         ]
         batch = backbone.pack(rows).to(device)
         batch = backbone.encode(batch, noise=torch.zeros_like(batch.latents))
-        targets = FlowTargets.of(transcripts, steps, device)
+        targets = restoration_targets(backbone.spec.kind, transcripts, steps, device)
         old = [s.logprobs for t in transcripts for s in _sampled(t) if s.logprobs is not None]
         index = torch.tensor(list(places))
         made: dict[str, Any] = {
@@ -367,7 +367,9 @@ class GrpoObjective(Objective):
             found.append(sorted(own))
         return found
 
-    def _weights(self, batch: PackedBatch, targets: FlowTargets, scored: Tensor) -> dict[str, Any]:
+    def _weights(
+        self, batch: PackedBatch, targets: FlowTargets | CodeTargets, scored: Tensor
+    ) -> dict[str, Any]:
         """What each token and each step weighs, and the sums by which the step's losses are divided."""
         device, rows = batch.text_row.device, len(scored)
         scored = scored.to(device)
@@ -392,11 +394,11 @@ class GrpoObjective(Objective):
         }
 
     def _logprobs(
-        self, outputs: ModelOutputs, batch: PackedBatch, targets: FlowTargets
+        self, outputs: ModelOutputs, batch: PackedBatch, targets: FlowTargets | CodeTargets
     ) -> tuple[Tensor, Tensor]:
         return (
             score_text(outputs, batch, self.settings.temperature),
-            score_flow(outputs, targets, self._latent.logprob),
+            targets.score(outputs, self._latent),
         )
 
     @contextmanager
