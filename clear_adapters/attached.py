@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from clear_adapters import store
-from clear_adapters.backbones.base import Backbone, ModelOutputs, PackedBatch
+from clear_adapters.backbones.base import Backbone
+from clear_adapters.backbones.packed import ModelOutputs, PackedBatch
 from clear_adapters.bridge import LatentBridge
 from clear_adapters.config import ClearConfig
 from clear_adapters.engine import Engine

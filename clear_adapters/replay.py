@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clear_adapters.backbones.base import (
+from clear_adapters.backbones.base import Restoration
+from clear_adapters.backbones.packed import (
     ImagePiece,
     LatentPiece,
     ModelOutputs,
     PackedBatch,
     Piece,
     PreparedImage,
-    Restoration,
     TextPiece,
 )
 from clear_adapters.errors import ClearValueError

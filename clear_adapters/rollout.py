@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from clear_adapters.backbones.base import Context, PreparedImage, Restoration
+from clear_adapters.backbones.base import Context, Restoration
+from clear_adapters.backbones.packed import PreparedImage
 from clear_adapters.prompts import FORCED_DECLINE, FORCED_RESTORE, declined
 from clear_adapters.reply import Action
 from clear_adapters.sampling import LatentSampling, RowRandom, TextSampling

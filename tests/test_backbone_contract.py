@@ -20,7 +20,7 @@ from clear_adapters import adapter as adapter_module
 from clear_adapters.adapter import attach
 from clear_adapters.attached import AttachedModel
 from clear_adapters.backbones import backbone_class, find_for_model, get_backbone, list_backbones, resolve
-from clear_adapters.backbones.base import ImagePiece, LatentPiece, TextPiece
+from clear_adapters.backbones.packed import ImagePiece, LatentPiece, TextPiece
 from clear_adapters.bridge import BridgeConfig
 from clear_adapters.config import LoraSettings
 from clear_adapters.errors import AttachError, BackboneMismatchError

@@ -15,7 +15,8 @@ from clear_adapters.backbones.bagel.backbone import BagelBackbone
 from clear_adapters.backbones.bagel.checkpoint import load_checkpoint
 from clear_adapters.backbones.bagel.images import to_patches
 from clear_adapters.backbones.bagel.packing import Marks
-from clear_adapters.backbones.base import Context, PreparedImage, Restoration
+from clear_adapters.backbones.base import Context, Restoration
+from clear_adapters.backbones.packed import PreparedImage
 from clear_adapters.sampling import LatentSampling, TextSampling, flow_schedule, guide, sde_mean
 
 FOLDER = Path(__file__).parent / "data" / "bagel"
@@ -138,7 +139,7 @@ def test_flow_sampler_and_reading_back(backbone, contexts, expected, monkeypatch
 
 
 def test_uncached_forward_equals_the_cached_velocity_and_logits(backbone, image, expected):
-    from clear_adapters.backbones.base import ImagePiece, LatentPiece, TextPiece
+    from clear_adapters.backbones.packed import ImagePiece, LatentPiece, TextPiece
 
     x = expected["in.noise"]
     row = [

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clear_adapters import attach
 from clear_adapters.backbones.bagel.tiny import build
-from clear_adapters.backbones.base import ImagePiece, LatentPiece, ModelOutputs, Restoration
+from clear_adapters.backbones.base import Restoration
+from clear_adapters.backbones.packed import ImagePiece, LatentPiece, ModelOutputs
 from clear_adapters.datasets import read_examples
 from clear_adapters.datasets.world import build as build_world
 from clear_adapters.errors import ClearValueError

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from clear_adapters.backbones.bagel import backbone as bagel
-from clear_adapters.backbones.base import ImagePiece, LatentPiece, ModelOutputs, Restoration, TextPiece
+from clear_adapters.backbones.base import Restoration
+from clear_adapters.backbones.packed import ImagePiece, LatentPiece, ModelOutputs, TextPiece
 from clear_adapters.bridge import BridgeConfig, LatentBridge
 from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearValueError

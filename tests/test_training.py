@@ -18,7 +18,7 @@ import torch
 from clear_adapters.adapter import attach
 from clear_adapters.backbones.bagel.checkpoint import save_checkpoint
 from clear_adapters.backbones.bagel.tiny import build
-from clear_adapters.backbones.base import ImagePiece, LatentPiece, TextPiece
+from clear_adapters.backbones.packed import ImagePiece, LatentPiece, TextPiece
 from clear_adapters.config import LoraSettings
 from clear_adapters.datasets import read_examples
 from clear_adapters.datasets.traces import choose_path

@@ -54,7 +54,7 @@ from clear_adapters.backbones.bagel.backbone import BagelBackbone
 from clear_adapters.backbones.bagel.checkpoint import save_checkpoint
 from clear_adapters.backbones.bagel.packing import grid_places
 from clear_adapters.backbones.bagel.tiny import builtin_config, byte_tokenizer, initialise
-from clear_adapters.backbones.base import PackedBatch
+from clear_adapters.backbones.packed import PackedBatch
 from clear_adapters.world.questions import KINDS
 
 N, P = 64, 256  # latent tokens and patches of a picture

@@ -20,15 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear_adapters.backbones.base import (
-    Backbone,
+from clear_adapters.backbones.base import Backbone, Restoration
+from clear_adapters.backbones.packed import (
     ImagePiece,
     LatentPiece,
     ModelOutputs,
     PackedBatch,
     Piece,
     PreparedImage,
-    Restoration,
 )
 from clear_adapters.bridge import LatentBridge
 from clear_adapters.datasets.traces import TraceSettings

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clear_adapters.backbones.base import ModelOutputs, PackedBatch, PreparedImage, Restoration
+from clear_adapters.backbones.base import Restoration
+from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, PreparedImage
 from clear_adapters.datasets.example import Example
 from clear_adapters.errors import ClearError, ClearValueError
 from clear_adapters.replay import CodeTargets, FlowTargets, pieces, restoration_targets, score_text

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clear_adapters.backbones.base import Backbone, PackedBatch, PreparedImage
+from clear_adapters.backbones.base import Backbone
+from clear_adapters.backbones.packed import PackedBatch, PreparedImage
 from clear_adapters.datasets.example import decibels
 from clear_adapters.datasets.traces import TraceSettings, build_transcript, choose_path
 from clear_adapters.errors import ClearValueError

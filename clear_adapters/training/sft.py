@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear_adapters.backbones.base import Backbone, LatentPiece, Piece
+from clear_adapters.backbones.base import Backbone
+from clear_adapters.backbones.packed import LatentPiece, Piece
 from clear_adapters.datasets.traces import TraceSettings, build_transcript
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import Protocol

@@ -22,16 +22,8 @@ from clear_adapters.backbones.bagel.images import prepare_image, to_pil
 from clear_adapters.backbones.bagel.model import BagelModel, Frame
 from clear_adapters.backbones.bagel.packing import Marks, Packer, grid_places, pad_patches
 from clear_adapters.backbones.bagel.spec import SPEC
-from clear_adapters.backbones.base import (
-    Backbone,
-    Context,
-    FlowTrace,
-    ModelOutputs,
-    PackedBatch,
-    Piece,
-    PreparedImage,
-    Restoration,
-)
+from clear_adapters.backbones.base import Backbone, Context, FlowTrace, Restoration
+from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
 from clear_adapters.errors import CheckpointError, ClearValueError
 from clear_adapters.sampling import (
     LatentSampling,

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from clear_adapters.backbones.bagel.config import BagelConfig, Resize
-from clear_adapters.backbones.base import PreparedImage
+from clear_adapters.backbones.packed import PreparedImage
 
 
 def target_size(width: int, height: int, resize: Resize) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clear_adapters.backbones.bagel.config import BagelConfig
-from clear_adapters.backbones.base import (
+from clear_adapters.backbones.packed import (
     ImagePiece,
     LatentPiece,
     PackedBatch,
