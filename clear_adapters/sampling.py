@@ -199,17 +199,20 @@ def choose_token(
         token = logits.argmax(-1)
         return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
     logprobs = (logits / sampling.temperature).log_softmax(-1)
-    # Inverse CDF over tokens sorted by probability: one uniform number a row, whatever the vocabulary.
-    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
-    probs = ordered.exp()
-    if sampling.top_k:
-        probs[:, sampling.top_k :] = 0
-    if sampling.top_p < 1:
-        probs = torch.where(probs.cumsum(-1) - probs >= sampling.top_p, 0.0, probs)
+    # Inverse CDF: one uniform number a row, whatever the vocabulary.
+    probs, order = logprobs.exp(), None
+    if sampling.top_k or sampling.top_p < 1:
+        probs, order = probs.sort(dim=-1, descending=True, stable=True)
+        if sampling.top_k:
+            probs[:, sampling.top_k :] = 0
+        if sampling.top_p < 1:
+            probs = torch.where(probs.cumsum(-1) - probs >= sampling.top_p, 0.0, probs)
     cdf = probs.cumsum(-1)
-    u = random.uniform(1, active) * cdf[:, -1:]
-    place = torch.searchsorted(cdf, u, right=True).clamp(max=int(logits.shape[-1]) - 1)
-    token = order.gather(-1, place)[:, 0]
+    # Below the sum even where rounding is not: a token of probability 0 is never taken.
+    below = torch.nextafter(cdf[:, -1:], torch.zeros_like(cdf[:, -1:]))
+    u = torch.minimum(random.uniform(1, active) * cdf[:, -1:], below)
+    place = torch.searchsorted(cdf, u, right=True)
+    token = place[:, 0] if order is None else order.gather(-1, place)[:, 0]
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 

@@ -279,3 +279,18 @@ def test_guidance_that_is_off_changes_nothing():
     off = LatentSampling(guidance_text=1, guidance_image=1)
     torch.testing.assert_close(guide(v, other, other, off), v)
     torch.testing.assert_close(guide(v, None, None, LatentSampling()), v)
+
+
+@pytest.mark.parametrize("more", [{}, {"top_k": 4}, {"top_p": 0.99}])
+def test_a_token_of_probability_zero_is_never_taken(more):
+    """Not even where the uniform number is the largest there is, and the last tokens of the vocabulary have no mass."""
+
+    class Highest:
+        def uniform(self, size, active=None):
+            return torch.full((3, size), 1 - 2.0**-24)
+
+    logits = torch.full((3, 6), float("-inf"))
+    logits[:, :3] = torch.tensor([[0.0, 1.0, 2.0], [3.0, 3.0, 3.0], [0.1, 0.2, 0.3]])
+    token, logprob = choose_token(logits, TextSampling(temperature=1.0, **more), Highest())
+    assert (token < 3).all()
+    assert logprob.isfinite().all()

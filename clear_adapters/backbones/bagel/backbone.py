@@ -282,6 +282,7 @@ class BagelBackbone(Backbone):
         active = torch.zeros(context.rows, dtype=torch.bool)
         active[names] = True
         active = active.to(self.device)
+        named = torch.tensor(names, dtype=torch.int64).to(self.device)
         tokens: list[Tensor] = []
         logprobs: list[Tensor] = []
         kept: list[Tensor] = []
@@ -298,7 +299,7 @@ class BagelBackbone(Backbone):
             logprobs.append(logprob)
             kept.append(active)
             feed = torch.where(active, token, self.marks.end)
-            yield tokens[-1][names]
+            yield tokens[-1] if len(names) == context.rows else tokens[-1][named]
             active = active & (token != self.marks.end)
             if (i + 1) % check == 0 and not bool(active.any()):
                 break
