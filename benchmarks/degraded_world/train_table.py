@@ -1,0 +1,172 @@
+"""Trains every adapter of the table, several side by side on one GPU; evaluate.py measures them.
+
+    clear-adapters data world --output runs/sft-data --examples 90000 --questions-per-scene 5
+    clear-adapters data world --output runs/rl-data --examples 30000 --questions-per-scene 1 --seed 1
+    python benchmarks/degraded_world/train_table.py --data runs/sft-data --rl-data runs/rl-data --output runs/table
+
+A small model leaves a GPU mostly idle, so that six runs take little longer than one. What is finished is left as it is and
+what was stopped goes on, since that is what the commands do. A family begins when the one that it goes on from has ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from clear_adapters.errors import ClearError, unknown_name
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Adapters of one way of training, one a seed.
+
+    Attributes:
+        stage: of the recipe.
+        before: the family whose adapter of the same seed it goes on from; None begins anew.
+        overrides: of the recipe.
+        every_seed: whether all seeds are trained, or the first only.
+    """
+
+    stage: str
+    before: str | None = None
+    overrides: tuple[str, ...] = ()
+    every_seed: bool = True
+
+
+FAMILIES = {
+    # As many samples and steps as stage 1 to 3 together have: 2,200 x 64, then 150 x 64, then 100 x 32 x 8 rollouts.
+    "direct": Family("sft", None, ("sft.mode=direct", "loop.steps=2750")),
+    "sft": Family("sft"),
+    "bridge": Family("bridge", "sft"),
+    "clear": Family("grpo", "bridge"),
+    "reencode": Family("grpo", "bridge", ("grpo.latent_from=reencode",)),
+    "image0": Family("grpo", "bridge", ("grpo.image_weight=0",), every_seed=False),
+    "nodecision": Family("grpo", "bridge", ("grpo.rewards={accuracy: 0.9, format: 0.1}",), every_seed=False),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter to be trained.
+
+    Attributes:
+        name: of its folder.
+        needs: name of the job before, or None.
+        command: what trains it.
+    """
+
+    name: str
+    needs: str | None
+    command: tuple[str, ...]
+
+
+def plan(args: argparse.Namespace) -> list[Job]:
+    """All jobs, each behind what it needs.
+
+    Raises:
+        UnknownNameError: a family that does not exist.
+    """
+    for name in args.families:
+        if name not in FAMILIES:
+            raise unknown_name("family", name, FAMILIES)
+    wanted = set(args.families)
+    for name in args.families:  # and what they go on from
+        before = FAMILIES[name].before
+        while before is not None:
+            wanted.add(before)
+            before = FAMILIES[before].before
+    jobs = []
+    for family in (f for f in FAMILIES if f in wanted):
+        own = FAMILIES[family]
+        for seed in args.seeds if own.every_seed else args.seeds[:1]:
+            needs = None if own.before is None else f"{own.before}{seed}"
+            data = args.rl_data if own.stage == "grpo" else args.data
+            command = [
+                sys.executable,
+                "-m",
+                "clear_adapters.cli",
+                "train",
+                own.stage,
+                "--recipe",
+                args.recipe,
+            ]
+            command += [
+                "--model",
+                args.model,
+                "--data",
+                str(data),
+                "--output",
+                str(args.output / f"{family}{seed}"),
+            ]
+            command += [] if needs is None else ["--adapter", str(args.output / needs)]
+            overrides = [*own.overrides, f"seed={seed}", *args.set]
+            command += [part for override in overrides for part in ("--set", override)]
+            jobs.append(Job(f"{family}{seed}", needs, tuple(command)))
+    return jobs
+
+
+def run(jobs: list[Job], output: Path, parallel: int) -> list[str]:
+    """Runs jobs side by side; gives the names of those that failed or could not begin."""
+    output.mkdir(parents=True, exist_ok=True)
+    waiting, running, done, failed = list(jobs), {}, set(), []
+    known = {job.name for job in jobs}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    env.setdefault("OMP_NUM_THREADS", "1")
+    began = time.perf_counter()
+    while waiting or running:
+        for job in [j for j in waiting if j.needs in failed]:
+            waiting.remove(job)
+            failed.append(job.name)
+        ready = [j for j in waiting if j.needs is None or j.needs in done or j.needs not in known]
+        for job in ready[: parallel - len(running)]:
+            waiting.remove(job)
+            with (output / f"{job.name}.log").open("ab") as log:
+                running[job.name] = subprocess.Popen(job.command, stdout=log, stderr=log, env=env)
+        for name, process in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[name]
+            print(f"{time.perf_counter() - began:6.0f} s  {name}: exit {process.returncode}", flush=True)
+            (failed.append if process.returncode else done.add)(name)
+        time.sleep(0.2)
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains what is asked for."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", type=Path, required=True, help="of stages 1 and 2, and of direct tuning")
+    p.add_argument("--rl-data", type=Path, required=True, help="of stage 3: other scenes than --data")
+    p.add_argument("--output", type=Path, required=True, help="folder of all adapters")
+    p.add_argument("--model", default="builtin:bagel-tiny")
+    p.add_argument("--recipe", default="tiny")
+    p.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="F", help=", ".join(FAMILIES))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run")
+    p.add_argument("--parallel", type=int, default=6, metavar="N", help="runs side by side")
+    p.add_argument("--dry-run", action="store_true", help="print the commands")
+    args = p.parse_args(arguments)
+    try:
+        jobs = plan(args)
+    except ClearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.dry_run:
+        for job in jobs:
+            print(" ".join(job.command))
+        return 0
+    failed = run(jobs, args.output, max(1, args.parallel))
+    for name in failed:
+        print(f"error: {name} failed; see {args.output / f'{name}.log'}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The script that trains every adapter of the table: order, commands, and what a failed run takes with it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "degraded_world"
+sys.path.insert(0, str(FOLDER))
+
+import train_table  # noqa: E402
+from train_table import Job  # noqa: E402
+
+from clear_adapters.training.recipe import load_recipe  # noqa: E402
+
+
+def arguments(tmp_path, *more):
+    return ["--data", "a", "--rl-data", "b", "--output", str(tmp_path / "table"), *more]
+
+
+def commands(tmp_path, capsys, *more):
+    assert train_table.main(arguments(tmp_path, "--dry-run", *more)) == 0
+    return [line.split(" train ")[1] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_every_family_is_trained_after_the_one_before(tmp_path, capsys):
+    told = commands(tmp_path, capsys)
+    names = [line.split("--output ")[1].split()[0].rpartition("/")[2] for line in told]
+    assert len(names) == 5 * 3 + 2
+    assert names.index("bridge1") > names.index("sft1")
+    (bridge,) = [line for line in told if "/bridge1 " in line and line.startswith("bridge")]
+    assert f"--adapter {tmp_path}/table/sft1" in bridge
+    assert "--data a" in bridge
+    (clear,) = [line for line in told if line.startswith("grpo") and "/clear2 " in line]
+    assert f"--adapter {tmp_path}/table/bridge2" in clear
+    assert "--data b" in clear
+    assert "seed=2" in clear
+
+
+def test_what_a_family_goes_on_from_is_trained_too(tmp_path, capsys):
+    told = commands(tmp_path, capsys, "--families", "image0", "--seeds", "4", "--set", "loop.batch=2")
+    assert [line.split()[0] for line in told] == ["sft", "bridge", "grpo"]
+    assert all("loop.batch=2" in line and "seed=4" in line for line in told)
+
+
+def test_the_overrides_are_values_of_the_recipe():
+    for family in train_table.FAMILIES.values():
+        load_recipe("tiny", family.overrides, stage=family.stage)
+    direct = load_recipe("tiny", train_table.FAMILIES["direct"].overrides)
+    stages = [load_recipe("tiny", stage=s) for s in ("sft", "bridge", "grpo")]
+    samples = [r.loop.steps * r.loop.batch * (r.grpo.group if r.stage == "grpo" else 1) for r in stages]
+    assert direct.loop.steps * direct.loop.batch >= sum(samples)
+    assert direct.loop.steps >= sum(r.loop.steps for r in stages)
+
+
+def test_a_failed_run_takes_what_needs_it_along_and_nothing_else(tmp_path, capsys):
+    def job(name, needs, code):
+        return Job(name, needs, (sys.executable, "-c", f"print('{name}'); raise SystemExit({code})"))
+
+    jobs = [job("a", None, 0), job("b", "a", 3), job("c", "b", 0), job("d", "a", 0), job("e", "elsewhere", 0)]
+    assert train_table.run(jobs, tmp_path, 2) == ["b", "c"]
+    told = capsys.readouterr().out
+    assert [name for name in "abcde" if f"  {name}: exit" in told] == ["a", "b", "d", "e"]
+    assert (tmp_path / "d.log").read_text() == "d\n"
+
+
+@pytest.mark.parametrize("more", [["--families", "clera"]])
+def test_an_unknown_family_is_refused(tmp_path, capsys, more):
+    assert train_table.main(arguments(tmp_path, *more)) == 2
+    assert "clear" in capsys.readouterr().err
