@@ -55,7 +55,7 @@ def objective(attached, **settings):
     made = BridgeSettings(
         **{"own": 0.0, "estimate": 0.0, "own_steps": 3, "vit_drop": 0.3, **settings}, traces=traces
     )
-    return BridgeObjective(attached.backbone, get_protocol("tiny"), made, attached.bridge, SAMPLING)
+    return BridgeObjective(attached.backbone, get_protocol("tiny"), made, SAMPLING)
 
 
 def batches(own, examples, size=None, seed=0):
@@ -407,12 +407,10 @@ def test_the_loss_reads_nothing_back_to_the_host(attached, examples):
 def test_what_a_spawned_worker_gets_holds_no_weights(attached, examples):
     own = objective(attached, own=0.5)
     sent = pickle.loads(pickle.dumps(own.collate))
-    assert sent.__self__.bridge is None
     assert sent.__self__.backbone.model is None
     draws = [Draw(e, 0, i) for i, e in enumerate(examples[:4])]
     here, there = own.collate(draws)["rows"], sent(draws)["rows"]
     assert [(r.source, r.seed, r.time) for r in here] == [(r.source, r.seed, r.time) for r in there]
-    assert own.bridge is attached.bridge
 
 
 def test_layers_that_are_compared(attached, monkeypatch):

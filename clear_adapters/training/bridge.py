@@ -29,7 +29,6 @@ from clear_adapters.backbones.packed import (
     Piece,
     PreparedImage,
 )
-from clear_adapters.bridge import LatentBridge
 from clear_adapters.datasets.traces import TraceSettings
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import Protocol
@@ -152,7 +151,6 @@ class BridgeObjective(Objective):
         backbone: Backbone,
         protocol: Protocol,
         settings: BridgeSettings,
-        bridge: LatentBridge | None,
         latent: LatentSampling,
     ) -> None:
         """Gets ready.
@@ -161,27 +159,23 @@ class BridgeObjective(Objective):
             backbone: the verbs over the adapted network.
             protocol: of the traces.
             settings: of the stage.
-            bridge: what is trained.
             latent: for the shift of the model's own latents; they are sampled without guidance and noise.
         """
         self.backbone = backbone
         self.protocol = protocol
         self.settings = settings
-        self.bridge = bridge
         self._sampling = replace(
             latent, steps=settings.own_steps, guidance_text=1.0, guidance_image=1.0, sde_sigma=0.0
         )
         layers = backbone.layers
-        chosen = sorted({*range(0, layers, settings.layer_stride), layers - 1})
-        self._layers: tuple[int, ...] = {
-            "none": (),
-            "final_mse": (layers - 1,),
-            "per_layer_kl": tuple(chosen),
-        }[settings.distill]
+        self._layers: tuple[int, ...] = ()
+        if settings.distill != "none" and settings.distill_weight > 0:
+            every = range(0, layers, settings.layer_stride) if settings.distill == "per_layer_kl" else ()
+            self._layers = tuple(sorted({*every, layers - 1}))
 
     def __getstate__(self) -> dict[str, Any]:
         """What a data worker gets where it is spawned: preparing needs no weights."""
-        return {**vars(self), "backbone": without_weights(self.backbone), "bridge": None}
+        return {**vars(self), "backbone": without_weights(self.backbone)}
 
     # -- batches
 

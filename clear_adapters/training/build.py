@@ -180,7 +180,7 @@ def objective_for(attached: AttachedModel, recipe: Recipe) -> Objective:
     if recipe.stage == "bridge":
         from clear_adapters.training.bridge import BridgeObjective
 
-        return BridgeObjective(backbone, protocol, recipe.bridge, attached.bridge, recipe.latent)
+        return BridgeObjective(backbone, protocol, recipe.bridge, recipe.latent)
     from clear_adapters.training.grpo import GrpoObjective
 
     # Before a checkpoint is loaded: what stage 2 left, also in a run that goes on.
