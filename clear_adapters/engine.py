@@ -350,7 +350,7 @@ class Engine:
             questions=asked,
             clean=clean,
             seeds=list(seeds),
-            system=system,
+            protocol=self.protocol,
             restore=restore,
             latent_from=latent_from,
             text=text,

@@ -12,9 +12,6 @@ from pathlib import Path
 from clear_adapters.errors import ClearValueError, unknown_name
 from clear_adapters.transcript import RESTORE, THINK_CLOSE, THINK_OPEN
 
-FORCED_RESTORE = f"{THINK_OPEN}{THINK_CLOSE}\n{RESTORE}"
-"""What stands in the model's first turn when the caller always wants a restoration: an empty thought and the tag."""
-
 FORCED_DECLINE = "I will answer from what I see."
 """What stands in place of a request that is not granted, because the caller forbade it or the limit is reached."""
 
@@ -40,6 +37,7 @@ class Protocol:
         version: changes with every change of the words.
         system: the text of the system block; empty leaves the block out.
         plain: how the model is asked without the skill; `{question}` is replaced.
+        joint: what stands between a thought and what follows it in the same turn.
 
     Raises:
         ClearValueError: `plain` has no place for the question.
@@ -49,6 +47,7 @@ class Protocol:
     version: str
     system: str
     plain: str = _PLACE
+    joint: str = "\n"
 
     def __post_init__(self) -> None:
         if _PLACE not in self.plain:
@@ -58,6 +57,24 @@ class Protocol:
         """The question as the plain model is asked it."""
         return self.plain.replace(_PLACE, question)
 
+    @property
+    def forced_restore(self) -> str:
+        """The model's first turn when the caller always wants a restoration: an empty thought and the tag."""
+        return f"{THINK_OPEN}{THINK_CLOSE}{self.joint}{RESTORE}"
+
+    def declined(self, text: str) -> str:
+        """A turn that asks for a restoration, with the request and what followed replaced by `FORCED_DECLINE`.
+
+        Args:
+            text: a turn with `<image_restore>` in it; all before the tag stays as it is, an open thought is closed.
+        """
+        head = text[: text.index(RESTORE)]
+        if head.rfind(THINK_OPEN) > head.rfind(THINK_CLOSE):
+            head += THINK_CLOSE
+        if head and not head[-1].isspace():
+            head += self.joint
+        return head + FORCED_DECLINE
+
     def to_dict(self) -> dict[str, str]:
         """Plain data for `clear_config.json`; the words are in it, so that an adapter carries its prompt."""
         return asdict(self)
@@ -65,8 +82,9 @@ class Protocol:
 
 PROTOCOLS = {
     "default": Protocol("default", "1", _DEFAULT),
-    # The built-in models read bytes, so every letter costs a token.
-    "tiny": Protocol("tiny", "1", "Look. Restore if needed. Answer."),
+    # The built-in models read bytes, so every letter costs a token. No line break: their base was never taught to write
+    # one, and an adapter that leaves its head alone cannot teach it (probability 0.23 after all of stage 1).
+    "tiny": Protocol("tiny", "2", "Look. Restore if needed. Answer.", joint=""),
 }
 
 
@@ -94,17 +112,3 @@ def get_protocol(name: str | Path) -> Protocol:
     if not system:
         raise ClearValueError(f"prompt file {str(path)!r} is empty: write the system prompt into it")
     return Protocol(path.stem, hashlib.sha256(system.encode()).hexdigest()[:12], system)
-
-
-def declined(text: str) -> str:
-    """A turn that asks for a restoration, with the request and what followed replaced by `FORCED_DECLINE`.
-
-    Args:
-        text: a turn with `<image_restore>` in it; all before the tag stays as it is, an open thought is closed.
-    """
-    head = text[: text.index(RESTORE)]
-    if head.rfind(THINK_OPEN) > head.rfind(THINK_CLOSE):
-        head += THINK_CLOSE
-    if head and not head[-1].isspace():
-        head += "\n"
-    return head + FORCED_DECLINE

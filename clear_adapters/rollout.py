@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clear_adapters.backbones.base import Context, Restoration
 from clear_adapters.backbones.packed import PreparedImage
-from clear_adapters.prompts import FORCED_DECLINE, FORCED_RESTORE, declined
+from clear_adapters.prompts import FORCED_DECLINE, Protocol
 from clear_adapters.reply import Action
 from clear_adapters.sampling import LatentSampling, RowRandom, TextSampling
 from clear_adapters.transcript import (
@@ -49,7 +49,7 @@ class Task:
         questions: N questions as the model reads them.
         clean: N clean pictures, for `latent_from="clean"`.
         seeds: one for each of the N x group rows.
-        system: the system prompt; empty leaves its block out.
+        protocol: the system prompt and the engine's own words; the plain model gets no system prompt.
         restore, latent_from, text, latent, max_restores, group: as in `Engine.rollout`.
         plain: one turn of the plain model, without the protocol.
     """
@@ -58,7 +58,7 @@ class Task:
     questions: list[str]
     clean: list[Image] | None
     seeds: list[int]
-    system: str
+    protocol: Protocol
     restore: Restore
     latent_from: LatentFrom
     text: TextSampling
@@ -209,7 +209,7 @@ class Rollout:
         used = 0
         if task.restore == "always" and not task.plain:
             with self.clock("read"):
-                forced = self._read_forced(batch, [FORCED_RESTORE] * len(batch.rows))
+                forced = self._read_forced(batch, [task.protocol.forced_restore] * len(batch.rows))
             yield Closed(list(batch.rows), forced)
             yield Decided(list(batch.rows), ["restore"] * len(batch.rows), forced=True)
             yield from self._restore(batch)
@@ -246,7 +246,7 @@ class Rollout:
                 if requested == "decline":
                     hidden = batch.context.hide(range(len(on)), start)
                     batch.context = replace(hidden, position=position)
-                    texts = [declined(s.text) for s in segments_on]
+                    texts = [task.protocol.declined(s.text) for s in segments_on]
                     used += 1
                 else:
                     texts, asked = [FORCED_DECLINE] * len(on), True
@@ -261,8 +261,8 @@ class Rollout:
         prompt: list[list[Segment]] = [[] for _ in range(count)]
         # The system prompt is the same for all rows: it is read once and repeated.
         context = backbone.start(1, [0])
-        if task.system:
-            system = self._text(task.system, Origin.PROMPT)
+        if task.protocol.system and not task.plain:
+            system = self._text(task.protocol.system, Origin.PROMPT)
             context = backbone.read_text(context, [system.ids])
             for own in prompt:
                 own.append(system)

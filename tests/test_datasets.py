@@ -121,7 +121,7 @@ def test_the_authors_rows_are_recorded_traces(folder):
     assert choose_path(example, TraceSettings(), random.Random(0), None) == "recorded"
     trace = build_transcript(example, get_protocol("tiny"), "recorded", image="i", clean="c")
     told = [(s.text, s.origin) if isinstance(s, TextSegment) else s for s in trace][3:]
-    assert told[0] == ("<think>Dark.</think>\n<image_restore>", Origin.SAMPLED)
+    assert told[0] == ("<think>Dark.</think><image_restore>", Origin.SAMPLED)
     assert isinstance(told[1], RestorationSegment)
     assert told[2] == ("<think>A cat.</think>\n<answer>cat</answer>", Origin.SAMPLED)
 
@@ -164,7 +164,7 @@ EXAMPLE = Example(
 )
 SYSTEM = ("Look. Restore if needed. Answer.", Origin.PROMPT)
 QUESTION = ("Which?", Origin.PROMPT)
-SECOND = ("<think>The sign reads 7.</think>\n<answer>B</answer>", Origin.SAMPLED)
+SECOND = ("<think>The sign reads 7.</think><answer>B</answer>", Origin.SAMPLED)
 
 
 @pytest.mark.parametrize(
@@ -172,16 +172,16 @@ SECOND = ("<think>The sign reads 7.</think>\n<answer>B</answer>", Origin.SAMPLED
     [
         (
             "direct",
-            [("<think>Badly noisy. The sign reads 7.</think>\n<answer>B</answer>", Origin.SAMPLED)],
+            [("<think>Badly noisy. The sign reads 7.</think><answer>B</answer>", Origin.SAMPLED)],
         ),
         (
             "restore",
-            [("<think>Badly noisy.</think>\n<image_restore>", Origin.SAMPLED), "restoration", SECOND],
+            [("<think>Badly noisy.</think><image_restore>", Origin.SAMPLED), "restoration", SECOND],
         ),
-        ("always", [("<think></think>\n<image_restore>", Origin.FORCED), "restoration", SECOND]),
+        ("always", [("<think></think><image_restore>", Origin.FORCED), "restoration", SECOND]),
         (
             "declined",
-            [("<think>Badly noisy.</think>\nI will answer from what I see.", Origin.FORCED), SECOND],
+            [("<think>Badly noisy.</think>I will answer from what I see.", Origin.FORCED), SECOND],
         ),
     ],
 )
@@ -297,3 +297,12 @@ def test_no_trace_restores_what_it_calls_clear():
     for path in ("restore", "declined"):
         transcript = build_transcript(example, get_protocol("tiny"), path, image="i", clean="c")
         assert "Clear." not in transcript.reply
+
+
+def test_a_protocol_says_what_stands_between_thought_and_answer():
+    restore = build_transcript(EXAMPLE, get_protocol("default"), "restore", image="i", clean="c")
+    texts = [s.text for s in restore if isinstance(s, TextSegment) and s.origin is Origin.SAMPLED]
+    assert texts == [
+        "<think>Badly noisy.</think>\n<image_restore>",
+        "<think>The sign reads 7.</think>\n<answer>B</answer>",
+    ]

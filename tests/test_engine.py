@@ -8,7 +8,7 @@ import torch
 from clear_adapters.backbones.bagel import backbone as bagel
 from clear_adapters.bridge import BridgeConfig, LatentBridge
 from clear_adapters.errors import ClearTypeError, ClearValueError, ImageError
-from clear_adapters.prompts import FORCED_DECLINE, FORCED_RESTORE
+from clear_adapters.prompts import FORCED_DECLINE, get_protocol
 from clear_adapters.reply import (
     Answer,
     DenoisingStep,
@@ -131,12 +131,12 @@ def test_forced_texts(backbone, script):
     forced = own.answer(IMAGES[0], "What?", seed=7, restore="never")[0].transcript.segments[3]
     assert forced.origin is Origin.FORCED
     assert forced.text.startswith("<think>so ")
-    assert forced.text.endswith(f" dark </think>\n{FORCED_DECLINE}")
+    assert forced.text.endswith(f" dark </think>{FORCED_DECLINE}")
     assert forced.logprobs is None
     assert backbone.decode_text(forced.ids) == forced.text
     script({7: [ANSWER]})
     always = own.answer(IMAGES[0], "What?", seed=7, restore="always")[0].transcript.segments[3]
-    assert (always.text, always.origin) == (FORCED_RESTORE, Origin.FORCED)
+    assert (always.text, always.origin) == (get_protocol("tiny").forced_restore, Origin.FORCED)
 
 
 # --------------------------------------------------------------------------------------------- batch and seeds

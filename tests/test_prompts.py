@@ -3,10 +3,8 @@ import pytest
 from clear_adapters.errors import ClearValueError, UnknownNameError
 from clear_adapters.prompts import (
     FORCED_DECLINE,
-    FORCED_RESTORE,
     PROTOCOLS,
     Protocol,
-    declined,
     get_protocol,
 )
 from clear_adapters.transcript import ANSWER_CLOSE, ANSWER_OPEN, RESTORE, THINK_CLOSE, THINK_OPEN, parse
@@ -20,8 +18,11 @@ def test_protocols_name_the_tags_and_the_tiny_one_is_short():
 
 
 def test_forced_texts_parse_as_what_they_mean():
-    asked = parse(FORCED_RESTORE)
-    assert (asked.thoughts, asked.answer, asked.wants_restore) == ((), None, True)
+    for protocol in PROTOCOLS.values():
+        asked = parse(protocol.forced_restore)
+        assert (asked.thoughts, asked.answer, asked.wants_restore) == ((), None, True)
+    assert get_protocol("default").forced_restore == "<think></think>\n<image_restore>"
+    assert get_protocol("tiny").forced_restore == "<think></think><image_restore>"
     refused = parse(FORCED_DECLINE)
     assert (refused.thoughts, refused.answer, refused.wants_restore) == ((), None, False)
 
@@ -67,5 +68,9 @@ def test_the_plain_question():
     ],
 )
 def test_declined(text, head):
-    assert declined(text) == head + FORCED_DECLINE
-    assert parse(declined(text)).thoughts == parse(text[: text.index(RESTORE)]).thoughts
+    for protocol in PROTOCOLS.values():
+        found = protocol.declined(text)
+        # What the model wrote stays; only what is put in is the protocol's own.
+        own = head if head[-1:] != "\n" or "\n" in text else head[:-1] + protocol.joint
+        assert found == own + FORCED_DECLINE
+        assert parse(found).thoughts == parse(text[: text.index(RESTORE)]).thoughts

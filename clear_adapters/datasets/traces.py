@@ -13,7 +13,7 @@ import torch
 
 from clear_adapters.datasets.example import Example
 from clear_adapters.errors import ClearValueError
-from clear_adapters.prompts import FORCED_RESTORE, Protocol, declined
+from clear_adapters.prompts import Protocol
 from clear_adapters.transcript import (
     RESTORE,
     ImageSegment,
@@ -150,36 +150,39 @@ def build_transcript(
     if plain:
         segments.append(_text(example.answer, Origin.SAMPLED))
     elif path == "recorded":
-        segments += _recorded(example, clean)
+        segments += _recorded(example, protocol, clean)
     else:
-        segments += _reply(example, path, clean)
+        segments += _reply(example, protocol, path, clean)
     return Transcript(segments)
 
 
-def _reply(example: Example, path: TracePath, clean: object) -> list[Segment]:
+def _reply(example: Example, protocol: Protocol, path: TracePath, clean: object) -> list[Segment]:
     state = condition(example)
     if path != "direct" and state == "Clear.":
         # Nobody restores what he calls clear: an unnamed degradation, or a restoration tried for its own sake.
         state = "Unsure."
     answer = f"<answer>{example.answer}</answer>"
-    second = f"<think>{example.fact}</think>\n{answer}"
+    joint = protocol.joint
+    second = f"<think>{example.fact}</think>{joint}{answer}"
     if path == "direct":
         thought = f"{state} {example.fact}".strip()
-        return [_text(f"<think>{thought}</think>\n{answer}", Origin.SAMPLED)]
-    request = f"<think>{state}</think>\n{RESTORE}"
+        return [_text(f"<think>{thought}</think>{joint}{answer}", Origin.SAMPLED)]
+    request = f"<think>{state}</think>{joint}{RESTORE}"
     if path == "declined":
-        return [_text(declined(request), Origin.FORCED), _text(second, Origin.SAMPLED)]
-    first = _text(request, Origin.SAMPLED) if path == "restore" else _text(FORCED_RESTORE, Origin.FORCED)
+        return [_text(protocol.declined(request), Origin.FORCED), _text(second, Origin.SAMPLED)]
+    first = (
+        _text(request, Origin.SAMPLED) if path == "restore" else _text(protocol.forced_restore, Origin.FORCED)
+    )
     return [first, _restoration(example, clean), _text(second, Origin.SAMPLED)]
 
 
-def _recorded(example: Example, clean: object) -> list[Segment]:
+def _recorded(example: Example, protocol: Protocol, clean: object) -> list[Segment]:
     """A recorded reply, cut at every request; each is followed by the clean picture."""
     parts = (example.reply or "").split(RESTORE)
     segments: list[Segment] = []
     for i, part in enumerate(parts):
         last = i + 1 == len(parts)
-        text = part.strip() if last else (part.strip() + "\n" + RESTORE).strip()
+        text = part.strip() if last else (part.strip() + protocol.joint + RESTORE).strip()
         if text:
             segments.append(_text(text, Origin.SAMPLED))
         if not last:

@@ -289,9 +289,8 @@ class BridgeObjective(Objective):
         """Cross-entropy, distillation and flow loss; see `Objective.loss`."""
         settings, packed = self.settings, batch["batch"]
         mse = counts.new_zeros(())
-        if (
-            settings.estimate > 0
-        ):  # a setting, not what the batch holds: every process takes the same forwards
+        # Asked of the settings and not of the batch, so that every process takes the same forwards.
+        if settings.estimate > 0:
             packed, mse = self._estimate(module, packed, counts)
         outputs = module(packed)
         ce = F.cross_entropy(outputs.text_logits.float(), packed.text_targets, reduction="none")
