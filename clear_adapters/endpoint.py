@@ -17,7 +17,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -230,9 +230,16 @@ class Endpoint:
         found: dict[str, T | Failure] = {}
         client = self._connect()
         pool = ThreadPoolExecutor(min(self._concurrency, len(todo)))
+        futures: dict[Future[tuple[str, T] | Failure], str] = {}
+
+        def close(_: object = None) -> None:
+            # Not before: a request on its way would open another connection, which nobody closes.
+            if all(future.done() for future in futures):
+                client.close()
+
         try:
             create = client.chat.completions.create
-            futures = {pool.submit(self._ask_one, create, todo[d], read): d for d in todo}
+            futures |= {pool.submit(self._ask_one, create, todo[d], read): d for d in todo}
             for future in as_completed(futures):
                 digest = futures[future]
                 answer = future.result()
@@ -245,7 +252,8 @@ class Endpoint:
         finally:
             # A run that stops does not wait for requests whose replies nobody will read.
             pool.shutdown(wait=False, cancel_futures=True)
-            client.close()
+            for future in futures:
+                future.add_done_callback(close)
         return found
 
     def _ask_one(
