@@ -48,7 +48,12 @@ FAMILIES = {
     "clear": Family("grpo", "bridge"),
     "reencode": Family("grpo", "bridge", ("grpo.latent_from=reencode",)),
     "image0": Family("grpo", "bridge", ("grpo.image_weight=0",), every_seed=False),
-    "nodecision": Family("grpo", "bridge", ("grpo.rewards={accuracy: 0.9, format: 0.1}",), every_seed=False),
+    "decision": Family(
+        "grpo",
+        "bridge",
+        ("grpo.rewards={accuracy: 0.75, format: 0.1, decision: {weight: 0.15, settings: {table: paper}}}",),
+        every_seed=False,
+    ),
 }
 
 

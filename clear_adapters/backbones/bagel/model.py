@@ -82,12 +82,15 @@ class Attention(nn.Module):
         q, k = rotate(q, frame.cos, frame.sin), rotate(k, frame.cos, frame.sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        if self.kv_heads != self.heads:
+        if self.kv_heads != self.heads and length == 1:
+            # Heads that share keys are queries of one head: no copy of the cache for each token that is written.
+            q = q.reshape(b, self.kv_heads, -1, self.head_dim)
+        elif self.kv_heads != self.heads:
             # Explicit, since SDPA's fused kernels take no mask together with grouped heads on every device.
             k = k.repeat_interleave(self.heads // self.kv_heads, 1)
             v = v.repeat_interleave(self.heads // self.kv_heads, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=frame.mask)
-        out = out.transpose(1, 2).reshape(b * length, -1)
+        out = out.reshape(b, self.heads, length, -1).transpose(1, 2).reshape(b * length, -1)
         if und.shape[0] == b * length:
             return self.o_proj(out), gen
         # index_select, not indexing: its backward adds without sorting.
