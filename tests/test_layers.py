@@ -14,7 +14,10 @@ LAYERS = {
     5: ["datasets/", "rewards/"],
     4: ["adapter", "attached", "engine", "rollout", "reply", "replay"],
     3: ["backbones/*/", "hub/"],
-    2: ["backbones/__init__", "backbones/base", "backbones/packed", "lora", "bridge", "store"],
+    2: [
+        *("backbones/__init__", "backbones/base", "backbones/packed", "backbones/attention"),
+        *("lora", "bridge", "store"),
+    ],
     1: [
         *(
             "registry",

@@ -235,6 +235,26 @@ def test_flags_of_the_base_are_undone_with_the_run(examples, tmp_path):
     assert all(layer._compiled_call_impl is None for layer in decoder.layers)
 
 
+def test_attention_never_takes_kernels_that_are_made_for_one_shape(examples, tmp_path, monkeypatch):
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    attached = attach(build(0), lora=load_recipe("tiny", BASE).lora)
+    attached.answer(examples[0].load(), examples[0].question, restore="always").restored_image  # noqa: B018
+    answered = len(seen)
+    attached.detach()
+    train(examples, tmp_path, "steps=1", "checkpointing=true")
+    assert answered
+    assert len(seen) > answered
+    assert not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # elsewhere everything is as it was
+
+
 def test_runs_of_two_seeds_start_from_two_adapters(toy):
     def first(seed):
         attached = attach_for(load_recipe("tiny", [f"loop.seed={seed}"]), toy / "model")

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from torch import Tensor
 
+from clear_adapters.backbones.attention import any_shape
 from clear_adapters.backbones.bagel.config import AutoencoderConfig
 from clear_adapters.backbones.bagel.images import normalise
 
@@ -67,6 +68,7 @@ def fit_shape(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+@any_shape()
 def encode_pixels(autoencoder: AutoencoderKL, pixels: Tensor, patch: int) -> Tensor:
     """Latent tokens of pictures: posterior mean, scaled, cut in patches (row, column, then channel last).
 
@@ -85,6 +87,7 @@ def encode_pixels(autoencoder: AutoencoderKL, pixels: Tensor, patch: int) -> Ten
     return rearrange(z, "n c (h p) (w q) -> n (h w) (p q c)", p=patch, q=patch)
 
 
+@any_shape()
 def decode_tokens(autoencoder: AutoencoderKL, tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """Pixels (n, 3, H, W) in [-1, 1] float32 of latent tokens (n, N, C) on a grid."""
     z = rearrange(

@@ -8,6 +8,7 @@ laid out as (B, L). Everything outside attention so touches no padding.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
+from clear_adapters.backbones.attention import any_shape
 from clear_adapters.backbones.bagel.config import BagelConfig
 from clear_adapters.backbones.bagel.images import normalise
 
@@ -126,6 +128,11 @@ class Frame:
         self.mask = mask
 
 
+def _twice_any_shape() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For a layer's forward and for the one that is repeated in the backward pass."""
+    return any_shape(), any_shape()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split as in Qwen2."""
     a, b = x.chunk(2, dim=-1)
@@ -189,6 +196,7 @@ class Decoder(nn.Module):
         dtype = self.embed_tokens.weight.dtype
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
+    @any_shape()
     def forward(
         self,
         und: Tensor,
@@ -201,7 +209,9 @@ class Decoder(nn.Module):
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         for i, layer in enumerate(self.layers):
             if self.checkpointing and self.training and cache is None:
-                und, gen = torch.utils.checkpoint.checkpoint(layer, und, gen, frame, use_reentrant=False)
+                und, gen = torch.utils.checkpoint.checkpoint(
+                    *(layer, und, gen, frame), use_reentrant=False, context_fn=_twice_any_shape
+                )
             else:
                 und, gen = layer(und, gen, frame, cache)
             if i in hidden_layers:
@@ -242,6 +252,7 @@ class VisionEncoder(nn.Module):
         self.encoder = SiglipEncoder(vit)
         self.post_layernorm = nn.LayerNorm(width, eps=vit.layer_norm_eps)
 
+    @any_shape()
     def forward(self, patches: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:
         """Args: patches (I, P, patch_dim), positions (I, P), valid (I, P) or None. Returns: (I, P, width)."""
         x = self.embeddings["patch_embedding"](patches) + self.embeddings["position_embedding"](positions)
