@@ -119,15 +119,14 @@ def test_values_of_the_later_stages():
 
 
 def test_rewards_and_names_are_open_in_overrides():
-    def rewards(*overrides):
-        return load_recipe("tiny", overrides, "grpo").grpo.rewards
+    def rewards(*overrides, name="tiny"):
+        return load_recipe(name, overrides, "grpo").grpo.rewards
 
     assert rewards("grpo.rewards.accuracy=1")["accuracy"] == 1
     assert rewards("grpo.rewards={accuracy: 1}") == {"accuracy": 1}
     assert rewards("rewards={accuracy: 1}") == {"accuracy": 1}
-    assert rewards("grpo.rewards.decision.settings.table=release")["decision"]["settings"] == {
-        "table": "release"
-    }
+    released = rewards("grpo.rewards.decision.settings.table=release", name="paper")
+    assert released["decision"] == {"weight": 0.15, "settings": {"table": "release"}}
     separate = [
         "advantage=separate",
         "grpo.rewards.latent_quality=0.1",
@@ -140,6 +139,7 @@ def test_rewards_and_names_are_open_in_overrides():
         ("grpo.rewards.accuracy=much", "number"),
         ("latent_rewards=accuracy", "list"),
         ("grpo.rewards.format.weight=1", "format is no mapping"),
+        ("grpo.rewards.decision.settings.table=release", "'decision' has no weight"),
     ):
         with pytest.raises(ClearError, match=message):
             rewards(override)
