@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -51,9 +52,9 @@ def toy(tmp_path_factory):
 
 def arguments(toy, output, *more):
     return [
-        *("--model", str(toy / "model"), "--clear", str(toy / "clear-0"), str(toy / "clear-1")),
-        *("--direct", str(toy / "direct-0"), "--limit", "12", "--output", str(output), "--device", "cpu"),
-        *("--plain-tokens", "4", "--batch-size", "12", *more),
+        *("--model", str(toy / "model"), "--adapters", f"clear={toy / 'clear-0'},{toy / 'clear-1'}"),
+        *(f"direct={toy / 'direct-0'}", f"sft={toy / 'clear-0'}", "--limit", "12", "--output", str(output)),
+        *("--device", "cpu", "--plain-tokens", "4", "--batch-size", "12", *more),
     ]
 
 
@@ -124,20 +125,38 @@ def test_restorers_repair_what_they_are_made_for():
     assert restorers.psnr(clean, clean) == 60
     assert restorers.ssim(clean, clean) == pytest.approx(1)
     assert restorers.ssim(noisy, clean) < 0.99
+    soft = cv2.GaussianBlur(clean, (0, 0), 3)
+    assert 0 < restorers.blur(clean) + 0.1 < restorers.blur(soft) < 1
     assert restorers.psnr(np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 16, np.uint8)) == pytest.approx(
         24.05, abs=0.01
     )
+
+
+def test_what_is_restored_and_degraded_again_gives_the_input():
+    data = heldout.build(24, conditions=("clean", "high"))
+    chosen = [
+        i for i, item in enumerate(data.items) if item.degradation in ("dark", "lens_blur", "jpeg")
+    ] or [0]
+    size = (128, 128)
+    clean = [restorers.reduced(p, size) for p in data.pictures["clean"]]
+    statistics = heldout.training_statistics(4)
+    ways = restorers.measure(data, clean, statistics, 1)
+    assert ways["restored"] == ways["clean"]
+    again = {w: np.median(np.array(ways[w]["again"])[chosen]) for w in ways}
+    assert again["clean"] > again["input"] + 3
 
 
 def test_a_whole_run_on_a_toy(finished, toy):
     result = read_result(finished)
     cells = result.payload["cells"]
     assert set(cells) == {
-        *(f"{s}/{c}/0" for s in ("base", "direct", "clear-auto") for c in ("clean", "low", "mid", "high")),
-        *(f"clear-auto/{c}/1" for c in ("clean", "low", "mid", "high")),
+        *(f"{s}/{c}/0" for s in ("base", "direct", "sft", "clear") for c in ("clean", "low", "mid", "high")),
+        *(f"clear/{c}/1" for c in ("clean", "low", "mid", "high")),
+        *(f"base-warned/{c}/0" for c in ("clean", "high")),
         *(
-            f"{s}/{c}/0"
-            for s in ("base-warned", "clear-always", "clear-never", "clear-degraded", "clear-clean")
+            f"{family}-{mode}/{c}/0"
+            for family in ("sft", "clear")
+            for mode in ("always", "never", "degraded", "clean")
             for c in ("clean", "high")
         ),
     }
@@ -149,11 +168,17 @@ def test_a_whole_run_on_a_toy(finished, toy):
     assert result.payload["set"]["n"] == 12
     assert str(toy) not in finished.read_text()
     ways = result.payload["restorations"]["ways"]
-    assert set(ways) == {"input", "gain_offset", "classical", "restored"}
-    assert all(len(v[m]) == 12 for v in ways.values() for m in ("psnr", "ssim"))
+    assert set(ways) == {"clean", "input", "gain_offset", "classical", "sft-always", "clear-always"}
+    assert all(len(v[m]) == 12 for v in ways.values() for m in ("psnr", "ssim", "blur", "again"))
+    assert set(ways["clean"]["psnr"]) == {60}
     signs = result.payload["restorations"]["signs"]
-    assert len(signs["clean"]) == len(signs["restored"]) == signs["asked"].count("1") > 0
-    assert finished.with_name("result_restorations.png").is_file()
+    assert set(signs) == {"asked", "clean", "high", "sft-always", "clear-always"}
+    assert len(signs["clean"]) == len(signs["clear-always"]) == signs["asked"].count("1") > 0
+    assert finished.with_name("result_clear-always.png").is_file()
+    assert finished.with_name("result_sft-always.png").is_file()
+    text = report.render(result, full=True)
+    assert "| SFT | GRPO |" in text
+    assert "above SFT" in text
 
 
 def test_a_run_goes_on_where_it_was(finished, toy, capsys, tmp_path):
@@ -169,9 +194,9 @@ def test_a_run_goes_on_where_it_was(finished, toy, capsys, tmp_path):
     assert cells["base/clean/0"]["correct"] == "1" * 12
     assert cells["base/high/0"]["correct"] == gone["correct"]
     assert len(json.loads((tmp_path / "answers" / "base_high_0.json").read_text())) == 12
-    content["payload"]["cells"]["clear-auto/low/0"]["adapter"]["digest"] = "another"
+    content["payload"]["cells"]["clear/low/0"]["adapter"]["digest"] = "another"
     cut.write_text(json.dumps(content))
-    assert evaluate.main(arguments(toy, cut, "--systems", "clear-auto", "--conditions", "low")) == 0
+    assert evaluate.main(arguments(toy, cut, "--systems", "clear", "--conditions", "low")) == 0
     assert capsys.readouterr().out.count("is there already") == 1
 
 
@@ -179,16 +204,24 @@ def test_parts_measured_side_by_side_are_merged(finished, toy, tmp_path, capsys)
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     cache = ("--cache", str(finished.parent / "cache"), "--conditions", "high")
     assert evaluate.main(arguments(toy, first, *cache, "--runs", "1")) == 0
-    assert set(read_result(first).payload["cells"]) == {"clear-auto/high/1"}
-    assert evaluate.main(arguments(toy, second, *cache, "--systems", "base,direct")) == 0
+    assert set(read_result(first).payload["cells"]) == {"clear/high/1"}
+    assert evaluate.main(arguments(toy, second, *cache, "--systems", "base,direct,sft-always")) == 0
+    third = tmp_path / "third.json"
+    assert evaluate.main(arguments(toy, third, *cache, "--systems", "clear-always")) == 0
     capsys.readouterr()
     whole = tmp_path / "whole.json"
-    more = ("--merge", str(first), str(second), "--systems", "base,direct,clear-auto")
+    more = ("--merge", str(first), str(second), str(third), "--systems", "base,direct,clear")
     assert evaluate.main(arguments(toy, whole, *cache, *more)) == 0
     assert capsys.readouterr().out.count("is there already") == 3
     cells = read_result(whole).payload["cells"]
-    assert set(cells) == {"base/high/0", "direct/high/0", "clear-auto/high/0", "clear-auto/high/1"}
-    assert cells["clear-auto/high/1"] == read_result(first).payload["cells"]["clear-auto/high/1"]
+    assert set(cells) == {
+        *("base/high/0", "direct/high/0", "sft-always/high/0"),
+        *("clear-always/high/0", "clear/high/0", "clear/high/1"),
+    }
+    assert cells["clear/high/1"] == read_result(first).payload["cells"]["clear/high/1"]
+    pictures = read_result(whole).payload["restorations"]
+    assert {"sft-always", "clear-always"} < set(pictures["ways"])
+    assert {"sft-always", "clear-always"} < set(pictures["signs"])
     another = json.loads(first.read_text())
     another["payload"]["model"]["digest"] = "another"
     second.write_text(json.dumps(another))
@@ -211,13 +244,17 @@ def test_a_time_limit_loses_nothing(toy, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--systems", "clear-aut"], "clear-auto"),
+        (["--systems", "clear-alway"], "clear-always"),
         (["--conditions", "hihg"], "high"),
         (["--runs", "2"], "'2'"),
         (["--plain-tokens", "5", "--systems", "base"], "--fresh"),
         (["--limit", "6", "--systems", "base"], "--fresh"),
-        (["--clear", "nowhere/at all"], "no folder"),
-        (["--clear", "--systems", "clear-auto"], "nothing to measure"),
+        (["--adapters", "clear=nowhere/at all"], "no folder"),
+        (["--adapters", "claer=somewhere"], "'clear'"),
+        (["--adapters", "clear"], "FAMILY=ADAPTER"),
+        (["--adapters", "clear="], "FAMILY=ADAPTER"),
+        (["--adapters", "clear=a", "clear=b"], "each family once"),
+        (["--systems", "bridge"], "nothing to measure"),
     ],
 )
 def test_what_it_refuses(finished, toy, capsys, more, words):
@@ -246,24 +283,34 @@ def result_of(cells, **more):
 SMALL = {
     ("base", "clean", 0): ("111110", {}),
     ("base", "high", 0): ("110000", {}),
-    ("clear-auto", "high", 0): ("111000", {"restored": "111111"}),
-    ("clear-auto", "high", 1): ("111100", {"restored": "111110"}),
+    ("direct", "high", 0): ("111000", {}),
+    ("direct", "high", 1): ("100000", {}),
+    ("sft", "high", 0): ("110000", {"restored": "111100"}),
+    ("clear", "high", 0): ("111000", {"restored": "111111"}),
+    ("clear", "high", 1): ("111100", {"restored": "111110"}),
     ("clear-always", "high", 0): ("111000", {"restored": "111111"}),
     ("clear-clean", "high", 0): ("111111", {"restored": "111111"}),
 }
 
 
 def test_the_main_table_word_for_word():
-    assert report.main_table(result_of(SMALL)) == (
+    head = (
         "Right answers in % of 6 held-out questions [95 % interval]; model `builtin:x`, a device, 2026-01-02.\n\n"
         "| system | seeds | clean | low | mid | high |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: |\n"
         "| base | 1 | 83.3 [43.6, 97.0] | – | – | 33.3 [9.7, 70.0] |\n"
-        "| CLEAR, deciding | 2 | – | – | – | 58.3 [16.7, 100.0] |\n"
-        "| CLEAR, always restoring | 1 | – | – | – | 50.0 [18.8, 81.2] |\n"
-        "| control: latent of the true clean picture | 1 | – | – | – | 100.0 [61.0, 100.0] |\n"
-        "| *restores, when deciding* | 2 | – | – | – | 91.7 [66.7, 100.0] |"
+        "| direct LoRA | 2 | – | – | – | 33.3 [0.0, 75.2] |\n"
+        "| CLEAR: SFT | 1 | – | – | – | 33.3 [9.7, 70.0] |\n"
+        "| CLEAR: SFT + bridge + GRPO | 2 | – | – | – | 58.3 [16.7, 100.0] |\n"
     )
+    modes = (
+        "| GRPO, always restoring | 1 | – | – | – | 50.0 [18.8, 81.2] |\n"
+        "| GRPO, reading the true clean latent | 1 | – | – | – | 100.0 [61.0, 100.0] |\n"
+    )
+    first = "| *CLEAR: SFT: restores* | 1 | – | – | – | 66.7 [30.0, 90.3] |\n"
+    last = "| *CLEAR: SFT + bridge + GRPO: restores* | 2 | – | – | – | 91.7 [66.7, 100.0] |"
+    assert report.main_table(result_of(SMALL), full=True) == head + modes + first + last
+    assert report.main_table(result_of(SMALL), full=False) == head + last
 
 
 def test_differences_are_paired_and_the_share_won_back_is_of_the_loss():
@@ -271,31 +318,46 @@ def test_differences_are_paired_and_the_share_won_back_is_of_the_loss():
     gate = summary.difference(p, ("clear-clean", "high"), ("clear-always", "high"))
     assert (gate.mean, gate.runs) == (0.5, 1)
     assert 0 < gate.low < 0.5 < gate.high <= 1
-    against = summary.difference(p, ("clear-auto", "high"), ("base", "high"))
+    against = summary.difference(p, ("clear", "high"), ("base", "high"))
     assert (against.mean, against.runs) == (pytest.approx(0.25), 2)
     assert summary.difference(p, ("clear-never", "high"), ("base", "high")) is None
-    assert summary.won_back(p, "clear-auto").mean == pytest.approx(0.5)
-    assert summary.won_back(p, "direct") is None
+    assert summary.won_back(p, "clear").mean == pytest.approx(0.5)
+    assert summary.won_back(p, "bridge") is None
     same = summary.difference(p, ("base", "high"), ("base", "high"))
     assert (same.mean, same.low, same.high) == (0, 0, 0)
+    # Seed by seed: what was trained once stands against the same seed of the other, not against all.
+    trained = summary.difference(p, ("clear", "high"), ("sft", "high"))
+    assert (trained.mean, trained.runs) == (pytest.approx(1 / 6), 1)
+    assert summary.difference(p, ("clear", "high"), ("direct", "high")).runs == 2
 
 
 def test_restorations_are_medians_by_corruption():
+    def way(psnr, ssim):
+        return {"psnr": psnr, "ssim": [ssim] * 6, "blur": [0.2] * 6, "again": [22.0] * 6}
+
     ways = {
-        "input": {"psnr": [10, 11, 12, 20, 20, 20], "ssim": [0.5] * 6},
-        "restored": {"psnr": [14, 14, 13, 21, 22, 23], "ssim": [0.6] * 6},
-        "gain_offset": {"psnr": [9] * 6, "ssim": [0.4] * 6},
-        "classical": {"psnr": [8] * 6, "ssim": [0.3] * 6},
+        "clean": way([60] * 6, 1.0),
+        "input": way([10, 11, 12, 20, 20, 20], 0.5),
+        "sft-always": way([14, 14, 13, 21, 22, 23], 0.6),
+        "clear-always": way([15, 15, 14, 22, 23, 24], 0.6),
+        "gain_offset": way([9] * 6, 0.4),
+        "classical": way([8] * 6, 0.3),
     }
-    signs = {"asked": "110000", "clean": "11", "high": "00", "restored": "10"}
+    signs = {"asked": "110000", "clean": "11", "high": "00", "sft-always": "10", "clear-always": "11"}
     result = result_of(SMALL, restorations={"ways": ways, "signs": signs})
     rows = summary.restorations(result.payload)
     assert [(name, n) for name, n, _ in rows] == [("lens_blur", 3), ("scan_lines", 3), ("all", 6)]
-    assert rows[0][2]["restored"] == (14, 0.6)
-    assert summary.gain(result.payload).mean == 2.5
+    assert rows[0][2]["sft-always"] == 14
+    assert summary.restorations(result.payload, "ssim")[0][2]["sft-always"] == 0.6
+    assert summary.gain(result.payload, "sft-always").mean == 2.5
     text = report.render(result, full=True)
-    assert "| lens_blur | 3 | 11.0 / 0.50 | 9.0 / 0.40 | 8.0 / 0.30 | 14.0 / 0.60 |" in text
-    assert "restored 50.0 [" in text
+    assert "| lens_blur | 3 | 11.0 / 0.50 | 9.0 / 0.40 | 8.0 / 0.30 | 14.0 / 0.60 | 15.0 / 0.60 |" in text
+    assert "| PSNR, dB | 60.0 | 16.0 | 9.0 | 8.0 | 17.5 | 18.5 |" in text
+    assert "| blur, 0 to 1 | 0.20 |" in text
+    assert (
+        "| the plain base reads the sign, % | 100.0 [34.2, 100.0] | 0.0 [0.0, 65.8] | – | – | 50.0 [" in text
+    )
+    assert "GRPO +1.0 dB [+1.0, +1.0] above SFT" in text
     assert "lens_blur" not in report.render(result)
 
 

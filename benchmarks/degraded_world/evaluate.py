@@ -1,7 +1,7 @@
 r"""Measures base, direct tuning and CLEAR on held-out degraded scenes; one command, one result file.
 
     python benchmarks/degraded_world/evaluate.py --model builtin:bagel-tiny \
-        --direct runs/direct-0 runs/direct-1 runs/direct-2 --clear runs/clear-0 runs/clear-1 runs/clear-2 \
+        --adapters direct=runs/table/direct0,runs/table/direct1 clear=runs/table/clear0,runs/table/clear1 \
         --output benchmarks/results/degraded_world.json --cache runs/heldout
 
 Every finished cell (one system under one condition with one adapter) is written at once, so a run that is cut off
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from heldout import CONDITIONS, HeldOut, build, training_statistics
-from systems import BY_NAME, SYSTEMS, Settings, System, digest, load, read_signs, run_cell
+from systems import BY_NAME, FAMILIES, SYSTEMS, Settings, System, digest, load, read_signs, run_cell
 
 from clear_adapters.errors import ClearError, ClearValueError, unknown_name
 from clear_adapters.results import ResultFile, read_result
@@ -59,7 +59,7 @@ class Job:
     @property
     def measures_pictures(self) -> bool:
         """Whether its restorations are measured too."""
-        return self.key == "clear-always/high/0"
+        return self.system.pictures and self.condition == "high" and self.run == 0
 
 
 @dataclass
@@ -90,18 +90,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="builtin:bagel-tiny", help="the base: builtin:NAME, folder or Hub id")
     p.add_argument(
-        "--clear", nargs="*", default=[], metavar="ADAPTER", help="CLEAR adapters, one a training seed"
-    )
-    p.add_argument(
-        "--direct", nargs="*", default=[], metavar="ADAPTER", help="adapters tuned to answer directly"
+        "--adapters",
+        nargs="+",
+        default=[],
+        metavar="FAMILY=A,B",
+        help="adapters of a family, one a training seed; families are " + ", ".join(FAMILIES),
     )
     p.add_argument("--output", type=Path, default=Path("runs/degraded_world.json"))
     p.add_argument("--cache", type=Path, help="folder that keeps the pictures for the next run")
     p.add_argument("--systems", help="comma-separated, of " + ", ".join(BY_NAME))
     p.add_argument("--conditions", help="comma-separated, of " + ", ".join(CONDITIONS))
-    p.add_argument(
-        "--runs", help="comma-separated numbers of adapters: 0 is the first of --clear and --direct"
-    )
+    p.add_argument("--runs", help="comma-separated numbers of adapters: 0 is the first of each family")
     p.add_argument(
         "--merge",
         nargs="*",
@@ -136,21 +135,40 @@ def chosen(text: str | None, known: tuple[str, ...], what: str) -> tuple[str, ..
     return tuple(n for n in known if n in names)
 
 
+def families(given: list[str]) -> dict[str | None, list[str | None]]:
+    """The adapters of each family, and none for the base, in the order of tables.
+
+    Raises:
+        ClearValueError: an unreadable argument.
+        UnknownNameError: an unknown family.
+    """
+    found: dict[str, list[str | None]] = {}
+    for text in given:
+        name, equals, paths = text.partition("=")
+        if name not in FAMILIES and equals:
+            raise unknown_name("family", name, FAMILIES)
+        if not equals or not paths or name in found:
+            raise ClearValueError(f"--adapters {text}: give each family once, as FAMILY=ADAPTER,ADAPTER")
+        found[name] = [path for path in paths.split(",") if path]
+    return {None: [None]} | {name: found[name] for name in FAMILIES if name in found}
+
+
 def plan(args: argparse.Namespace) -> list[Job]:
     """All cells, those of the first adapters first; one model is loaded for neighbours."""
     systems = [BY_NAME[n] for n in chosen(args.systems, tuple(BY_NAME), "system")]
     conditions = chosen(args.conditions, CONDITIONS, "condition")
-    adapters: dict[str, list[str | None]] = {"none": [None], "direct": args.direct, "clear": args.clear}
+    adapters = families(args.adapters)
     jobs = []
-    numbers = tuple(str(n) for n in range(max(1, len(args.direct), len(args.clear))))
+    numbers = tuple(str(n) for n in range(max(1, *map(len, adapters.values()))))
     for run in map(int, chosen(args.runs, numbers, "run")):
-        for system in systems:
-            own = adapters[system.adapter]
-            if run < (len(own) if system.every_seed else min(1, len(own))):
-                jobs += [Job(system, c, run, own[run]) for c in conditions if c in system.conditions]
+        # One adapter after the other, so that each is loaded once.
+        for family, own in adapters.items():
+            for system in (s for s in systems if s.family == family):
+                if run < (len(own) if system.every_seed else min(1, len(own))):
+                    jobs += [Job(system, c, run, own[run]) for c in conditions if c in system.conditions]
     if not jobs:
         raise ClearValueError(
-            "nothing to measure: pass --clear and --direct with adapters, or choose other systems"
+            "nothing to measure: pass --adapters FAMILY=ADAPTER for the systems, or choose other systems"
         )
     return jobs
 
@@ -189,7 +207,13 @@ def open_record(args: argparse.Namespace, facts: dict[str, Any], device: str) ->
                     f"{path} was measured with another {name!r}: choose another --output, pass --fresh to replace it, "
                     "or leave it out of --merge"
                 )
-        payload = payload | before.payload | {"cells": payload["cells"] | before.payload["cells"]}
+        both = {"cells": payload["cells"] | before.payload["cells"]}
+        if "restorations" in before.payload:
+            old = payload.get("restorations", {})
+            both["restorations"] = {
+                part: old.get(part, {}) | found for part, found in before.payload["restorations"].items()
+            }
+        payload = payload | before.payload | both
     return Record(args.output, payload, device)
 
 
@@ -207,11 +231,20 @@ def describe_device(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def measure_pictures(
-    model: AttachedModel, settings: Settings, data: HeldOut, replies: list[Reply], args: argparse.Namespace
-) -> dict[str, Any]:
-    """Restorations of the replies against the clean scenes; also draws the sheet."""
+    model: AttachedModel,
+    system: System,
+    settings: Settings,
+    data: HeldOut,
+    replies: list[Reply],
+    args: argparse.Namespace,
+) -> dict[str, dict[str, Any]]:
+    """Restorations of the replies against the clean scenes; also draws their sheet.
+
+    Returns:
+        `ways` and `signs`, with what was restored under the system's name.
+    """
     import numpy as np
-    from restorers import WAYS, measure
+    from restorers import measure
     from sheet import draw_sheet
 
     pictures = [r.restored_image for r in replies]
@@ -221,11 +254,14 @@ def measure_pictures(
             f"{len(pictures) - len(found)} of {len(pictures)} replies hold no decodable restoration"
         )
     restored = [np.asarray(p) for p in found]
-    poor = data.pictures["high"]
-    ways = measure(data.pictures["clean"], poor, restored, training_statistics(), args.workers)
-    sheet = args.output.with_name(args.output.stem + "_restorations.png")
+    ways = measure(data, restored, training_statistics(), args.workers)
+    sheet = args.output.with_name(f"{args.output.stem}_{system.name}.png")
     draw_sheet(data, restored, ways, sheet)
-    return {"ways": {w: ways[w] for w in WAYS}, "signs": read_signs(model, settings, data, found)}
+    signs = read_signs(model, settings, data, found)
+    return {
+        "ways": {system.name if w == "restored" else w: values for w, values in ways.items()},
+        "signs": {system.name if w == "restored" else w: values for w, values in signs.items()},
+    }
 
 
 def run(args: argparse.Namespace) -> Record:
@@ -256,16 +292,18 @@ def run(args: argparse.Namespace) -> Record:
     record = open_record(args, data.facts(), words)
     if args.merge:
         record.write()
-    took: dict[tuple[str, str], float] = {}
+    took: dict[tuple[bool, str], float] = {}
     for job, model, adapter in with_models(jobs, record, settings):
-        kind = (job.system.adapter if job.system.plain else "clear", job.system.restore)
+        kind = (job.system.plain, job.system.restore)
         elapsed = time.perf_counter() - began
         if args.seconds is not None and elapsed + took.get(kind, 0.0) > args.seconds:
             print(f"stopped before {job.key}: {elapsed:.0f} s of {args.seconds:.0f} are used", flush=True)
             break
         cell, replies = run_cell(model, job.system, job.condition, settings, data)
         if job.measures_pictures:
-            record.payload["restorations"] = measure_pictures(model, settings, data, replies, args)
+            known = record.payload.setdefault("restorations", {})
+            for part, found in measure_pictures(model, job.system, settings, data, replies, args).items():
+                known[part] = known.get(part, {}) | found
         record.payload["cells"][job.key] = cell | {"run": job.run, "adapter": adapter}
         record.write()
         if args.answers is not None:
@@ -292,7 +330,8 @@ def with_models(
     for job in jobs:
         facts = None if job.adapter is None else known[job.adapter]
         cell = record.payload["cells"].get(job.key)
-        complete = "restorations" in record.payload or not job.measures_pictures
+        pictures = record.payload.get("restorations", {}).get("ways", {})
+        complete = job.system.name in pictures or not job.measures_pictures
         if cell is not None and cell["adapter"] == facts and complete:
             print(f"{job.key:26s} is there already", flush=True)
             continue

@@ -25,22 +25,54 @@ from clear_adapters.world import KINDS
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("sft", "bridge", "clear")
 WAYS = {
+    "clean": "clean",
     "input": "degraded",
     "gain_offset": "gain and offset",
     "classical": "classical",
-    "restored": "restored",
+    "sft-always": "SFT",
+    "clear-always": "GRPO",
+}
+MEASURES = {
+    "psnr": ("PSNR, dB", ".1f"),
+    "ssim": ("SSIM", ".2f"),
+    "blur": ("blur, 0 to 1", ".2f"),
+    "again": ("degraded again against the input, dB", ".1f"),
 }
 DIFFERENCES = (
-    ("CLEAR, deciding, minus base, at high", ("clear-auto", "high"), ("base", "high")),
-    ("CLEAR, deciding, minus direct LoRA, at high", ("clear-auto", "high"), ("direct", "high")),
-    ("CLEAR, deciding, minus base, on clean", ("clear-auto", "clean"), ("base", "clean")),
-    ("CLEAR, always minus never restoring, at high", ("clear-always", "high"), ("clear-never", "high")),
-    ("gate: true clean latent minus own, at high", ("clear-clean", "high"), ("clear-always", "high")),
-    (
-        "gate: own latent minus the degraded picture's, at high",
-        ("clear-always", "high"),
-        ("clear-degraded", "high"),
+    ("GRPO minus SFT, at high", ("clear", "high"), ("sft", "high")),
+    ("GRPO minus SFT, on clean", ("clear", "clean"), ("sft", "clean")),
+    ("GRPO minus direct LoRA, at high", ("clear", "high"), ("direct", "high")),
+    ("GRPO minus direct LoRA, on clean", ("clear", "clean"), ("direct", "clean")),
+    ("GRPO minus base, at high", ("clear", "high"), ("base", "high")),
+    ("GRPO minus base, on clean", ("clear", "clean"), ("base", "clean")),
+    ("SFT minus direct LoRA, at high", ("sft", "high"), ("direct", "high")),
+    ("SFT + bridge minus SFT, at high", ("bridge", "high"), ("sft", "high")),
+    ("GRPO minus SFT + bridge, at high", ("clear", "high"), ("bridge", "high")),
+    ("bridge minus decode and re-encode, at high", ("clear", "high"), ("reencode", "high")),
+    ("image loss weight 0.3 minus 0, at high", ("clear", "high"), ("image0", "high")),
+    ("rewards without minus with decision, at high", ("clear", "high"), ("decision", "high")),
+    *(
+        row
+        for family, title in (("sft", "SFT"), ("clear", "GRPO"))
+        for row in (
+            (
+                f"{title}: always minus never restoring, at high",
+                (f"{family}-always", "high"),
+                (f"{family}-never", "high"),
+            ),
+            (
+                f"{title}: true clean latent minus own, at high",
+                (f"{family}-clean", "high"),
+                (f"{family}-always", "high"),
+            ),
+            (
+                f"{title}: own latent minus the degraded picture's, at high",
+                (f"{family}-always", "high"),
+                (f"{family}-degraded", "high"),
+            ),
+        )
     ),
 )
 
@@ -61,22 +93,23 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main_table(result: ResultFile) -> str:
-    """Right answers by system and severity, with how it was measured."""
+def main_table(result: ResultFile, full: bool) -> str:
+    """Right answers by system and severity, with how it was measured; the short one has the main systems only."""
     p = result.payload
-    rows = []
-    for name in summary.measured(p):
+    shown = [n for n in summary.measured(p) if full or BY_NAME[n].every_seed or BY_NAME[n].family is None]
+    rows, rates = [], []
+    for name in shown:
         values = [summary.accuracy(p, name, c) for c in ALL]
         runs = max(v.runs for v in values if v is not None)
         rows.append([BY_NAME[name].title, str(runs), *map(percent, values)])
-    rates = [summary.restore_rate(p, c) for c in ALL]
-    if any(rates):
-        rows.append(["*restores, when deciding*", str(max(r.runs for r in rates if r)), *map(percent, rates)])
+        restored = [summary.restore_rate(p, name, c) for c in ALL]
+        if any(restored) and BY_NAME[name].restore == "auto":
+            rates.append([f"*{BY_NAME[name].title}: restores*", str(runs), *map(percent, restored)])
     note = (
         f"Right answers in % of {p['set']['n']:,} held-out questions [95 % interval]; model `{p['model']['name']}`, "
         f"{result.device}, {result.date[:10]}."
     )
-    return f"{note}\n\n{table(['system', 'seeds', *ALL], rows)}"
+    return f"{note}\n\n{table(['system', 'seeds', *ALL], rows + (rates if full else rates[-1:]))}"
 
 
 def differences(result: ResultFile) -> str:
@@ -84,7 +117,7 @@ def differences(result: ResultFile) -> str:
     p = result.payload
     found = [(title, summary.difference(p, a, b)) for title, a, b in DIFFERENCES]
     rows = [[title, str(v.runs), points(v)] for title, v in found if v is not None]
-    for name in ("direct", "clear-auto"):
+    for name in ("direct", *STAGES):
         value = summary.won_back(p, name)
         if value is not None:
             title = f"share of the base's loss at high won back by {BY_NAME[name].title}, in %"
@@ -93,31 +126,42 @@ def differences(result: ResultFile) -> str:
 
 
 def pictures(result: ResultFile, full: bool) -> str:
-    """Restorations: one sentence, and by corruption."""
+    """Restorations: each measure by way, what was gained, who can read the sign; and decibels by corruption."""
     p = result.payload
     if "restorations" not in p:
         return ""
-    found = summary.restorations(p)
-    _, _, overall = found[-1]
-    gain, signs = summary.gain(p), summary.signs(p)
-    text = (
-        f"Restorations at high, median of {p['set']['n']:,}: {overall['restored'][0]:.1f} dB (SSIM "
-        f"{overall['restored'][1]:.2f}) where the degraded picture has {overall['input'][0]:.1f} dB "
-        f"({overall['input'][1]:.2f}), a gain-and-offset correction {overall['gain_offset'][0]:.1f} dB "
-        f"({overall['gain_offset'][1]:.2f}) and a classical restorer {overall['classical'][0]:.1f} dB "
-        f"({overall['classical'][1]:.2f}); picture by picture {gain.mean:+.1f} dB [{gain.low:+.1f}, {gain.high:+.1f}]."
-    )
-    if signs:
-        words = {"clean": "clean", "high": "degraded", "restored": "restored"}
-        read = ", ".join(f"{words[n]} {percent(v)} %" for n, v in signs.items())
-        text += f" The plain base reads the sign in: {read}."
-    if not full:
-        return text
-    rows = [
-        [name, str(n), *(f"{medians[w][0]:.1f} / {medians[w][1]:.2f}" for w in WAYS)]
-        for name, n, medians in found
+    ways = [w for w in WAYS if w in p["restorations"]["ways"]]
+    own = [w for w in ways if BY_NAME.get(w) is not None]
+    rows = []
+    for measure, (title, style) in MEASURES.items():
+        medians = summary.restorations(p, measure)[-1][2]
+        rows.append([title, *(f"{medians[w]:{style}}" for w in ways)])
+    signs = summary.signs(p)
+    by_way = {"input": "high"}
+    read = [signs.get(by_way.get(w, w)) for w in ways]
+    rows.append(["the plain base reads the sign, %", *map(percent, read)])
+    parts = [
+        f"Pictures at high, median of {p['set']['n']:,}; restorations are of the first seed.",
+        table(["", *(WAYS[w] for w in ways)], rows),
     ]
-    return text + "\n\n" + table(["median dB / SSIM", "n", *WAYS.values()], rows)
+    gains = [(f"{WAYS[w]} has {decibels(summary.gain(p, w))} above its input") for w in own]
+    if len(own) == 2:
+        gains.append(f"GRPO {decibels(summary.gain(p, own[1], own[0]))} above SFT")
+    parts.append(f"Picture by picture, in the median: {', '.join(gains)}.")
+    if full:
+        psnr, ssim = summary.restorations(p, "psnr"), summary.restorations(p, "ssim")
+        corrupted = [w for w in ways if w != "clean"]
+        lines = [
+            [name, str(n), *(f"{decibel[w]:.1f} / {similar[w]:.2f}" for w in corrupted)]
+            for (name, n, decibel), (_, _, similar) in zip(psnr, ssim, strict=True)
+        ]
+        parts.append(table(["median dB / SSIM", "n", *(WAYS[w] for w in corrupted)], lines))
+    return "\n\n".join(parts)
+
+
+def decibels(value: Value) -> str:
+    """`+0.8 dB [+0.5, +1.0]`."""
+    return f"{value.mean:+.1f} dB [{value.low:+.1f}, {value.high:+.1f}]"
 
 
 def kinds(result: ResultFile) -> str:
@@ -139,7 +183,7 @@ def render(result: ResultFile, full: bool = False) -> str:
         result: as evaluate.py wrote it.
         full: with kinds of questions and corruptions.
     """
-    parts = [main_table(result), differences(result), pictures(result, full)]
+    parts = [main_table(result, full), differences(result), pictures(result, full)]
     if full:
         parts.append(kinds(result))
     return "\n\n".join(p for p in parts if p)
@@ -166,41 +210,60 @@ def between(text: str) -> str | None:
 
 
 def draw(result: ResultFile, path: Path) -> None:
-    """Accuracy by severity with intervals, and how often a picture is restored."""
+    """Accuracy by severity with intervals, and how often a picture is restored; one colour a family."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     p = result.payload
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 2), layout="constrained")
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 4.6), width_ratios=(3, 2), layout="constrained"
+    )
+    shown = [n for n in summary.measured(p) if BY_NAME[n].conditions == ALL]
+    colours = {
+        name: f"C{number}" for number, name in enumerate(n for n in BY_NAME if BY_NAME[n].conditions == ALL)
+    }
 
-    def line(axes: Any, values: list[Value | None], title: str, shift: float, style: str) -> None:
+    def line(axes: Any, name: str, values: list[Value | None], shift: float) -> Any:
         there = [(i + shift, v) for i, v in enumerate(values) if v is not None]
         means = [100 * v.mean for _, v in there]
         spread = [
             [100 * max(0, v.mean - v.low) for _, v in there],
             [100 * max(0, v.high - v.mean) for _, v in there],
         ]
-        axes.errorbar(
-            [x for x, _ in there], means, yerr=spread, fmt=style, capsize=3, label=title, markersize=5
+        seeds = max(v.runs for _, v in there)
+        trained = BY_NAME[name].family is not None
+        title = f"{BY_NAME[name].title} ({seeds} seed{'s' * (seeds > 1)})" if trained else BY_NAME[name].title
+        return axes.errorbar(
+            [x for x, _ in there],
+            means,
+            yerr=spread,
+            fmt="o-" if BY_NAME[name].every_seed or not trained else "s:",
+            color=colours[name],
+            capsize=3,
+            label=title,
+            markersize=4,
+            linewidth=1.2,
         )
 
-    names = summary.measured(p)
-    for n, name in enumerate(names):
-        style = "o-" if BY_NAME[name].conditions == ALL else "s"
-        values = [summary.accuracy(p, name, c) for c in ALL]
-        line(left, values, BY_NAME[name].title, (n - (len(names) - 1) / 2) * 0.06, style)
+    for n, name in enumerate(shown):
+        shift = (n - (len(shown) - 1) / 2) * 0.07
+        line(left, name, [summary.accuracy(p, name, c) for c in ALL], shift)
+        rates = [summary.restore_rate(p, name, c) for c in ALL]
+        if any(rates):
+            line(right, name, rates, shift)
     left.set_ylabel("right answers, %")
     left.set_title(f"{p['set']['n']:,} held-out questions, 95 % intervals", fontsize=10)
-    left.legend(fontsize=7)
-    line(right, [summary.restore_rate(p, c) for c in ALL], "CLEAR, deciding", 0, "o-")
     right.set_ylim(-4, 104)
     right.set_ylabel("restored, %")
     right.set_title("how often the picture is restored", fontsize=10)
     for axes in (left, right):
         axes.set_xticks(range(len(ALL)), ALL)
         axes.grid(axis="y", alpha=0.3)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(figure)

@@ -1,24 +1,32 @@
-"""How good restorations are: decibels and SSIM beside two ways that learn nothing from the task.
+"""How good restorations are, beside two ways that learn nothing from the task.
+
+Measured are decibels and SSIM against the clean scene; how blurred a picture is, without looking at the scene
+(Crete et al. 2007: 0 is sharp, 1 is blurred); and, in decibels, whether the picture, degraded once more in the same
+way with the same seed, gives the model's input again, as a true restoration would.
 
 - gain and offset: every channel is scaled and shifted so that its mean and deviation are those of an average
   training scene. It undoes darkness and fog and knows nothing of what the picture shows.
 - classical: OpenCV's non-local means against noise, CLAHE on lightness against poor contrast, then an unsharp mask;
   one setting for all corruptions.
 
-Both act on the picture at its own size; everything is measured at the model's size, against the clean scene.
+Both act on the picture at its own size; everything is measured at the model's size.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-from heldout import map_parallel
+from heldout import SIDE, degraded, map_parallel
 from PIL import Image
 
-WAYS = ("input", "gain_offset", "classical", "restored")
+if TYPE_CHECKING:
+    from heldout import HeldOut
+
+WAYS = ("clean", "input", "gain_offset", "classical", "restored")
+MEASURES = {"psnr": 3, "ssim": 4, "blur": 4, "again": 3}
 
 
 def psnr(image: np.ndarray, truth: np.ndarray) -> float:
@@ -65,48 +73,58 @@ def reduced(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
+def blur(image: np.ndarray) -> float:
+    """How blurred, of 0 to 1, without a reference."""
+    from skimage.measure import blur_effect
+
+    return float(blur_effect(image, channel_axis=2))
+
+
 def measure(
-    clean: np.ndarray,
-    poor: np.ndarray,
-    restored: list[np.ndarray],
-    statistics: tuple[np.ndarray, np.ndarray],
-    workers: int = 0,
+    data: HeldOut, restored: list[np.ndarray], statistics: tuple[np.ndarray, np.ndarray], workers: int = 0
 ) -> dict[str, dict[str, list[float]]]:
-    """Decibels and SSIM of every picture.
+    """Every measure of every picture.
 
     Args:
-        clean: (N, H, W, 3), at the pictures' own size.
-        poor: likewise, degraded.
+        data: with the clean and the highly degraded pictures.
         restored: N pictures at the model's size.
         statistics: mean and deviation of training scenes.
         workers: processes; 0 is one a core.
 
     Returns:
-        By way, then `psnr` and `ssim`: one number a picture.
+        By way, then `psnr`, `ssim`, `blur` and `again`: one number a picture.
     """
-    rows = map_parallel(
-        partial(_measure_one, statistics), list(zip(clean, poor, restored, strict=True)), workers
-    )
+    given = zip(data.items, data.pictures["clean"], data.pictures["high"], restored, strict=True)
+    rows = map_parallel(partial(_measure_one, statistics), list(given), workers)
     return {
-        way: {
-            "psnr": [round(row[way][0], 3) for row in rows],
-            "ssim": [round(row[way][1], 4) for row in rows],
-        }
+        way: {name: [round(row[way][name], digits) for row in rows] for name, digits in MEASURES.items()}
         for way in WAYS
     }
 
 
 def _measure_one(
     statistics: tuple[np.ndarray, np.ndarray], row: tuple[Any, ...]
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, dict[str, float]]:
     cv2.setNumThreads(1)
-    clean, poor, restored = (np.array(x) for x in row)
+    item, *pixels = row
+    clean, poor, restored = (np.array(x) for x in pixels)
     size = (restored.shape[1], restored.shape[0])
-    truth = reduced(clean, size)
+    truth, given = reduced(clean, size), reduced(poor, size)
     pictures = {
-        "input": reduced(poor, size),
+        "clean": truth,
+        "input": given,
         "gain_offset": reduced(gain_offset(poor, *statistics), size),
         "classical": reduced(classical(poor), size),
         "restored": restored,
     }
-    return {way: (psnr(p, truth), ssim(p, truth)) for way, p in pictures.items()}
+    found = {}
+    for way, picture in pictures.items():
+        large = Image.fromarray(reduced(picture, (SIDE, SIDE)))
+        again = reduced(np.asarray(degraded(large, item, "high")), size)
+        found[way] = {
+            "psnr": psnr(picture, truth),
+            "ssim": ssim(picture, truth),
+            "blur": blur(picture),
+            "again": psnr(again, given),
+        }
+    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from systems import SYSTEMS
+from systems import BY_NAME, SYSTEMS
 
 from clear_adapters.results import bootstrap_interval, mean_of_seeds_interval, proportion_interval
 
@@ -64,22 +64,23 @@ def accuracy(
     return share(rows) if rows.size else None
 
 
-def restore_rate(payload: Mapping[str, Any], condition: str) -> Value | None:
-    """How often CLEAR, deciding for itself, restores."""
-    rows = runs_of(payload, "clear-auto", condition, "restored")
+def restore_rate(payload: Mapping[str, Any], system: str, condition: str) -> Value | None:
+    """How often a system restores."""
+    rows = runs_of(payload, system, condition, "restored")
     return None if rows is None else share(rows)
 
 
 def difference(payload: Mapping[str, Any], first: tuple[str, str], second: tuple[str, str]) -> Value | None:
     """First minus second, question by question: (system, condition) each.
 
-    A single run stands against each run of the other; runs of equal number are paired by seed.
+    Trained systems are paired seed by seed; the base stands against each run of the other.
     """
     a, b = runs_of(payload, *first), runs_of(payload, *second)
     if a is None or b is None:
         return None
-    runs = min(len(a), len(b)) if min(len(a), len(b)) > 1 else max(len(a), len(b))
-    a, b = (x if len(x) == 1 else x[:runs] for x in (a, b))
+    trained = all(BY_NAME[system].family is not None for system, _ in (first, second))
+    runs = (min if trained else max)(len(a), len(b))
+    a, b = a[:runs], b[:runs]
     rows = np.broadcast_to(a, (runs, a.shape[1])) - np.broadcast_to(b, (runs, b.shape[1]))
     low, high = bootstrap_interval(rows[0].tolist()) if runs == 1 else mean_of_seeds_interval(rows.tolist())
     return Value(float(rows.mean()), low, high, runs)
@@ -106,33 +107,34 @@ def won_back(payload: Mapping[str, Any], system: str, samples: int = 2000) -> Va
     return Value(float(own.mean() - poor.mean()) / loss, low, high, len(own))
 
 
-def restorations(payload: Mapping[str, Any]) -> list[tuple[str, int, dict[str, tuple[float, float]]]]:
-    """By corruption, then over all: how many, and by way the median decibels and SSIM."""
-    ways = payload["restorations"]["ways"]
+def restorations(
+    payload: Mapping[str, Any], measure: str = "psnr"
+) -> list[tuple[str, int, dict[str, float]]]:
+    """By corruption, then over all: how many, and by way the median of a measure."""
     names = np.array(payload["set"]["degradations"])
     rows = []
     for name in (*sorted(set(names)), "all"):
         of = np.ones(len(names), bool) if name == "all" else names == name
         medians = {
-            way: tuple(float(np.median(np.array(values[m])[of])) for m in ("psnr", "ssim"))
-            for way, values in ways.items()
+            way: float(np.median(np.array(values[measure])[of]))
+            for way, values in payload["restorations"]["ways"].items()
         }
         rows.append((str(name), int(of.sum()), medians))
-    return rows  # type: ignore[return-value]
+    return rows
 
 
-def gain(payload: Mapping[str, Any], way: str = "restored") -> Value:
-    """Median over pictures of the decibels above the input."""
+def gain(payload: Mapping[str, Any], way: str, over: str = "input", measure: str = "psnr") -> Value:
+    """Median over pictures of what one way has above another."""
     ways = payload["restorations"]["ways"]
-    values = np.array(ways[way]["psnr"]) - np.array(ways["input"]["psnr"])
+    values = np.array(ways[way][measure]) - np.array(ways[over][measure])
     low, high = bootstrap_interval(values.tolist(), statistic=np.median)
     return Value(float(np.median(values)), low, high)
 
 
 def signs(payload: Mapping[str, Any]) -> dict[str, Value]:
-    """How often the plain base reads the sign, by picture."""
+    """How often the plain base reads the sign, by picture: clean, high, or a system's restoration."""
     found = payload["restorations"]["signs"]
-    return {n: share(ones(found[n])[None]) for n in ("clean", "high", "restored") if n in found}
+    return {n: share(ones(bits)[None]) for n, bits in found.items() if n != "asked" and bits}
 
 
 def measured(payload: Mapping[str, Any]) -> list[str]:

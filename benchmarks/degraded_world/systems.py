@@ -31,48 +31,60 @@ class System:
     Attributes:
         name: in result files and on the command line.
         title: in tables.
-        adapter: which adapters it runs with.
+        family: whose adapters it runs with, as train_table.py names them; None is the base alone.
         conditions: where it is measured.
-        every_seed: whether with all adapters of the kind, or with the first only.
-        plain: asked in the family's own chat format, without the protocol.
+        every_seed: whether with all adapters of the family, or with the first only.
+        plain: asked in the model family's own chat format, without the protocol.
         warned: with a sentence on degradation before the question.
         restore: as in `answer`.
         latent_from: as in `answer`.
+        pictures: whether its restorations at high, of the first adapter, are measured too.
     """
 
     name: str
     title: str
-    adapter: Literal["none", "direct", "clear"]
+    family: str | None
     conditions: tuple[str, ...] = ENDS
     every_seed: bool = False
     plain: bool = False
     warned: bool = False
     restore: Literal["auto", "always", "never"] = "auto"
     latent_from: Literal["own", "degraded", "clean", "reencode"] = "own"
+    pictures: bool = False
 
+
+# What is asked of the first and of the last stage beside their own decision, with what title.
+_MODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "always": ("always restoring", {"restore": "always", "pictures": True}),
+    "never": ("never restoring", {"restore": "never"}),
+    "degraded": ("reading the degraded picture's latent", {"restore": "always", "latent_from": "degraded"}),
+    "clean": ("reading the true clean latent", {"restore": "always", "latent_from": "clean"}),
+}
 
 SYSTEMS = (
-    System("base", "base", "none", ALL, plain=True),
-    System("base-warned", "base, warned of degradation", "none", plain=True, warned=True),
+    System("base", "base", None, ALL, plain=True),
+    System("base-warned", "base, warned of degradation", None, plain=True, warned=True),
     System("direct", "direct LoRA", "direct", ALL, every_seed=True, plain=True),
-    System("clear-auto", "CLEAR, deciding", "clear", ALL, every_seed=True),
-    System("clear-always", "CLEAR, always restoring", "clear", restore="always"),
-    System("clear-never", "CLEAR, never restoring", "clear", restore="never"),
+    System("sft", "CLEAR: SFT", "sft", ALL, every_seed=True),
+    System("bridge", "CLEAR: SFT + bridge", "bridge", ALL, every_seed=True),
+    System("clear", "CLEAR: SFT + bridge + GRPO", "clear", ALL, every_seed=True),
     System(
-        "clear-degraded",
-        "control: latent of the degraded picture",
-        "clear",
-        restore="always",
-        latent_from="degraded",
+        "reencode",
+        "CLEAR: GRPO, decode and re-encode for the bridge",
+        "reencode",
+        ALL,
+        every_seed=True,
+        latent_from="reencode",
     ),
-    System(
-        "clear-clean",
-        "control: latent of the true clean picture",
-        "clear",
-        restore="always",
-        latent_from="clean",
+    System("image0", "CLEAR: GRPO, image loss weight 0", "image0", ALL),
+    System("decision", "CLEAR: GRPO, rewards with decision", "decision", ALL),
+    *(
+        System(f"{family}-{mode}", f"{title}, {words}", family, **settings)
+        for family, title in (("sft", "SFT"), ("clear", "GRPO"))
+        for mode, (words, settings) in _MODES.items()
     ),
 )
+FAMILIES = tuple(dict.fromkeys(s.family for s in SYSTEMS if s.family is not None))
 BY_NAME = {s.name: s for s in SYSTEMS}
 
 
@@ -175,7 +187,11 @@ def run_cell(
 def read_signs(
     model: AttachedModel, settings: Settings, data: HeldOut, restored: Sequence[Image.Image]
 ) -> dict[str, str]:
-    """Whether the plain base model reads the sign in the clean, the degraded and the restored picture."""
+    """Whether the plain base model reads the sign in the clean, the degraded and the restored picture.
+
+    Returns:
+        Bits for `clean`, `high` and `restored`, one for each question that `asked`, a bit a question, marks.
+    """
     chosen = [i for i in data.items if i.sign]
     sources = {"clean": data.images("clean"), "high": data.images("high"), "restored": list(restored)}
     found: dict[str, str] = {"asked": bits(bool(i.sign) for i in data.items)}
