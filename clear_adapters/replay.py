@@ -299,9 +299,10 @@ class FlowTargets:
                 if trace is None or segment.origin is not Origin.SAMPLED:
                     continue
                 index = list(range(len(trace.t)) if wanted is None else next(wanted, ()))
-                x.append(trace.x[0, index].flatten(0, 1))
-                x_next.append(trace.x_next[0, index].flatten(0, 1))
-                recorded.append(trace.logprobs[0, index])
+                # Views, step by step: a list of places would wait for the device to take it.
+                x += [trace.x[0, k] for k in index]
+                x_next += [trace.x_next[0, k] for k in index]
+                recorded += [trace.logprobs[0, k : k + 1] for k in index]
                 size = trace.x.shape[2]
                 facts += [(float(trace.t[k]), float(trace.dt[k]), trace.sigma, size) for k in index]
             per_row.append(len(facts) - before)

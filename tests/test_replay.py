@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from clear_adapters.backbones.bagel import backbone as bagel
+from clear_adapters.backbones.bagel import writer as bagel
 from clear_adapters.backbones.base import Restoration
 from clear_adapters.backbones.packed import ImagePiece, LatentPiece, ModelOutputs, TextPiece
 from clear_adapters.bridge import BridgeConfig, LatentBridge

@@ -22,6 +22,7 @@ from clear_adapters.backbones.bagel.images import prepare_image, to_pil
 from clear_adapters.backbones.bagel.model import BagelModel, Frame
 from clear_adapters.backbones.bagel.packing import Marks, Packer, grid_places, pad_patches
 from clear_adapters.backbones.bagel.spec import SPEC
+from clear_adapters.backbones.bagel.writer import Writer
 from clear_adapters.backbones.base import Backbone, Context, FlowTrace, Restoration
 from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
 from clear_adapters.errors import CheckpointError, ClearValueError
@@ -29,7 +30,6 @@ from clear_adapters.sampling import (
     LatentSampling,
     RowRandom,
     TextSampling,
-    choose_token,
     flow_schedule,
     guide,
     ode_step,
@@ -279,36 +279,21 @@ class BagelBackbone(Backbone):
         self, context: Context, sampling: TextSampling, rows: Sequence[int] | None = None
     ) -> Generator[Tensor, None, tuple[Context, list[TextSegment]]]:
         names = _named(context, rows)
-        active = torch.zeros(context.rows, dtype=torch.bool)
-        active[names] = True
-        active = active.to(self.device)
         named = torch.tensor(names, dtype=torch.int64).to(self.device)
-        tokens: list[Tensor] = []
-        logprobs: list[Tensor] = []
-        kept: list[Tensor] = []
-        feed = torch.full((context.rows,), self.marks.start, device=self.device)
-        random = context.random.clone()
+        writer = Writer(self.model, context, sampling, names, (self.marks.start, self.marks.end))
         # Asking a GPU whether all rows are finished stalls it, so it is asked now and then only.
         check = 1 if self.device.type == "cpu" else 16
-        for i in range(sampling.max_new_tokens):
-            step = self._feed(context, feed, active if i == 0 else kept[-1])
-            context = step.context
-            logits = self.model.logits(step.und)
-            token, logprob = choose_token(logits, sampling, random, active)
-            tokens.append(torch.where(active, token, -1))
-            logprobs.append(logprob)
-            kept.append(active)
-            feed = torch.where(active, token, self.marks.end)
-            yield tokens[-1] if len(names) == context.rows else tokens[-1][named]
-            active = active & (token != self.marks.end)
-            if (i + 1) % check == 0 and not bool(active.any()):
+        while writer.steps < sampling.max_new_tokens:
+            ids = writer.advance()
+            yield ids if len(names) == context.rows else ids[named]
+            if writer.steps % check == 0 and not bool(writer.drawing.any()):
                 break
-        context = self._feed(context, feed, kept[-1]).context
-        if bool(active.any()):
+        context = self._feed(writer.context, writer.feed, writer.reading).context
+        if bool(writer.drawing.any()):
             # Cut off at the limit: the block is closed, but nobody chose that token.
-            context = self._feed(context, torch.full_like(feed, self.marks.end), active).context
-        table = torch.stack(tokens, 1).cpu()
-        scores = torch.stack(logprobs, 1).float().cpu()
+            end = torch.full_like(writer.feed, self.marks.end)
+            context = self._feed(context, end, writer.drawing).context
+        table, scores = writer.tokens.cpu(), writer.logprobs.cpu()
         segments = []
         for row in names:
             own = table[row] >= 0
@@ -316,7 +301,7 @@ class BagelBackbone(Backbone):
             segments.append(
                 TextSegment(ids, Origin.SAMPLED, self.decode_text(ids), logprobs=scores[row][own])
             )
-        return replace(context, random=random), segments
+        return context, segments
 
     def _feed(self, context: Context, token: Tensor, active: Tensor) -> _Step:
         und = self.model.language_model.model.embed_tokens(token)

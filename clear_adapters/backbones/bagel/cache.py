@@ -42,7 +42,8 @@ class Cache:
             capacity = max(length + more, 2 * length, 64)
             shape = list(s.data.shape)
             shape[4] = capacity
-            data = s.data.new_empty(shape)
+            # Zeros: what is masked still takes part in a sum, where NaN would spread.
+            data = s.data.new_zeros(shape)
             data[..., :length, :] = s.data[..., :length, :]
             s = _Storage(data, length)
         return Pass(s, length, length + more)
@@ -71,14 +72,44 @@ class Pass:
         data[1, :, :, self.start : self.stop] = values
         return data[0, :, :, : self.stop], data[1, :, :, : self.stop]
 
-    def commit(self) -> Cache:
-        """The cache with the written entries read."""
-        self._storage.used = self.stop
+    def commit(self, length: int | None = None) -> Cache:
+        """The cache with the written entries read; of them only those below `length`, where it is given."""
+        self._storage.used = self.stop if length is None else length
         return Cache(self._storage)
+
+    def slots(self) -> Tensor:
+        """(layers, 2, B, H, stop, d), a view: what is read, and the room."""
+        return self._storage.data[..., : self.stop, :]
 
     def again(self) -> Cache:
         """The cache without them, on the storage that has room, so that a repeated pass does not copy again."""
         return Cache(self._storage)
+
+
+class Slots:
+    """Room for tokens that come one by one, each at a place that the device counts.
+
+    Keys and values reach over all of the room, so that their shapes stay the same: what is not written is masked.
+
+    Attributes:
+        place: (1,) int64, where the next token goes.
+    """
+
+    def __init__(self, room: Pass, place: Tensor) -> None:
+        self._room = room
+        self._data = room.slots()
+        self.place = place
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes (B, H, 1, d) at the place and gives the whole room, (B, H, stop, d)."""
+        held = self._data[layer]
+        held[0].index_copy_(2, self.place, keys.to(held.dtype))
+        held[1].index_copy_(2, self.place, values.to(held.dtype))
+        return held[0], held[1]
+
+    def commit(self, length: int) -> Cache:
+        """The cache with what was written below a length."""
+        return self._room.commit(length)
 
 
 def stack(contexts: list[Context]) -> Context:

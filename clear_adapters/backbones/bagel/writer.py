@@ -1,0 +1,148 @@
+"""Writing text token by token over tensors that stay in place, so that a GPU replays one captured step.
+
+A step of a small model is hundreds of kernels that are launched one by one; captured as a CUDA graph, it costs one launch.
+On other devices the same step runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from clear_adapters.backbones.bagel.cache import Slots
+from clear_adapters.backbones.bagel.model import BagelModel, Frame
+from clear_adapters.backbones.base import Context
+from clear_adapters.sampling import RowRandom, TextSampling, choose_token
+
+_PORTIONS = {"cuda": 256}
+"""Tokens for which room is made at once: a graph is captured for each portion."""
+_PORTION = 32
+
+
+class Writer:
+    """A batch of rows that write.
+
+    Attributes:
+        tokens: (B, max_new_tokens) int64 on the device; -1 where a row wrote nothing.
+        logprobs: (B, max_new_tokens) float32.
+        drawing: (B,) bool, rows that are not finished.
+        reading: (B,) bool, rows whose next token (`feed`) is one of theirs.
+        feed: (B,) int64, the token that is read next.
+        steps: tokens written so far.
+    """
+
+    def __init__(
+        self,
+        model: BagelModel,
+        context: Context,
+        sampling: TextSampling,
+        rows: Sequence[int],
+        marks: tuple[int, int],
+    ) -> None:
+        """Makes ready; nothing is read yet.
+
+        Args:
+            model: the network.
+            context: what the rows have read; it stays usable.
+            sampling: of the tokens.
+            rows: those that write.
+            marks: ids of the tokens that open and close a block.
+        """
+        self._model, self._context, self._sampling = model, context, sampling
+        device, count = context.position.device, context.rows
+        start, self._end = marks
+        active = torch.zeros(count, dtype=torch.bool)
+        active[list(rows)] = True
+        self.drawing = active.to(device)
+        self.reading = self.drawing.clone()
+        self.feed = torch.full((count,), start, device=device)
+        self.tokens = torch.full((count, sampling.max_new_tokens), -1, device=device)
+        self.logprobs = torch.zeros(count, sampling.max_new_tokens, device=device)
+        self.steps = 0
+        self._position = context.position.clone()
+        self._random = context.random.clone()
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._rows = torch.arange(count, device=device)
+        # Shards of the base are gathered by hooks that a replay would not run.
+        sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        self._captures = device.type == "cuda" and not sharded
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._open(context)
+
+    def _open(self, context: Context) -> None:
+        """Room behind a context for the next portion of tokens."""
+        portion = _PORTIONS.get(context.position.device.type, _PORTION)
+        room = context.cache.reserve(context.length, min(portion, self._sampling.max_new_tokens - self.steps))
+        self._slots = Slots(room, torch.full_like(self._place, room.start))
+        wide = context.valid.new_zeros(context.rows, room.stop)
+        wide[:, : room.start] = context.valid
+        self._mask = wide[:, None, None]
+        self._stop = room.stop
+        self._length = room.start
+        self._graph = None
+
+    def advance(self) -> Tensor:
+        """Reads the last token of each row and writes the next: (B,) ids, -1 in finished rows."""
+        if self._length == self._stop:
+            self._open(self.context)
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            # The first step of a portion runs as it is: it makes handles, workspaces and casts that a capture must not.
+            self._step()
+            if self._captures and self._length + 1 < self._stop:
+                self._graph = self._captured()
+        self._length += 1
+        self.steps += 1
+        return self.tokens[:, self.steps - 1]
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # A data loader's thread may pin memory meanwhile.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._step()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph
+
+    def _step(self) -> None:
+        """One token in every row, all of it in place."""
+        decoder, slots = self._model.language_model.model, self._slots
+        und = decoder.embed_tokens(self.feed)
+        # A token sees itself also where it is a hole, against NaN.
+        self._mask.index_fill_(3, slots.place, True)
+        cos, sin = decoder.rotary(self._position[:, None])
+        frame = Frame((len(self.feed), 1), self._rows, self._rows[:0], cos, sin, self._mask)
+        und, _, _ = decoder(und, und.new_zeros(0, und.shape[-1]), frame, slots)
+        self._mask.index_copy_(3, slots.place, self.reading[:, None, None, None])
+        self._position += self.reading
+        random = RowRandom(self._random.seeds, self._random.counts)
+        token, logprob = choose_token(self._model.logits(und), self._sampling, random, self.drawing)
+        self._random.counts.copy_(random.counts)
+        self.tokens.index_copy_(1, self._place, torch.where(self.drawing, token, -1)[:, None])
+        self.logprobs.index_copy_(1, self._place, logprob[:, None])
+        self.feed.copy_(torch.where(self.drawing, token, self._end))
+        self.reading.copy_(self.drawing)
+        self.drawing &= token != self._end
+        slots.place += 1
+        self._place += 1
+
+    @property
+    def context(self) -> Context:
+        """What the rows have read: all but the last token of each."""
+        return replace(
+            self._context,
+            cache=self._slots.commit(self._length),
+            length=self._length,
+            valid=self._mask[:, 0, 0, : self._length].clone(),
+            position=self._position.clone(),
+            random=self._random.clone(),
+        )
