@@ -273,7 +273,7 @@ class BridgeObjective(Objective):
             if own is not None:
                 found, teacher = own
                 assert found.latent is not None
-                piece = replace(piece, latent=found.latent[0].cpu(), image=None, grid=found.grid)
+                piece = replace(piece, latent=found.latent[0], image=None, grid=found.grid)
             if teacher is not None and self._layers:
                 number = 2 * len(grids)
                 done.append(ImagePiece(teacher, as_condition=False, branch=branch, watched=number))

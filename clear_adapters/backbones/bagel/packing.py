@@ -77,6 +77,8 @@ class Packer:
         self._text: list[tuple[int, int, int, float]] = []  # row, place, target, weight
         self._velocity: list[tuple[int, int, int]] = []  # row, first latent token, count
         self._patches: list[tuple[Tensor, tuple[int, int]]] = []
+        self._patches_of: dict[int, int] = {}
+        self._patch_uses: list[int] = []
         self._pictures: list[PreparedImage] = []
         self._picture_of: dict[int, int] = {}
         self._latents: list[tuple[Tensor | int, tuple[int, int], LatentPiece]] = []
@@ -120,7 +122,11 @@ class Packer:
         if piece.watched >= 0:
             self._watched.append((number, first, len(patches), piece.watched))
         row.patches += range(first, first + len(patches))
-        self._patches.append((patches, grid))
+        # A picture that stands in several rows, as in a group of rollouts, is embedded once.
+        place = self._patches_of.setdefault(id(patches), len(self._patches))
+        if place == len(self._patches):
+            self._patches.append((patches, grid))
+        self._patch_uses.append(place)
 
     def _add_latent(self, row: _Row, number: int, piece: LatentPiece) -> None:
         source: Tensor | int
@@ -227,14 +233,18 @@ class Packer:
                 total += (height // stride) * (width // stride)
         latents = torch.zeros(self._tokens, self._config.latent_width)
         source = torch.full((self._tokens,), -1, dtype=torch.int64)
+        given: list[Tensor] = []
         at = 0
         for origin, grid, _ in self._latents:
             count = grid[0] * grid[1]
             if isinstance(origin, int):
                 source[at : at + count] = torch.arange(first[origin], first[origin] + count)
             else:
-                latents[at : at + count] = origin
+                given.append(origin)
             at += count
+        if given:
+            # All at once: what was sampled lies on the device, and each copy would wait for it.
+            latents[source < 0] = torch.cat(given).to(latents)
         pictures = [torch.stack([self._pictures[i].pixels for i in members]) for members in sizes.values()]
         return latents, source, pictures
 
@@ -242,7 +252,10 @@ class Packer:
         if not self._patches:
             return None, None, None, None
         patches, positions, valid = pad_patches(self._patches, self._config.vit_side)
-        source = valid.flatten().nonzero()[:, 0]
+        longest = patches.shape[1]
+        source = torch.cat(
+            [torch.arange(i * longest, i * longest + len(self._patches[i][0])) for i in self._patch_uses]
+        )
         return patches, positions, None if bool(valid.all()) else valid, source
 
 
