@@ -139,7 +139,9 @@ class _Builder:
                     )
                 )
         if segment.reencoded:
-            images = self.decode(restoration) if self.decode is not None else None
+            images = None if restoration.image is None else [restoration.image]
+            if images is None and self.decode is not None:
+                images = self.decode(restoration)
             if images is None:
                 raise ClearValueError("a re-encoded restoration needs decode, which gives its pixels")
             self.pieces.append(ImagePiece(self.prepare(images[0]), as_condition=False))

@@ -129,6 +129,7 @@ class Restoration:
         codes: (B, N) int64, of kind codes.
         trace: how it was sampled; of kind flow only when the sampler was stochastic.
         code_logprobs: (B, N) float32, of kind codes.
+        image: of a restoration of one row, its pixels once they were decoded by `Backbone.decode_each`.
     """
 
     kind: Literal["flow", "codes"]
@@ -138,12 +139,30 @@ class Restoration:
     codes: Tensor | None = None
     trace: FlowTrace | None = None
     code_logprobs: Tensor | None = None
+    image: Image | None = None
 
     @property
     def rows(self) -> int:
         """B."""
         tensor = self.latent if self.latent is not None else self.codes
         return 0 if tensor is None else int(tensor.shape[0])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Restoration]) -> Restoration:
+        """Restorations of one kind and grid as the rows of one, without their traces."""
+
+        def together(found: list[Tensor | None]) -> Tensor | None:
+            known = [x for x in found if x is not None]
+            return torch.cat(known) if known else None
+
+        return replace(
+            parts[0],
+            latent=together([p.latent for p in parts]),
+            codes=together([p.codes for p in parts]),
+            trace=None,
+            code_logprobs=None,
+            image=None,
+        )
 
     def row(self, i: int) -> Restoration:
         """One row, still batched; shares storage."""
@@ -342,6 +361,19 @@ class Backbone(ABC):
     @abstractmethod
     def decode(self, restoration: Restoration) -> list[Image] | None:
         """Pixels, one PIL image a row; None for a family that cannot."""
+
+    def decode_each(self, restorations: Sequence[Restoration]) -> list[Image | None]:
+        """Pixels of restorations of one row each, equal grids at once; None for each where a family has none.
+
+        They stay with the restoration: pixels depend on the batch by a rounding, and what is read again in a replay has to
+        be what was read in the rollout.
+        """
+        missing = [r for r in restorations if r.image is None]
+        for grid in dict.fromkeys(r.grid for r in missing):
+            own = [r for r in missing if r.grid == grid]
+            for restoration, image in zip(own, self.decode(Restoration.joined(own)) or [], strict=False):
+                restoration.image = image
+        return [r.image for r in restorations]
 
     # -- the cached path
 

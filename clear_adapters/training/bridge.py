@@ -214,15 +214,9 @@ class BridgeObjective(Objective):
         return [self._pack(batch["rows"], own) for batch in batches]
 
     def _decoded(self, found: Sequence[Restoration]) -> list[PreparedImage | None]:
-        """The model's own latents as pictures, equal sizes at once; None for a family that draws no pixels."""
-        images: list[PreparedImage | None] = [None] * len(found)
-        for grid in dict.fromkeys(r.grid for r in found):
-            places = [i for i, r in enumerate(found) if r.grid == grid]
-            latents = [found[i].latent for i in places]
-            whole = replace(found[places[0]], latent=torch.cat([x for x in latents if x is not None]))
-            for i, image in zip(places, self.backbone.decode(whole) or [], strict=False):
-                images[i] = self.backbone.prepare(image)
-        return images
+        """The model's own latents as pictures; None for a family that draws no pixels."""
+        drawn = self.backbone.decode_each(found)
+        return [None if image is None else self.backbone.prepare(image) for image in drawn]
 
     def _pack(
         self, rows: Sequence[_Trace], own: Mapping[int, tuple[Restoration, PreparedImage | None]]

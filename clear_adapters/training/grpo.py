@@ -304,8 +304,11 @@ class GrpoObjective(Objective):
             by_row = dict(zip(known, features, strict=True))
             found["clean_features"] = [by_row.get(i // group) for i in range(len(transcripts))]
             restored: list[Any] = [None] * len(transcripts)
-            drawn = {i: self.backbone.decode(r) for i, r in enumerate(last) if r is not None}
-            images = {i: self.backbone.prepare(d[0]) for i, d in drawn.items() if d is not None}
+            places = [i for i, r in enumerate(last) if r is not None]
+            drawn = self.backbone.decode_each([r for r in last if r is not None])
+            images = {
+                i: self.backbone.prepare(d) for i, d in zip(places, drawn, strict=True) if d is not None
+            }
             for i, feature in zip(images, self.backbone.understand(list(images.values())), strict=True):
                 restored[i] = feature
             found["restored_features"] = restored

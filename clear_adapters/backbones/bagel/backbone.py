@@ -271,7 +271,8 @@ class BagelBackbone(Backbone):
     def reencode(
         self, context: Context, restorations: Sequence[Restoration], rows: Sequence[int] | None = None
     ) -> Context:
-        images = [self.prepare(self.decode(r)[0]) for r in restorations]
+        drawn = self.decode_each(restorations)
+        images = [self.prepare(image) for image in drawn if image is not None]
         return self.read_image(context, images, as_condition=False, rows=_named(context, rows, len(images)))
 
     @torch.no_grad()  # as a decorator it holds inside each step only, not in the caller between steps
