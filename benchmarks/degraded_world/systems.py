@@ -67,6 +67,8 @@ SYSTEMS = (
     System("direct", "direct LoRA", "direct", ALL, every_seed=True, plain=True),
     System("sft", "CLEAR: SFT", "sft", ALL, every_seed=True),
     System("bridge", "CLEAR: SFT + bridge", "bridge", ALL, every_seed=True),
+    System("truth", "CLEAR: SFT + bridge, true latents only", "truth"),
+    System("own", "CLEAR: SFT + bridge, true and own latents", "own"),
     System("clear", "CLEAR: SFT + bridge + GRPO", "clear", ALL, every_seed=True),
     System(
         "reencode",

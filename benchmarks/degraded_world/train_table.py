@@ -45,6 +45,23 @@ FAMILIES = {
     "direct": Family("sft", None, ("sft.mode=direct", "loop.steps=2750")),
     "sft": Family("sft"),
     "bridge": Family("bridge", "sft"),
+    "truth": Family(
+        "bridge",
+        "sft",
+        (
+            "trains=[understanding,bridge]",
+            "bridge.own=0",
+            "bridge.estimate=0",
+            "bridge.mse_weight=0",
+        ),
+        every_seed=False,
+    ),
+    "own": Family(
+        "bridge",
+        "sft",
+        ("trains=[understanding,bridge]", "bridge.estimate=0", "bridge.mse_weight=0"),
+        every_seed=False,
+    ),
     "clear": Family("grpo", "bridge"),
     "reencode": Family("grpo", "bridge", ("grpo.latent_from=reencode",)),
     "image0": Family("grpo", "bridge", ("grpo.image_weight=0",), every_seed=False),
