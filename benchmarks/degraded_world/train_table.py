@@ -41,8 +41,8 @@ class Family:
 
 
 FAMILIES = {
-    # As many samples and steps as stage 1 to 3 together have: 2,200 x 64, then 150 x 64, then 100 x 32 x 8 rollouts.
-    "direct": Family("sft", None, ("sft.mode=direct", "loop.steps=2750")),
+    # As many samples and steps as stage 1 to 3 together have: 1,000 x 64, then 100 x 64, then 50 x 32 x 8 rollouts.
+    "direct": Family("sft", None, ("sft.mode=direct", "loop.steps=1300")),
     "sft": Family("sft"),
     "bridge": Family("bridge", "sft"),
     "truth": Family(
