@@ -338,6 +338,8 @@ def _training(command: Callable[..., None]) -> Callable[..., None]:
         logging.getLogger("clear_adapters.training").setLevel(logging.INFO)
         places, more = _run_options(**{name: values.pop(name) for name in shared})
         command(places, more, **values)
+        leave: Callable[[], None] = _load("clear_adapters.training.run", "leave_group")
+        leave()
 
     parameters = [*shared.values(), *own]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads

@@ -15,7 +15,7 @@ from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearError
 from clear_adapters.rewards import register_reward
-from clear_adapters.training.run import train
+from clear_adapters.training.run import leave_group, train
 from clear_adapters.training.trainer import ClearTrainer
 
 
@@ -88,8 +88,7 @@ def main() -> int:
     except ClearError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_group()
     return 0
 
 

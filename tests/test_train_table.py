@@ -26,7 +26,7 @@ def commands(tmp_path, capsys, *more):
 def test_every_family_is_trained_after_the_one_before(tmp_path, capsys):
     told = commands(tmp_path, capsys)
     names = [line.split("--output ")[1].split()[0].rpartition("/")[2] for line in told]
-    assert len(names) == 5 * 3 + 2
+    assert len(names) == 5 * 3 + 4
     assert names.index("bridge1") > names.index("sft1")
     (bridge,) = [line for line in told if "/bridge1 " in line and line.startswith("bridge")]
     assert f"--adapter {tmp_path}/table/sft1" in bridge
@@ -68,3 +68,10 @@ def test_a_failed_run_takes_what_needs_it_along_and_nothing_else(tmp_path, capsy
 def test_an_unknown_family_is_refused(tmp_path, capsys, more):
     assert train_table.main(arguments(tmp_path, *more)) == 2
     assert "clear" in capsys.readouterr().err
+
+
+def test_runs_are_spread_over_gpus(tmp_path):
+    tells = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(1)"
+    jobs = [Job(name, None, (sys.executable, "-c", tells)) for name in "abcd"]
+    assert train_table.run(jobs, tmp_path, 4, gpus=2) == []
+    assert sorted((tmp_path / f"{name}.log").read_text().strip() for name in "abcd") == ["0", "0", "1", "1"]

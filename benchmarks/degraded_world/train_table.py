@@ -4,8 +4,9 @@
     clear-adapters data world --output runs/rl-data --examples 30000 --questions-per-scene 1 --seed 1
     python benchmarks/degraded_world/train_table.py --data runs/sft-data --rl-data runs/rl-data --output runs/table
 
-A small model leaves a GPU mostly idle, so that six runs take little longer than one. What is finished is left as it is and
-what was stopped goes on, since that is what the commands do. A family begins when the one that it goes on from has ended.
+A small model leaves a GPU mostly idle, so that six runs take little longer than one; with `--gpus N` each run goes to the
+GPU that has the fewest. What is finished is left as it is and what was stopped goes on, since that is what the commands do.
+A family begins when the one that it goes on from has ended.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,10 +136,18 @@ def plan(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def run(jobs: list[Job], output: Path, parallel: int) -> list[str]:
-    """Runs jobs side by side; gives the names of those that failed or could not begin."""
+def run(jobs: list[Job], output: Path, parallel: int, gpus: int = 0) -> list[str]:
+    """Runs jobs side by side; gives the names of those that failed or could not begin.
+
+    Args:
+        jobs: each behind what it needs.
+        output: folder of the adapters, and of a log for each job.
+        parallel: jobs at a time.
+        gpus: GPUs that they share; 0 leaves the choice to them.
+    """
     output.mkdir(parents=True, exist_ok=True)
     waiting, running, done, failed = list(jobs), {}, set(), []
+    places: dict[str, int] = {}
     known = {job.name for job in jobs}
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     env.setdefault("OMP_NUM_THREADS", "1")
@@ -149,8 +159,13 @@ def run(jobs: list[Job], output: Path, parallel: int) -> list[str]:
         ready = [j for j in waiting if j.needs is None or j.needs in done or j.needs not in known]
         for job in ready[: parallel - len(running)]:
             waiting.remove(job)
+            own = dict(env)
+            if gpus:
+                load = Counter(places[name] for name in running)
+                places[job.name] = min(range(gpus), key=lambda gpu: load[gpu])
+                own["CUDA_VISIBLE_DEVICES"] = str(places[job.name])
             with (output / f"{job.name}.log").open("ab") as log:
-                running[job.name] = subprocess.Popen(job.command, stdout=log, stderr=log, env=env)
+                running[job.name] = subprocess.Popen(job.command, stdout=log, stderr=log, env=own)
         for name, process in list(running.items()):
             if process.poll() is None:
                 continue
@@ -173,6 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run")
     p.add_argument("--parallel", type=int, default=6, metavar="N", help="runs side by side")
+    p.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs that the runs are spread over")
     p.add_argument("--dry-run", action="store_true", help="print the commands")
     args = p.parse_args(arguments)
     try:
@@ -184,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         for job in jobs:
             print(" ".join(job.command))
         return 0
-    failed = run(jobs, args.output, max(1, args.parallel))
+    failed = run(jobs, args.output, max(1, args.parallel), args.gpus)
     for name in failed:
         print(f"error: {name} failed; see {args.output / f'{name}.log'}", file=sys.stderr)
     return 1 if failed else 0
