@@ -11,6 +11,7 @@ sys.path.insert(0, str(FOLDER))
 import train_table  # noqa: E402
 from train_table import Job  # noqa: E402
 
+from clear_adapters.errors import ClearValueError  # noqa: E402
 from clear_adapters.training.recipe import load_recipe  # noqa: E402
 
 
@@ -75,3 +76,20 @@ def test_runs_are_spread_over_gpus(tmp_path):
     jobs = [Job(name, None, (sys.executable, "-c", tells)) for name in "abcd"]
     assert train_table.run(jobs, tmp_path, 4, gpus=2) == []
     assert sorted((tmp_path / f"{name}.log").read_text().strip() for name in "abcd") == ["0", "0", "1", "1"]
+
+
+def test_adapters_are_shipped_whole_or_not_at_all(tmp_path):
+    table, builtin = tmp_path / "table", tmp_path / "builtin"
+    for family in ("sft", "bridge"):
+        (table / f"{family}4").mkdir(parents=True)
+        (table / f"{family}4" / "clear_config.json").write_text(family)
+    (builtin / "clear-bagel-tiny").mkdir(parents=True)
+    (builtin / "clear-bagel-tiny" / "old").write_text("")
+    with pytest.raises(ClearValueError, match="clear4"):
+        train_table.ship(table, 4, builtin)
+    assert [p.name for p in builtin.rglob("*") if p.is_file()] == ["old"]
+    (table / "clear4").mkdir()
+    (table / "clear4" / "clear_config.json").write_text("clear")
+    assert set(train_table.ship(table, 4, builtin)) == {p.name for p in builtin.iterdir()}
+    assert (builtin / "clear-bagel-tiny" / "clear_config.json").read_text() == "clear"
+    assert not (builtin / "clear-bagel-tiny" / "old").exists()

@@ -6,13 +6,15 @@
 
 A small model leaves a GPU mostly idle, so that six runs take little longer than one; with `--gpus N` each run goes to the
 GPU that has the fewest. What is finished is left as it is and what was stopped goes on, since that is what the commands do.
-A family begins when the one that it goes on from has ended.
+A family begins when the one that it goes on from has ended. `--ship` then puts the first seed's adapter of each stage in
+the place of the built-in ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,9 +22,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from clear_adapters.errors import ClearError, unknown_name
+from clear_adapters import store
+from clear_adapters.errors import ClearError, ClearValueError, unknown_name
 
 ROOT = Path(__file__).resolve().parents[2]
+BUILTIN = ROOT / "clear_adapters" / "builtin"
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,10 @@ FAMILIES = {
         every_seed=False,
     ),
 }
+
+
+SHIPPED = {"sft": "clear-bagel-tiny-sft", "bridge": "clear-bagel-tiny-bridge", "clear": "clear-bagel-tiny"}
+"""Built-in adapters, by the family that they are of."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +184,23 @@ def run(jobs: list[Job], output: Path, parallel: int, gpus: int = 0) -> list[str
     return failed
 
 
+def ship(output: Path, seed: int, builtin: Path) -> list[str]:
+    """Copies one seed's adapters to where the package keeps its own; gives their names.
+
+    Raises:
+        ClearValueError: one of them is not there.
+    """
+    for family in SHIPPED:
+        if not (output / f"{family}{seed}" / store.CONFIG).is_file():
+            raise ClearValueError(
+                f"{output / f'{family}{seed}'} is no finished adapter: train family {family} first"
+            )
+    for family, name in SHIPPED.items():
+        shutil.rmtree(builtin / name, ignore_errors=True)
+        shutil.copytree(output / f"{family}{seed}", builtin / name)
+    return list(SHIPPED.values())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Trains what is asked for."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,6 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run")
     p.add_argument("--parallel", type=int, default=6, metavar="N", help="runs side by side")
     p.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs that the runs are spread over")
+    p.add_argument("--ship", action="store_true", help="make the first seed's adapters the built-in ones")
     p.add_argument("--dry-run", action="store_true", help="print the commands")
     args = p.parse_args(arguments)
     try:
@@ -203,7 +229,15 @@ def main(arguments: list[str] | None = None) -> int:
     failed = run(jobs, args.output, max(1, args.parallel), args.gpus)
     for name in failed:
         print(f"error: {name} failed; see {args.output / f'{name}.log'}", file=sys.stderr)
-    return 1 if failed else 0
+    if failed:
+        return 1
+    if args.ship:
+        try:
+            print("shipped", ", ".join(ship(args.output, args.seeds[0], BUILTIN)))
+        except ClearError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
 
 
 if __name__ == "__main__":
