@@ -1,7 +1,7 @@
 """One stage of the toy in a process of its own: python stage.py STAGE DATA OUTPUT ADAPTER [key=value ...].
 
 Questions with an odd sum of letters restore in stage 3, the others as they like; the untrained toy would hardly ever ask.
-With NO_ROOM_AFTER=k no file can grow beyond a few bytes from the k-th optimizer step on, as on a full disk.
+With NO_ROOM_AFTER=k no file can grow beyond ROOM bytes from the k-th optimizer step on, as on a full disk.
 """
 
 import os
@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters.backbones.bagel.writer import can_capture
 from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearError
 from clear_adapters.rewards import register_reward
@@ -29,6 +30,8 @@ def some_restore() -> None:
     rollout = Engine.rollout
 
     def forced(self, images, questions, *, group=1, **more):
+        # Told also inside `gathered`, where shards look like any tensor.
+        assert can_capture(self.backbone.model, torch.device("cuda")) != ("shard=True" in sys.argv)
         always = rollout(self, images, questions, group=group, restore="always", **more)
         auto = rollout(self, images, questions, group=group, **more)
         wanted = [sum(map(ord, q)) % 2 for q in questions for _ in range(group)]
@@ -43,7 +46,8 @@ def run_out_of_room(steps: int) -> None:
 
     def full(self, *args, **kwargs):
         if self.state.global_step == steps:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            room = int(os.environ.get("ROOM", "20000"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
         return real(self, *args, **kwargs)
 
     ClearTrainer.compute_loss = full

@@ -55,6 +55,26 @@ def test_a_context_that_was_written_behind_stays_as_it_was(backbone):
     assert torch.equal(context.random.counts, held[2])
 
 
+def test_forks_do_not_meet_while_they_write(backbone):
+    """Two that write in turns, and one that reads while another writes."""
+    context = context_of(backbone)
+    expected = backbone.write_text(context.fork(), WARM)[1]
+    first, second = (backbone.write_text_steps(context.fork(), WARM) for _ in range(2))
+    found = {}
+    running = {"first": first, "second": second}
+    while running:
+        for name, steps in list(running.items()):
+            try:
+                next(steps)
+                if name == "first":
+                    backbone.read_text(context.fork(), [backbone.encode_text("something else")] * 3)
+            except StopIteration as end:
+                found[name] = end.value[1]
+                del running[name]
+    same(found["first"], expected)
+    same(found["second"], expected)
+
+
 def test_rows_that_are_not_named_get_holes_and_draw_nothing(backbone):
     context = context_of(backbone)
     after, (own,) = backbone.write_text(context.fork(), WARM, rows=[1])

@@ -19,6 +19,7 @@ from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import get_protocol
 from clear_adapters.replay import pieces
 from clear_adapters.sampling import LatentSampling, RowRandom, flow_schedule
+from clear_adapters.training import bridge
 from clear_adapters.training.bridge import BridgeObjective, BridgeSettings, _Pairs, align, own_latents
 from clear_adapters.training.objective import Draw
 from clear_adapters.training.rows import prepared
@@ -170,6 +171,25 @@ def test_own_latents_are_what_the_engine_restores_and_do_not_depend_on_the_batch
         )
         assert torch.allclose(rolled.restorations[0].restoration.latent, found.latent, atol=1e-4)
     assert not torch.allclose(together[0].latent, together[1].latent, atol=1e-2)
+
+
+def test_own_latents_are_generated_in_portions(attached, examples, monkeypatch):
+    counts = []
+    real = bridge.own_latents
+
+    def counted(backbone, transcripts, *more):
+        counts.append(len(transcripts))
+        return real(backbone, transcripts, *more)
+
+    monkeypatch.setattr(bridge, "own_latents", counted)
+    outs = []
+    for rows in (None, 2):
+        own = objective(attached, own=1.0, estimate=0.0, own_rows=rows)
+        outs.append(losses(own, attached, batches(own, examples[:5])))
+    whole, *parts = counts
+    assert whole > 2
+    assert parts == [2] * (whole // 2) + [whole % 2] * (whole % 2)
+    assert float(outs[0][0]["loss"].detach()) == pytest.approx(float(outs[1][0]["loss"].detach()), abs=1e-4)
 
 
 def test_rows_with_and_without_understanding_tokens_are_generated_together(attached, examples):

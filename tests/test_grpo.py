@@ -8,6 +8,7 @@ import torch
 
 from clear_adapters import attach
 from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters.config import LoraSettings
 from clear_adapters.datasets import read_examples
 from clear_adapters.datasets.world import build as build_world
 from clear_adapters.errors import ClearError, ClearValueError, UnknownNameError
@@ -97,6 +98,11 @@ def test_advantages():
     assert scaled[0].tolist() == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], abs=1e-3)
     assert scaled[1:].tolist() == [[0, 0], [0, 0]]
     assert advantages(rewards, "none")[0].tolist() == [-1, 1]
+    # In float32 the mean of these is not one of them.
+    uneven = torch.tensor([[0.9] * 8, [0.1] * 7 + [math.nan]])
+    assert (uneven[0].sum() / 8 != uneven[0, 0]) or (uneven[1].nansum() / 7 != uneven[1, 0])
+    for scale in ("group", "none"):
+        assert advantages(uneven, scale).abs().max() == 0
     partly = advantages(torch.tensor([[1.0, math.nan, 3.0]]), "none")
     assert partly.tolist() == [[-1, 0, 1]]
 
@@ -121,6 +127,18 @@ def test_before_a_step_every_ratio_is_one(attached, examples, monkeypatch, laten
     assert total(outs, "ratio") < 1e-4
     assert abs(total(outs, "kl")) < 1e-6
     assert total(outs, "clipped") == 0
+
+
+def test_a_dropout_of_the_adapter_does_not_part_policy_and_rollout(examples, monkeypatch):
+    made = attach(build(0), lora=LoraSettings({"understanding": 2, "generation": 2}, dropout=0.3))
+    made.config = replace(made.config, protocol=get_protocol("tiny"))
+    for _, parameter in made.named_parameters():
+        parameter.data = parameter.detach().float() + 0.05
+    restoring(made, monkeypatch)
+    own = objective(made)
+    batches = prepared(own, collated(own, examples[:2]))
+    made.module.train()
+    assert total(losses(own, made, batches), "ratio") < 1e-4
 
 
 def test_the_reference_is_the_adapter_that_the_run_began_with(attached, examples, monkeypatch):

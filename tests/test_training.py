@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from clear_adapters.adapter import attach
 from clear_adapters.backbones.bagel.checkpoint import save_checkpoint
@@ -25,6 +26,7 @@ from clear_adapters.datasets.traces import choose_path
 from clear_adapters.datasets.world import build as build_world
 from clear_adapters.errors import ClearError, ClearValueError
 from clear_adapters.prompts import get_protocol
+from clear_adapters.sampling import TextSampling
 from clear_adapters.store import read_adapter
 from clear_adapters.training import build as build_module
 from clear_adapters.training.build import attach_for, set_trainable, trainer_for
@@ -233,6 +235,30 @@ def test_flags_of_the_base_are_undone_with_the_run(examples, tmp_path):
     attached.detach()
     assert not decoder.checkpointing
     assert all(layer._compiled_call_impl is None for layer in decoder.layers)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # dynamo asks every input for one
+def test_a_rollout_uses_up_nothing_of_what_the_compiler_remembers():
+    """With a cache each layer is a graph of its own, and the compiler keeps eight."""
+    torch._dynamo.reset()
+    base = build(0, layers=10)
+    attached = attach(base)
+    for layer in base.model.language_model.model.layers:
+        layer.compile(dynamic=True, backend="eager")
+    compiled = torch._dynamo.utils.counters["frames"]
+    before = compiled["ok"]
+    with torch.no_grad():
+        text = TextSampling(max_new_tokens=3, temperature=1.0)
+        made = attached.engine.rollout(
+            [Image.new("RGB", (64, 48))], ["What?"], seeds=[1], text=text, restore="always"
+        )
+    assert compiled["ok"] == before
+    attached.engine.replay(made)
+    assert compiled["ok"] > before
+    torch._dynamo.reset()
 
 
 def test_attention_never_takes_kernels_that_are_made_for_one_shape(examples, tmp_path, monkeypatch):

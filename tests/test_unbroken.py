@@ -152,6 +152,31 @@ def test_a_killed_process_is_followed_by_the_same_curve(stage, data, before, tmp
     assert apart(read_adapter(tmp_path / "killed"), read_adapter(tmp_path / "whole")) == 0
 
 
+def test_a_disk_that_is_full_before_the_checkpoint_is_told_in_the_same_words(data, before, tmp_path):
+    """The log is written first."""
+    options = [*COMMON, *STAGE["sft"], "steps=4", "loop.batch=2", "save_every=1", "lr=0.01"]
+    told = run_stage("sft", data, tmp_path / "full", "-", *options, NO_ROOM_AFTER="2", ROOM="300")
+    text = told.communicate(timeout=200)[0]
+    assert told.returncode == 2, text
+    assert "step 3: no line of the log can be written" in text
+    assert "goes on from checkpoint-2" in text
+    assert "Traceback" not in text
+
+
+def test_a_log_that_is_rarer_than_checkpoints_goes_on_as_unbroken(data, before, tmp_path):
+    options = [*COMMON, *STAGE["grpo"], "steps=6", "loop.batch=2", "save_every=2", "lr=0.01", "log_every=3"]
+    finish(run_stage("grpo", data, tmp_path / "whole", before["grpo"], *options))
+    process = run_stage("grpo", data, tmp_path / "killed", before["grpo"], *options)
+    for _ in range(2000):
+        if last_checkpoint(tmp_path / "killed.training") is not None or process.poll() is not None:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finish(run_stage("grpo", data, tmp_path / "killed", before["grpo"], *options))
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_leaves_the_last_checkpoint_whole(stage, data, before, tmp_path):
     options = [*COMMON, *STAGE[stage], "steps=4", "loop.batch=2", "save_every=1", "lr=0.01"]

@@ -48,12 +48,13 @@ class BridgeSettings:
         estimate: share of rows that read the one-step estimate `x_t - t v` of the clean latent, through which the
             answer's gradient reaches the generator. The remaining rows read the true clean latent.
         own_steps: points of the flow schedule for the rows of `own`.
+        own_rows: latents of the model's own that are generated side by side; None is all of a step.
         vit_drop: probability with which a row's understanding tokens of the degraded picture are left out.
         timestep_shift: as in stage 1, for the times of estimates.
         distill: `per_layer_kl` between the states of teacher and bridged tokens, place by place; `final_mse` of the mean
             last states; `none`.
         layer_stride: every so many layers, and the last, are compared.
-        ce_weight: of the cross-entropy of the text after the restoration.
+        ce_weight: of the cross-entropy of all SAMPLED text, that after the restoration and the decision before it.
         distill_weight: of the distillation.
         mse_weight: of the flow loss on the estimates' velocities.
         traces: how paths are chosen, as in stage 1: rows that do not restore keep the decision as it is.
@@ -65,6 +66,7 @@ class BridgeSettings:
     own: float = 0.4
     estimate: float = 0.2
     own_steps: int = 10
+    own_rows: int | None = None
     vit_drop: float = 0.4
     timestep_shift: float = 1.0
     distill: Literal["per_layer_kl", "final_mse", "none"] = "per_layer_kl"
@@ -82,6 +84,8 @@ class BridgeSettings:
             raise ClearValueError(f"own={self.own} and estimate={self.estimate} sum to more than 1")
         if self.own_steps < 2:
             raise ClearValueError(f"own_steps={self.own_steps}: a flow needs at least 2 points")
+        if self.own_rows is not None and self.own_rows < 1:
+            raise ClearValueError(f"own_rows={self.own_rows}: must be at least 1")
         if self.layer_stride < 1:
             raise ClearValueError(f"layer_stride={self.layer_stride}: must be at least 1")
         if self.distill not in ("per_layer_kl", "final_mse", "none"):
@@ -206,9 +210,13 @@ class BridgeObjective(Objective):
         wanted = [row for batch in batches for row in batch["rows"] if row.wants_own]
         own: dict[int, tuple[Restoration, PreparedImage | None]] = {}
         if wanted:
-            found = own_latents(
-                self.backbone, [r.transcript for r in wanted], [r.seed for r in wanted], self._sampling
-            )
+            portion = self.settings.own_rows or len(wanted)
+            found: list[Restoration] = []
+            for at in range(0, len(wanted), portion):
+                rows = wanted[at : at + portion]
+                found += own_latents(
+                    self.backbone, [r.transcript for r in rows], [r.seed for r in rows], self._sampling
+                )
             teachers = self._decoded(found) if self._layers else [None] * len(found)
             own = {id(r): pair for r, *pair in zip(wanted, found, teachers, strict=True)}  # type: ignore[misc]
         return [self._pack(batch["rows"], own) for batch in batches]

@@ -180,6 +180,13 @@ def objective_for(attached: AttachedModel, recipe: Recipe) -> Objective:
     if recipe.stage == "bridge":
         from clear_adapters.training.bridge import BridgeObjective
 
+        parts = recipe.trains or DEFAULT_PARTS[recipe.stage]
+        if recipe.bridge.estimate > 0 and "generation" not in parts:
+            _LOG.warning(
+                "bridge.estimate=%g, but trains=%s leaves the generator as it is: an answer that reads an estimate has no "
+                "weights to send its gradient to. Add 'generation', or set bridge.estimate=0",
+                *(recipe.bridge.estimate, list(parts)),
+            )
         return BridgeObjective(backbone, protocol, recipe.bridge, recipe.latent)
     from clear_adapters.training.grpo import GrpoObjective
 

@@ -48,7 +48,7 @@ class GrpoSettings:
         advantage: `shared` by text and restoration, or `separate`: restorations get the one of `latent_rewards`.
         latent_rewards: names of the terms that make the restorations' advantage when it is separate.
         reduction: `grpo` averages tokens in a rollout and then rollouts, `bnpo` all tokens of the step, `dr_grpo`
-            divides by rollouts times the longest reply allowed.
+            divides by rollouts times the longest turn allowed, `text.max_new_tokens`.
         iterations: optimizer steps on the same rollouts.
         rollout_rows: rollouts sampled side by side; None is all of a step.
 
@@ -186,6 +186,8 @@ class GrpoObjective(Objective):
             guidance_image=1.0,
             sde_sigma=settings.sigma,
         )
+        # What a rollout was sampled without is left out of its score too, in training mode.
+        self._dropouts = [m for m in attached.module.modules() if isinstance(m, nn.Dropout)]
         self._held: _Rollouts | None = None
         self._sums: dict[str, tuple[float, float]] = {}
 
@@ -288,6 +290,8 @@ class GrpoObjective(Objective):
         """Latents and features, where a reward asks for them."""
         wanted, group = self.rewards.columns, self.settings.group
         found: dict[str, list[Any]] = {}
+        if not any(name in wanted for name in _LATENT_COLUMNS):
+            return found
         last = [t.restorations[-1].restoration if t.restorations else None for t in transcripts]
         clean = [None if q.clean is None else self.backbone.prepare(q.clean) for q in rows]
         known = [i for i, c in enumerate(clean) if c is not None]
@@ -429,6 +433,8 @@ class GrpoObjective(Objective):
         difference of the reference's log-probability to the present one (paper, section 3.3).
         """
         settings, packed = self.settings, batch["batch"]
+        for dropout in self._dropouts:
+            dropout.eval()
         text, flow = self._logprobs(module(packed), packed, batch["targets"])
         text_weight = batch["text_weight"] / counts[0].clamp(min=1)
         flow_weight = batch["flow_weight"] / counts[1].clamp(min=1)
@@ -474,6 +480,9 @@ class GrpoObjective(Objective):
         return found
 
 
+_LATENT_COLUMNS = ("clean_latent", "restored_latent", "clean_features", "restored_features")
+
+
 def advantages(totals: Tensor, scale: Literal["group", "none"]) -> Tensor:
     """`(R - mean) / std` in each group, or `R - mean`.
 
@@ -487,6 +496,9 @@ def advantages(totals: Tensor, scale: Literal["group", "none"]) -> Tensor:
     known = ~totals.isnan()
     count = known.sum(1, keepdim=True).clamp(min=1)
     centred = torch.where(known, totals - totals.nansum(1, keepdim=True) / count, 0.0)
+    # A mean of equal numbers need not be that number, and the deviation would make much of the difference.
+    lowest, highest = totals.nan_to_num(float("inf")).amin(1), totals.nan_to_num(-float("inf")).amax(1)
+    centred = torch.where((lowest < highest)[:, None], centred, 0.0)
     if scale == "none":
         return centred
     deviation = (centred.pow(2).sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()

@@ -284,11 +284,16 @@ def _is_done(output: Path, work: Path, facts: dict[str, Any] | None, resume: boo
 
 
 def _claim(work: Path, facts: dict[str, Any]) -> None:
-    work.mkdir(parents=True, exist_ok=True)
     record = work / RUN
     temporary = record.with_name(f"{RUN}.{os.getpid()}")
-    temporary.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(record)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(record)
+    except OSError as error:
+        raise ClearValueError(
+            f"nothing can be written to {work}: {error}. Choose another output, make room, or make it writable"
+        ) from error
 
 
 def data_hash(data: str | Path) -> str:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from clear_adapters import store
@@ -74,6 +74,7 @@ class ClearTrainer(Trainer):
             model=attached.module, args=args, train_dataset=order, data_collator=objective.collate
         )
         self.remove_callback(PrinterCallback)
+        self.add_callback(_LogAtSave())
         self.loss_is_scaled_for_ga = True
         # A batch may need none of these; the others take part in every forward.
         self._rare = [p for n, p in attached.trainable_parameters().items() if _group(n) != "lora"]
@@ -157,14 +158,29 @@ class ClearTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         # torch's writer and safetensors tell of a full disk in errors of their own.
         except (OSError, RuntimeError, SafetensorError, AdapterError) as error:
-            step = self.state.global_step
             if self.args.should_save:
+                step = self.state.global_step
                 shutil.rmtree(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
-            last = last_checkpoint(folder)
-            raise ClearValueError(
-                f"step {step}: no checkpoint can be written to {folder}: {error}. Make room, or make it writable, and give "
-                f"the same command again: it goes on from {'the beginning' if last is None else last.name}"
-            ) from error
+            if not self._is_finite():
+                raise self._diverged("weights that are not finite") from error
+            raise self._unwritable("no checkpoint", error) from error
+
+    def _unwritable(self, what: str, error: Exception) -> ClearValueError:
+        folder = Path(str(self.args.output_dir))
+        last = last_checkpoint(folder)
+        return ClearValueError(
+            f"step {self.state.global_step}: {what} can be written to {folder}: {error}. Make room, or make it writable, and "
+            f"give the same command again: it goes on from {'the beginning' if last is None else last.name}"
+        )
+
+    def _diverged(self, found: str) -> ClearValueError:
+        return ClearValueError(
+            f"step {self.state.global_step}: {found}: training diverged, and its adapter would be noise. Lower optim.lr (now "
+            f"lr={self._get_learning_rate():g}), or go back to an earlier checkpoint in {self.args.output_dir}"
+        )
+
+    def _is_finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for _, p in self.attached.named_parameters())
 
     @property
     def seconds(self) -> float:
@@ -204,11 +220,7 @@ class ClearTrainer(Trainer):
             if self.args.world_size > 1:
                 sums = self.accelerator.reduce(sums, "sum")
             if not math.isfinite(float(logs["loss"])):
-                rates = self._get_learning_rate()
-                raise ClearValueError(
-                    f"step {step}: loss={logs['loss']}: training diverged, and its adapter would be noise. Lower optim.lr "
-                    f"(now lr={rates:g}), or go back to an earlier checkpoint in {self.args.output_dir}"
-                )
+                raise self._diverged(f"loss={logs['loss']}")
             steps = max(1, step - self._mark[1])
             for name, value in zip(self.objective.parts, sums.tolist(), strict=True):
                 logs[name] = value / steps
@@ -217,9 +229,12 @@ class ClearTrainer(Trainer):
             self._sums = None
         self._mark = (now, step)
         if self._log_file is not None and self.is_world_process_zero():
-            with self._log_file.open("a", encoding="utf-8") as out:
-                rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in logs.items()}
-                out.write(json.dumps({"step": step, **rounded}) + "\n")
+            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in logs.items()}
+            try:
+                with self._log_file.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps({"step": step, **rounded}) + "\n")
+            except OSError as error:
+                raise self._unwritable("no line of the log", error) from error
         super().log(logs, start_time)
 
     def _facts(self) -> dict[str, float]:
@@ -247,6 +262,13 @@ class ClearTrainer(Trainer):
         self._begin = time.perf_counter()
         self._mark = (self._begin, self.state.global_step)
         return made
+
+
+class _LogAtSave(TrainerCallback):
+    """A checkpoint ends a line of the log, so that a run that goes on from it logs what an unbroken one does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
 
 
 def _group(name: str) -> str:

@@ -15,6 +15,9 @@ from clear_adapters.backbones.bagel.images import normalise
 
 _SIDES = ("encoder.", "decoder.")
 
+_PIXELS = 8 * 1024**2
+"""Pixels that go through the autoencoder at once: its activations take some hundred times their size."""
+
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
     """The class of diffusers at the sizes of a FLUX-type autoencoder (no quantisation convolutions)."""
@@ -68,6 +71,11 @@ def fit_shape(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _rows(pixels: int) -> int:
+    """Pictures of so many pixels that go through the autoencoder at once."""
+    return max(1, _PIXELS // pixels)
+
+
 @any_shape()
 def encode_pixels(autoencoder: AutoencoderKL, pixels: Tensor, patch: int) -> Tensor:
     """Latent tokens of pictures: posterior mean, scaled, cut in patches (row, column, then channel last).
@@ -81,9 +89,13 @@ def encode_pixels(autoencoder: AutoencoderKL, pixels: Tensor, patch: int) -> Ten
         (n, N, patch * patch * channels) float32.
     """
     weight = autoencoder.encoder.conv_in.weight
+    parts = pixels.split(_rows(pixels.shape[-2] * pixels.shape[-1]))
     with torch.no_grad():
-        mean = autoencoder.encode(normalise(pixels.to(weight.device)).to(weight.dtype)).latent_dist.mean
-    z = (mean.float() - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
+        means = [
+            autoencoder.encode(normalise(p.to(weight.device)).to(weight.dtype)).latent_dist.mean.float()
+            for p in parts
+        ]
+    z = (torch.cat(means) - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
     return rearrange(z, "n c (h p) (w q) -> n (h w) (p q c)", p=patch, q=patch)
 
 
@@ -94,6 +106,8 @@ def decode_tokens(autoencoder: AutoencoderKL, tokens: Tensor, grid: tuple[int, i
         tokens.float(), "n (h w) (p q c) -> n c (h p) (w q)", h=grid[0], w=grid[1], p=patch, q=patch
     )
     z = z / autoencoder.config.scaling_factor + autoencoder.config.shift_factor
+    z = z.to(autoencoder.decoder.conv_in.weight.dtype)
+    scale = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     with torch.no_grad():
-        out = autoencoder.decode(z.to(autoencoder.decoder.conv_in.weight.dtype)).sample
-    return out.float().clamp(-1, 1)
+        parts = z.split(_rows(z.shape[-2] * z.shape[-1] * scale**2))
+        return torch.cat([autoencoder.decode(part).sample.float() for part in parts]).clamp(-1, 1)

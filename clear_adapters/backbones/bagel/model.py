@@ -212,8 +212,12 @@ class Decoder(nn.Module):
                 und, gen = torch.utils.checkpoint.checkpoint(
                     *(layer, und, gen, frame), use_reentrant=False, context_fn=_twice_any_shape
                 )
+            elif cache is not None:
+                # Not what `compile` made of it: with a cache each layer is a shape of its own, and few of them would use up
+                # what the compiler remembers, so that training ran uncompiled.
+                und, gen = layer.forward(und, gen, frame, cache)
             else:
-                und, gen = layer(und, gen, frame, cache)
+                und, gen = layer(und, gen, frame)
             if i in hidden_layers:
                 kept[i] = (und, gen)
         return und, gen, kept

@@ -107,11 +107,11 @@ def initialise(config: BagelConfig, seed: int) -> tuple[BagelModel, torch.nn.Mod
     return model.eval(), autoencoder.eval().requires_grad_(False)
 
 
-def build(seed: int = 0) -> BagelBackbone:
+def build(seed: int = 0, layers: int = 2) -> BagelBackbone:
     """The real classes at toy size with random weights, for the contract tests."""
     config = small_config(
         width=32,
-        layers=2,
+        layers=layers,
         heads=4,
         kv_heads=2,
         mlp=48,

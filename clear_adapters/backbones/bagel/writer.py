@@ -6,12 +6,15 @@ On other devices the same step runs as it is.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 
 from clear_adapters.backbones.bagel.cache import Slots
 from clear_adapters.backbones.bagel.model import BagelModel, Frame
@@ -21,6 +24,23 @@ from clear_adapters.sampling import RowRandom, TextSampling, choose_token
 _PORTIONS = {"cuda": 256}
 """Tokens for which room is made at once: a graph is captured for each portion."""
 _PORTION = 32
+
+_LOG = logging.getLogger(__name__)
+
+
+@cache
+def _capturing(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.MemPool]:
+    """Where steps are captured on a GPU: one stream and one pool, whose workspaces and blocks serve every capture."""
+    with torch.cuda.device(device):
+        return torch.cuda.Stream(), torch.cuda.MemPool()
+
+
+def can_capture(model: BagelModel, device: torch.device) -> bool:
+    """Whether a step can be replayed as a graph: on a GPU, and not where hooks gather shards of the base.
+
+    Shards are told by their modules: gathered ones are plain tensors.
+    """
+    return device.type == "cuda" and not any(isinstance(m, FSDPModule) for m in model.modules())
 
 
 class Writer:
@@ -67,9 +87,7 @@ class Writer:
         self._random = context.random.clone()
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
         self._rows = torch.arange(count, device=device)
-        # Shards of the base are gathered by hooks that a replay would not run.
-        sharded = any(isinstance(p, DTensor) for p in model.parameters())
-        self._captures = device.type == "cuda" and not sharded
+        self._captures = can_capture(model, device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._open(context)
 
@@ -77,6 +95,8 @@ class Writer:
         """Room behind a context for the next portion of tokens."""
         portion = _PORTIONS.get(context.position.device.type, _PORTION)
         room = context.cache.reserve(context.length, min(portion, self._sampling.max_new_tokens - self.steps))
+        # The room is taken at once: what is appended to a fork of the context meanwhile goes elsewhere.
+        room.commit()
         self._slots = Slots(room, torch.full_like(self._place, room.start))
         wide = context.valid.new_zeros(context.rows, room.stop)
         wide[:, : room.start] = context.valid
@@ -92,7 +112,7 @@ class Writer:
         if self._graph is not None:
             self._graph.replay()
         else:
-            # The first step of a portion runs as it is: it makes handles, workspaces and casts that a capture must not.
+            # The first step of a portion runs as it is: it makes the casts of autocast, which outlive a graph.
             self._step()
             if self._captures and self._length + 1 < self._stop:
                 self._graph = self._captured()
@@ -100,17 +120,29 @@ class Writer:
         self.steps += 1
         return self.tokens[:, self.steps - 1]
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # A data loader's thread may pin memory meanwhile.
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._step()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+    def _captured(self) -> torch.cuda.CUDAGraph | None:
+        """The step as a graph; None where it cannot be captured, and the steps run as they are."""
+        device = self.feed.device
+        stream, pool = _capturing(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                # thread_local: a data loader's thread may pin memory meanwhile.
+                graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
+                try:
+                    self._step()
+                    graph.capture_end()
+                except RuntimeError as error:
+                    self._captures = False
+                    _LOG.warning(
+                        "a step of writing cannot be captured (%s): text is written without, which is slower",
+                        error,
+                    )
+                    with suppress(RuntimeError):  # it has ended by the error above
+                        graph.capture_end()
+                    return None
+            torch.cuda.current_stream().wait_stream(stream)
         return graph
 
     def _step(self) -> None:
