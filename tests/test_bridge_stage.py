@@ -105,9 +105,11 @@ def test_teacher_and_student_stand_at_one_position(attached, examples):
     assert packed.latent_bridged.sum() == pairs.student.numel()
 
 
-@pytest.mark.parametrize("distill", ["per_layer_kl", "final_mse"])
-def test_the_distance_is_the_slow_one(attached, examples, distill):
-    own = objective(attached, distill=distill)
+@pytest.mark.parametrize(
+    ("distill", "centred"), [("per_layer_kl", False), ("per_layer_kl", True), ("final_mse", False)]
+)
+def test_the_distance_is_the_slow_one(attached, examples, distill, centred):
+    own = objective(attached, distill=distill, centred=centred)
     made = batches(own, examples[:4], 2)
     found = sum(float(o["distill"].detach()) for o in losses(own, attached, made))
     expected, layers = 0.0, attached.backbone.layers
@@ -119,9 +121,11 @@ def test_the_distance_is_the_slow_one(attached, examples, distill):
                 for layer, states in hidden.items():
                     flat = states.flatten(0, 1)
                     (h, w), (a, c) = pairs.teacher_grid, pairs.student_grid
-                    grid = flat[teacher].view(h, w, -1)
+                    taught, seen = flat[teacher], flat[student]
+                    if centred:
+                        taught, seen = taught - taught.mean(0), seen - seen.mean(0)
+                    grid = taught.view(h, w, -1)
                     cells = grid.view(a, h // a, c, w // c, -1).mean((1, 3)).flatten(0, 1)
-                    seen = flat[student]
                     if distill == "final_mse":
                         expected += float((cells.mean(0) - seen.mean(0)).pow(2).mean())
                         continue
@@ -130,6 +134,26 @@ def test_the_distance_is_the_slow_one(attached, examples, distill):
                     expected += kl * (layer + 1) / (layers * (layers + 1) / 2)
     assert found == pytest.approx(expected / 4, rel=1e-3)
     assert found > 1e-4
+
+
+def test_one_constant_for_all_tokens_brings_centred_states_no_closer(attached, examples):
+    """What the bridge of the miniature model learnt from the distance as the paper has it, and what it drowned in."""
+    moved = {}
+    for centred in (False, True):
+        own = objective(attached, centred=centred)
+        (batch,) = batches(own, examples[:4])
+        (pairs,) = batch["pairs"]
+        with torch.no_grad():
+            outputs = attached.module(batch["batch"])
+            far = float(own._distance(outputs, pairs))
+            for layer, states in outputs.hidden.items():
+                flat = states.flatten(0, 1).clone()
+                shift = flat[pairs.teacher].mean((0, 1)) - flat[pairs.student].mean((0, 1))
+                flat[pairs.student.flatten()] += shift
+                outputs.hidden[layer] = flat.view_as(states)
+            moved[centred] = float(own._distance(outputs, pairs)) / far
+    assert moved[True] == pytest.approx(1, abs=1e-4)
+    assert moved[False] < 0.95
 
 
 def test_states_are_averaged_over_cells():

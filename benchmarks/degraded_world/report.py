@@ -47,7 +47,10 @@ DIFFERENCES = (
     ("GRPO minus direct LoRA, on clean", ("clear", "clean"), ("direct", "clean")),
     ("GRPO minus base, at high", ("clear", "high"), ("base", "high")),
     ("GRPO minus base, on clean", ("clear", "clean"), ("base", "clean")),
+    ("SFT minus base, at high", ("sft", "high"), ("base", "high")),
+    ("SFT minus base, on clean", ("sft", "clean"), ("base", "clean")),
     ("SFT minus direct LoRA, at high", ("sft", "high"), ("direct", "high")),
+    ("SFT minus direct LoRA, on clean", ("sft", "clean"), ("direct", "clean")),
     ("SFT + bridge minus SFT, at high", ("bridge", "high"), ("sft", "high")),
     ("GRPO minus SFT + bridge, at high", ("clear", "high"), ("bridge", "high")),
     ("bridge minus decode and re-encode, at high", ("clear", "high"), ("reencode", "high")),
@@ -135,7 +138,8 @@ def pictures(result: ResultFile, full: bool) -> str:
     rows = []
     for measure, (title, style) in MEASURES.items():
         medians = summary.restorations(p, measure)[-1][2]
-        rows.append([title, *(f"{medians[w]:{style}}" for w in ways)])
+        if medians:
+            rows.append([title, *(f"{medians[w]:{style}}" if w in medians else "–" for w in ways)])
     signs = summary.signs(p)
     by_way = {"input": "high"}
     read = [signs.get(by_way.get(w, w)) for w in ways]

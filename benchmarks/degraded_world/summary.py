@@ -110,7 +110,7 @@ def won_back(payload: Mapping[str, Any], system: str, samples: int = 2000) -> Va
 def restorations(
     payload: Mapping[str, Any], measure: str = "psnr"
 ) -> list[tuple[str, int, dict[str, float]]]:
-    """By corruption, then over all: how many, and by way the median of a measure."""
+    """By corruption, then over all: how many, and by way the median of a measure, where it was taken."""
     names = np.array(payload["set"]["degradations"])
     rows = []
     for name in (*sorted(set(names)), "all"):
@@ -118,6 +118,7 @@ def restorations(
         medians = {
             way: float(np.median(np.array(values[measure])[of]))
             for way, values in payload["restorations"]["ways"].items()
+            if measure in values
         }
         rows.append((str(name), int(of.sum()), medians))
     return rows

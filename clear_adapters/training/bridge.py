@@ -53,6 +53,9 @@ class BridgeSettings:
         timestep_shift: as in stage 1, for the times of estimates.
         distill: `per_layer_kl` between the states of teacher and bridged tokens, place by place; `final_mse` of the mean
             last states; `none`.
+        centred: compare states less their mean over the picture's tokens. Without it, as in the paper and the released code,
+            most of the distance lies between the means of all states, which a bridge of its own closes by adding one large
+            constant to every token: the distance falls, and what the tokens say is drowned (benchmarks/README.md).
         layer_stride: every so many layers, and the last, are compared.
         ce_weight: of the cross-entropy of all SAMPLED text, that after the restoration and the decision before it.
         distill_weight: of the distillation.
@@ -70,6 +73,7 @@ class BridgeSettings:
     vit_drop: float = 0.4
     timestep_shift: float = 1.0
     distill: Literal["per_layer_kl", "final_mse", "none"] = "per_layer_kl"
+    centred: bool = False
     layer_stride: int = 1
     ce_weight: float = 1.0
     distill_weight: float = 0.1
@@ -88,6 +92,10 @@ class BridgeSettings:
             raise ClearValueError(f"own_rows={self.own_rows}: must be at least 1")
         if self.layer_stride < 1:
             raise ClearValueError(f"layer_stride={self.layer_stride}: must be at least 1")
+        if self.centred and self.distill == "final_mse":
+            raise ClearValueError(
+                "centred=True with distill='final_mse': it compares the means, which centring takes away; choose one of them"
+            )
         if self.distill not in ("per_layer_kl", "final_mse", "none"):
             raise ClearValueError(f"distill={self.distill!r}: 'per_layer_kl', 'final_mse' or 'none'")
         for name in ("ce_weight", "distill_weight", "mse_weight"):
@@ -328,6 +336,8 @@ class BridgeObjective(Objective):
             states = outputs.hidden[layer].flatten(0, 1)
             teacher = states[pairs.teacher].detach().float()
             student = states[pairs.student].float()
+            if self.settings.centred:
+                teacher, student = (s - s.mean(1, keepdim=True) for s in (teacher, student))
             if self.settings.distill == "final_mse":
                 # Not aligned before: cells of grids that do not divide overlap, and would weigh some tokens twice.
                 return total + (teacher.mean(1) - student.mean(1)).pow(2).mean(-1).sum()
