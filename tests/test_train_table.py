@@ -8,10 +8,13 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "degraded_world"
 sys.path.insert(0, str(FOLDER))
 
+import evaluate  # noqa: E402
 import train_table  # noqa: E402
+from systems import SYSTEMS  # noqa: E402
 from train_table import Job  # noqa: E402
 
 from clear_adapters.errors import ClearValueError  # noqa: E402
+from clear_adapters.results import read_result  # noqa: E402
 from clear_adapters.training.recipe import load_recipe  # noqa: E402
 
 
@@ -56,7 +59,11 @@ def test_the_overrides_are_values_of_the_recipe():
 
 def test_a_failed_run_takes_what_needs_it_along_and_nothing_else(tmp_path, capsys):
     def job(name, needs, code):
-        return Job(name, needs, (sys.executable, "-c", f"print('{name}'); raise SystemExit({code})"))
+        return Job(
+            name,
+            () if needs is None else (needs,),
+            (sys.executable, "-c", f"print('{name}'); raise SystemExit({code})"),
+        )
 
     jobs = [job("a", None, 0), job("b", "a", 3), job("c", "b", 0), job("d", "a", 0), job("e", "elsewhere", 0)]
     assert train_table.run(jobs, tmp_path, 2) == ["b", "c"]
@@ -73,7 +80,7 @@ def test_an_unknown_family_is_refused(tmp_path, capsys, more):
 
 def test_runs_are_spread_over_gpus(tmp_path):
     tells = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(1)"
-    jobs = [Job(name, None, (sys.executable, "-c", tells)) for name in "abcd"]
+    jobs = [Job(name, (), (sys.executable, "-c", tells)) for name in "abcd"]
     assert train_table.run(jobs, tmp_path, 4, gpus=2) == []
     assert sorted((tmp_path / f"{name}.log").read_text().strip() for name in "abcd") == ["0", "0", "1", "1"]
 
@@ -93,3 +100,42 @@ def test_adapters_are_shipped_whole_or_not_at_all(tmp_path):
     assert set(train_table.ship(table, 4, builtin)) == {p.name for p in builtin.iterdir()}
     assert (builtin / "clear-bagel-tiny" / "clear_config.json").read_text() == "clear"
     assert not (builtin / "clear-bagel-tiny" / "old").exists()
+
+
+def test_every_system_is_measured_once_when_its_adapter_is_there(tmp_path):
+    args = train_table.parse(arguments(tmp_path, "--results", "r.json", "--measure=--limit 20"))
+    jobs = train_table.plan(args)
+    position = {job.name: i for i, job in enumerate(jobs)}
+    assert all(position[need] < position[job.name] for job in jobs for need in job.needs)
+    seen = []
+    for job in (j for j in jobs if j.name.startswith("measure-")):
+        own = evaluate.parse(list(job.command[2:]))
+        cells = evaluate.plan(own)
+        assert own.limit == 20
+        assert {Path(c.adapter).name for c in cells if c.adapter} <= set(job.needs)
+        seen += [c.key for c in cells]
+    everything = {
+        f"{s.name}/{c}/{run}"
+        for s in SYSTEMS
+        for c in s.conditions
+        for run in range(3 if s.every_seed else 1)
+    }
+    assert sorted(seen) == sorted(everything)
+
+
+def test_what_was_measured_is_merged_also_where_something_failed(tmp_path, monkeypatch, capfd):
+    """The base is measured for real; the adapter that should be there is not."""
+    results = tmp_path / "r.json"
+    more = [
+        "--families",
+        "direct",
+        "--seeds",
+        "0",
+        "--results",
+        str(results),
+        "--measure=--limit 2 --device cpu",
+    ]
+    assert train_table.main(arguments(tmp_path, *more)) == 1
+    told = capfd.readouterr()
+    assert "direct0 failed" in told.err
+    assert {k.split("/")[0] for k in read_result(results).payload["cells"]} == {"base", "base-warned"}

@@ -109,6 +109,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="take the cells of these results over",
     )
+    p.add_argument("--only-merge", action="store_true", help="take cells over and measure nothing")
     p.add_argument("--limit", type=int, default=1000, metavar="N", help="questions")
     p.add_argument("--seed", type=int, default=0, help="of the held-out set")
     p.add_argument("--seconds", type=float, help="begin no cell that would end after this")
@@ -267,8 +268,8 @@ def measure_pictures(
 def run(args: argparse.Namespace) -> Record:
     """Measures what is asked for and not yet in the result file."""
     began = time.perf_counter()
-    jobs = plan(args)
-    needed = {"clean"} | {j.condition for j in jobs}
+    jobs = [] if args.only_merge else plan(args)
+    needed = {"clean"} | {j.condition for j in jobs} if jobs else set()
     if any(j.measures_pictures for j in jobs):
         needed.add("high")
     data = build(

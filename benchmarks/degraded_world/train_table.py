@@ -1,12 +1,14 @@
-"""Trains every adapter of the table, several side by side on one GPU; evaluate.py measures them.
+"""Trains every adapter of the table, several side by side on one GPU, and measures each as soon as it is there.
 
     clear-adapters data world --output runs/sft-data --examples 90000 --questions-per-scene 5
     clear-adapters data world --output runs/rl-data --examples 30000 --questions-per-scene 1 --seed 1
-    python benchmarks/degraded_world/train_table.py --data runs/sft-data --rl-data runs/rl-data --output runs/table
+    python benchmarks/degraded_world/train_table.py --data runs/sft-data --rl-data runs/rl-data --output runs/table \
+        --results benchmarks/results/degraded_world.json
 
 A small model leaves a GPU mostly idle, so that six runs take little longer than one; with `--gpus N` each run goes to the
 GPU that has the fewest. What is finished is left as it is and what was stopped goes on, since that is what the commands do.
-A family begins when the one that it goes on from has ended. `--ship` then puts the first seed's adapter of each stage in
+A family begins when the one that it goes on from has ended. With `--results` evaluate.py measures in parts, which stand in
+OUTPUT and are merged at the end, also where some runs failed. `--ship` then puts the first seed's adapter of each stage in
 the place of the built-in ones.
 """
 
@@ -19,13 +21,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from systems import SYSTEMS
 
 from clear_adapters import store
 from clear_adapters.errors import ClearError, ClearValueError, unknown_name
 
 ROOT = Path(__file__).resolve().parents[2]
+EVALUATE = Path(__file__).with_name("evaluate.py")
 BUILTIN = ROOT / "clear_adapters" / "builtin"
 
 
@@ -86,16 +94,16 @@ SHIPPED = {"sft": "clear-bagel-tiny-sft", "bridge": "clear-bagel-tiny-bridge", "
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter to be trained.
+    """One adapter to be trained, or a part of the table to be measured.
 
     Attributes:
-        name: of its folder.
-        needs: name of the job before, or None.
-        command: what trains it.
+        name: of its folder or result file.
+        needs: names of the jobs before.
+        command: what trains or measures it.
     """
 
     name: str
-    needs: str | None
+    needs: tuple[str, ...]
     command: tuple[str, ...]
 
 
@@ -108,16 +116,11 @@ def plan(args: argparse.Namespace) -> list[Job]:
     for name in args.families:
         if name not in FAMILIES:
             raise unknown_name("family", name, FAMILIES)
-    wanted = set(args.families)
-    for name in args.families:  # and what they go on from
-        before = FAMILIES[name].before
-        while before is not None:
-            wanted.add(before)
-            before = FAMILIES[before].before
+    wanted = with_those_before(args.families)
     jobs = []
-    for family in (f for f in FAMILIES if f in wanted):
+    for family in wanted:
         own = FAMILIES[family]
-        for seed in args.seeds if own.every_seed else args.seeds[:1]:
+        for seed in seeds_of(family, args.seeds):
             needs = None if own.before is None else f"{own.before}{seed}"
             data = args.rl_data if own.stage == "grpo" else args.data
             command = [
@@ -140,8 +143,65 @@ def plan(args: argparse.Namespace) -> list[Job]:
             command += [] if needs is None else ["--adapter", str(args.output / needs)]
             overrides = [*own.overrides, f"seed={seed}", *args.set]
             command += [part for override in overrides for part in ("--set", override)]
-            jobs.append(Job(f"{family}{seed}", needs, tuple(command)))
+            jobs.append(Job(f"{family}{seed}", () if needs is None else (needs,), tuple(command)))
+    return jobs + (measurements(args, wanted) if args.results else [])
+
+
+def with_those_before(names: Sequence[str]) -> list[str]:
+    """Families and all that they go on from, in the order of training."""
+    wanted = set(names)
+    for name in names:
+        before = FAMILIES[name].before
+        while before is not None:
+            wanted.add(before)
+            before = FAMILIES[before].before
+    return [family for family in FAMILIES if family in wanted]
+
+
+def seeds_of(family: str, seeds: Sequence[int]) -> Sequence[int]:
+    """Those that a family is trained with."""
+    return seeds if FAMILIES[family].every_seed else seeds[:1]
+
+
+def measurements(args: argparse.Namespace, wanted: Sequence[str]) -> list[Job]:
+    """What evaluate.py has to measure: the base, then each adapter; the first also as controls and by its pictures."""
+    systems: dict[tuple[str | None, bool], list[str]] = {}
+    for system in SYSTEMS:
+        systems.setdefault((system.family, system.every_seed), []).append(system.name)
+    # The base comes first: it draws the held-out pictures for all.
+    jobs = [_measurement(args, "measure-base", (), systems[None, False])]
+    for family in wanted:
+        for run, seed in enumerate(seeds_of(family, args.seeds)):
+            for every_seed in (True, False):
+                names = systems.get((family, every_seed), [])
+                if names and (every_seed or run == 0):
+                    name = f"measure-{family}{seed}{'' if every_seed else '-controls'}"
+                    jobs.append(_measurement(args, name, (f"{family}{seed}",), names, "--runs", str(run)))
     return jobs
+
+
+def _measurement(
+    args: argparse.Namespace, name: str, needs: tuple[str, ...], systems: Sequence[str], *more: str
+) -> Job:
+    command = [sys.executable, str(EVALUATE), "--model", args.model, "--systems", ",".join(systems), *more]
+    command += ["--output", str(args.output / f"{name}.json"), "--cache", str(args.output / "heldout")]
+    if needs:
+        command.append("--adapters")
+        for family in with_those_before(args.families):
+            folders = (str(args.output / f"{family}{seed}") for seed in seeds_of(family, args.seeds))
+            command.append(f"{family}={','.join(folders)}")
+    first = () if name == "measure-base" else ("measure-base",)
+    return Job(name, (*needs, *first), (*command, *(part for own in args.measure for part in own.split())))
+
+
+def merge(args: argparse.Namespace, jobs: Sequence[Job], failed: Sequence[str]) -> int:
+    """Puts the parts that were measured into one result file; gives the exit status of evaluate.py."""
+    done = [j.name for j in jobs if j.name.startswith("measure-") and j.name not in failed]
+    parts = [str(args.output / f"{name}.json") for name in done]
+    command = [sys.executable, str(EVALUATE), "--model", args.model, "--output", str(args.results)]
+    command += ["--fresh", "--only-merge", "--merge", *parts]
+    command += [part for own in args.measure for part in own.split()]
+    return subprocess.run(command, check=False).returncode if parts else 1
 
 
 def run(jobs: list[Job], output: Path, parallel: int, gpus: int = 0) -> list[str]:
@@ -161,10 +221,10 @@ def run(jobs: list[Job], output: Path, parallel: int, gpus: int = 0) -> list[str
     env.setdefault("OMP_NUM_THREADS", "1")
     began = time.perf_counter()
     while waiting or running:
-        for job in [j for j in waiting if j.needs in failed]:
+        for job in [j for j in waiting if any(name in failed for name in j.needs)]:
             waiting.remove(job)
             failed.append(job.name)
-        ready = [j for j in waiting if j.needs is None or j.needs in done or j.needs not in known]
+        ready = [j for j in waiting if all(name in done or name not in known for name in j.needs)]
         for job in ready[: parallel - len(running)]:
             waiting.remove(job)
             own = dict(env)
@@ -201,8 +261,8 @@ def ship(output: Path, seed: int, builtin: Path) -> list[str]:
     return list(SHIPPED.values())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Trains what is asked for."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", type=Path, required=True, help="of stages 1 and 2, and of direct tuning")
     p.add_argument("--rl-data", type=Path, required=True, help="of stage 3: other scenes than --data")
@@ -214,9 +274,18 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run")
     p.add_argument("--parallel", type=int, default=6, metavar="N", help="runs side by side")
     p.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs that the runs are spread over")
+    p.add_argument("--results", type=Path, metavar="FILE", help="also measure, into this result file")
+    p.add_argument(
+        "--measure", action="append", default=[], metavar="OPTIONS", help="further options of evaluate.py"
+    )
     p.add_argument("--ship", action="store_true", help="make the first seed's adapters the built-in ones")
     p.add_argument("--dry-run", action="store_true", help="print the commands")
-    args = p.parse_args(arguments)
+    return p.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains and measures what is asked for."""
+    args = parse(arguments)
     try:
         jobs = plan(args)
     except ClearError as error:
@@ -229,6 +298,9 @@ def main(arguments: list[str] | None = None) -> int:
     failed = run(jobs, args.output, max(1, args.parallel), args.gpus)
     for name in failed:
         print(f"error: {name} failed; see {args.output / f'{name}.log'}", file=sys.stderr)
+    if args.results and merge(args, jobs, failed):
+        print(f"error: the parts in {args.output} could not be merged into {args.results}", file=sys.stderr)
+        return 1
     if failed:
         return 1
     if args.ship:
