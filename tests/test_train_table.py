@@ -30,7 +30,7 @@ def commands(tmp_path, capsys, *more):
 def test_every_family_is_trained_after_the_one_before(tmp_path, capsys):
     told = commands(tmp_path, capsys)
     names = [line.split("--output ")[1].split()[0].rpartition("/")[2] for line in told]
-    assert len(names) == 5 * 3 + 4
+    assert len(names) == 5 * 3 + 6
     assert names.index("bridge1") > names.index("sft1")
     (bridge,) = [line for line in told if "/bridge1 " in line and line.startswith("bridge")]
     assert f"--adapter {tmp_path}/table/sft1" in bridge

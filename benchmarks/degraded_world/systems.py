@@ -69,6 +69,8 @@ SYSTEMS = (
     System("bridge", "CLEAR: SFT + bridge", "bridge", ALL, every_seed=True),
     System("truth", "CLEAR: SFT + bridge, true latents only", "truth"),
     System("own", "CLEAR: SFT + bridge, true and own latents", "own"),
+    System("published", "CLEAR: SFT + bridge, states compared as published", "published"),
+    System("centred", "CLEAR: SFT + bridge, centred states compared", "centred"),
     System("clear", "CLEAR: SFT + bridge + GRPO", "clear", ALL, every_seed=True),
     System(
         "reencode",

@@ -55,8 +55,8 @@ class Family:
 
 
 FAMILIES = {
-    # As many samples and steps as stage 1 to 3 together have: 1,000 x 64, then 100 x 64, then 50 x 32 x 8 rollouts.
-    "direct": Family("sft", None, ("sft.mode=direct", "loop.steps=1300")),
+    # As many samples and steps as stage 1 to 3 together have: 2,200 x 64, then 200 x 64, then 100 x 32 x 8 rollouts.
+    "direct": Family("sft", None, ("sft.mode=direct", "loop.steps=2800")),
     "sft": Family("sft"),
     "bridge": Family("bridge", "sft"),
     "truth": Family(
@@ -74,6 +74,15 @@ FAMILIES = {
         "bridge",
         "sft",
         ("trains=[understanding,bridge]", "bridge.estimate=0", "bridge.mse_weight=0"),
+        every_seed=False,
+    ),
+    "published": Family(
+        "bridge", "sft", ("bridge.distill=per_layer_kl", "bridge.distill_weight=0.02"), every_seed=False
+    ),
+    "centred": Family(
+        "bridge",
+        "sft",
+        ("bridge.distill=per_layer_kl", "bridge.distill_weight=0.02", "bridge.centred=true"),
         every_seed=False,
     ),
     "clear": Family("grpo", "bridge"),
