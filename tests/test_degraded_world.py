@@ -364,13 +364,13 @@ def test_restorations_are_medians_by_corruption():
 def test_a_readme_gets_the_text_between_its_markers_and_keeps_the_rest(tmp_path, capsys):
     path = result_of(SMALL).write(tmp_path / "r.json")
     readme, full = tmp_path / "a.md", tmp_path / "b.md"
-    full.write_text(f"x\n{report.BEGIN}\n{report.END}\n")
+    full.write_text(f"x\n{report.MARKERS[0]}\n{report.MARKERS[1]}\n")
     readme.write_text("no markers")
     call = [str(path), "--readme", str(readme), "--full", str(full)]
     assert report.main(call) == 2
-    assert report.BEGIN in capsys.readouterr().err
-    assert full.read_text() == f"x\n{report.BEGIN}\n{report.END}\n"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.MARKERS[0] in capsys.readouterr().err
+    assert full.read_text() == f"x\n{report.MARKERS[0]}\n{report.MARKERS[1]}\n"
+    readme.write_text(f"before\n{report.MARKERS[0]}\nold\n{report.MARKERS[1]}\nafter\n")
     assert report.main(call) == 0
     text = readme.read_text()
     assert report.main(call) == 0

@@ -3,6 +3,9 @@ r"""How much of a restoration an adapter reads: cross-entropy of the reply after
     clear-adapters data world --output runs/reading-data --split heldout --examples 400 --questions-per-scene 1
     python benchmarks/degraded_world/reading.py --data runs/reading-data --adapters builtin:clear-bagel-tiny runs/a2 \
         --output benchmarks/results/reading.json
+    python benchmarks/degraded_world/reading.py --table benchmarks/results/reading.json
+
+The second puts the table between its markers in benchmarks/README.md.
 
 Far more precise than right answers, and quick on a CPU. Equal numbers mean that the latent is not read at all; a lower one
 after true latents alone, that the model trusts what it will not be given. Rows are highly degraded pictures that a trace
@@ -19,17 +22,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report import inserted, table
+
 from clear_adapters import attach, store
 from clear_adapters.attached import AttachedModel
 from clear_adapters.datasets import read_examples
 from clear_adapters.datasets.example import Example
 from clear_adapters.datasets.traces import TraceSettings
 from clear_adapters.errors import ClearError, ClearValueError
-from clear_adapters.results import ResultFile
+from clear_adapters.results import ResultFile, read_result
 from clear_adapters.training.bridge import BridgeObjective, BridgeSettings
 from clear_adapters.training.objective import Draw
 
 KIND = "reading"
+MARKERS = ("<!-- reading:begin -->", "<!-- reading:end -->")
+README = Path(__file__).parents[1] / "README.md"
 BELOW = 20.0
 SOURCES = {"true": 0.0, "own": 1.0}
 
@@ -96,11 +105,39 @@ def bridge_lengths(model: AttachedModel, rows: list[Example]) -> dict[str, float
     return found
 
 
+def render(result: ResultFile) -> str:
+    """The table."""
+    p = result.payload
+    head = [
+        "adapter",
+        "steps",
+        "true: nats a token",
+        "own",
+        "true: whole replies, %",
+        "own",
+        "tokens",
+        "added",
+    ]
+    rows = []
+    for own in p["adapters"]:
+        values = [f"{own[s]['cross_entropy']:.4f}" for s in SOURCES]
+        values += [f"{100 * own[s]['whole_rows']:.0f}" for s in SOURCES]
+        lengths = own["bridge"]
+        sizes = [f"{lengths[k]:.1f}" if lengths else "–" for k in ("native", "added")]
+        rows.append([own["label"], str(own["steps"]), *values, *sizes])
+    note = f"{p['n']} highly degraded held-out rows; {result.device.upper()}, float32, {result.date[:10]}."
+    return f"{note}\n\n{table(head, rows)}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measures, and tells in one line what the library refuses."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=Path, required=True, help="a held-out data set of the miniature world")
-    p.add_argument("--adapters", nargs="+", required=True, metavar="[LABEL=]ADAPTER")
+    p.add_argument(
+        "--table", type=Path, metavar="FILE", help="measure nothing: put this result's table in its place"
+    )
+    p.add_argument("--readme", type=Path, default=README, help="where the table goes")
+    p.add_argument("--data", type=Path, help="a held-out data set of the miniature world")
+    p.add_argument("--adapters", nargs="+", default=[], metavar="[LABEL=]ADAPTER")
     p.add_argument("--model", default="builtin:bagel-tiny")
     p.add_argument("--output", type=Path, default=Path("runs/reading.json"))
     p.add_argument("--limit", type=int, default=96, metavar="N", help="rows")
@@ -109,6 +146,17 @@ def main(arguments: list[str] | None = None) -> int:
     args = p.parse_args(arguments)
     found = []
     try:
+        if args.table is not None:
+            text = inserted(
+                args.readme.read_text(encoding="utf-8"),
+                render(read_result(args.table)),
+                str(args.readme),
+                MARKERS,
+            )
+            args.readme.write_text(text, encoding="utf-8")
+            return 0
+        if args.data is None or not args.adapters:
+            raise ClearValueError("pass --data and --adapters to measure, or --table with a result to show")
         rows = rows_of(args.data, args.limit)
         for text in args.adapters:
             label, equals, name = text.rpartition("=")

@@ -23,7 +23,7 @@ from clear_adapters.errors import ClearError, ClearValueError
 from clear_adapters.results import ResultFile, read_result
 from clear_adapters.world import KINDS
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("sft", "bridge", "clear")
 WAYS = {
@@ -193,24 +193,26 @@ def render(result: ResultFile, full: bool = False) -> str:
     return "\n\n".join(p for p in parts if p)
 
 
-def inserted(text: str, content: str, source: str) -> str:
+def inserted(text: str, content: str, source: str, markers: tuple[str, str] = MARKERS) -> str:
     """A README with the content between its markers.
 
     Raises:
         ClearValueError: it does not have each marker once, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    begin, end = markers
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ClearValueError(
-            f"{source} needs the lines {BEGIN} and {END}, each once: add them where the table goes"
+            f"{source} needs the lines {begin} and {end}, each once: add them where the table goes"
         )
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n{content}\n{text[text.index(END) :]}"
+    return f"{text[: text.index(begin)]}{begin}\n{content}\n{text[text.index(end) :]}"
 
 
-def between(text: str) -> str | None:
+def between(text: str, markers: tuple[str, str] = MARKERS) -> str | None:
     """What stands between the markers; None without them."""
-    if BEGIN not in text or END not in text:
+    begin, end = markers
+    if begin not in text or end not in text:
         return None
-    return text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    return text[text.index(begin) + len(begin) : text.index(end)].strip()
 
 
 def draw(result: ResultFile, path: Path) -> None:
