@@ -24,15 +24,33 @@ from clear_adapters.sampling import RowRandom, TextSampling, choose_token
 _PORTIONS = {"cuda": 256}
 """Tokens for which room is made at once: a graph is captured for each portion."""
 _PORTION = 32
+_MODE = "thread_local"
+"""A data loader's thread may pin memory while a step is captured."""
 
 _LOG = logging.getLogger(__name__)
 
 
-@cache
-def _capturing(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.MemPool]:
-    """Where steps are captured on a GPU: one stream and one pool, whose workspaces and blocks serve every capture."""
-    with torch.cuda.device(device):
-        return torch.cuda.Stream(), torch.cuda.MemPool()
+class _Place:
+    """Where steps are captured on one GPU: a stream and a memory pool whose workspaces and blocks serve every capture.
+
+    Attributes:
+        stream: on which steps are captured; a workspace belongs to its stream.
+        keeper: a graph that stays, since a pool lives as long as one of its graphs does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream()
+            self.keeper = torch.cuda.CUDAGraph()
+            self._anchor = torch.zeros(1, device=device)
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.keeper.capture_begin(capture_error_mode=_MODE)
+                self._anchor.fill_(1)
+                self.keeper.capture_end()
+
+
+_place = cache(_Place)
 
 
 def can_capture(model: BagelModel, device: torch.device) -> bool:
@@ -122,27 +140,25 @@ class Writer:
 
     def _captured(self) -> torch.cuda.CUDAGraph | None:
         """The step as a graph; None where it cannot be captured, and the steps run as they are."""
-        device = self.feed.device
-        stream, pool = _capturing(device)
-        graph = torch.cuda.CUDAGraph()
+        device, graph = self.feed.device, torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                # thread_local: a data loader's thread may pin memory meanwhile.
-                graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
-                try:
+            try:
+                place = _place(device)
+                place.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(place.stream):
+                    graph.capture_begin(pool=place.keeper.pool(), capture_error_mode=_MODE)
                     self._step()
                     graph.capture_end()
-                except RuntimeError as error:
-                    self._captures = False
-                    _LOG.warning(
-                        "a step of writing cannot be captured (%s): text is written without, which is slower",
-                        error,
-                    )
-                    with suppress(RuntimeError):  # it has ended by the error above
-                        graph.capture_end()
-                    return None
-            torch.cuda.current_stream().wait_stream(stream)
+            except RuntimeError as error:
+                self._captures = False
+                _LOG.warning(
+                    "a step of writing cannot be captured (%s): text is written without, which is slower",
+                    error,
+                )
+                with suppress(RuntimeError):  # a capture that has not ended by the error
+                    graph.capture_end()
+                return None
+            torch.cuda.current_stream().wait_stream(place.stream)
         return graph
 
     def _step(self) -> None:
