@@ -53,6 +53,14 @@ class _Place:
 _place = cache(_Place)
 
 
+@cache
+def _tell(reason: str) -> None:
+    """Once a reason."""
+    _LOG.warning(
+        "a step of writing cannot be captured (%s): text is written without, which is slower", reason
+    )
+
+
 def can_capture(model: BagelModel, device: torch.device) -> bool:
     """Whether a step can be replayed as a graph: on a GPU, and not where hooks gather shards of the base.
 
@@ -151,10 +159,7 @@ class Writer:
                     graph.capture_end()
             except RuntimeError as error:
                 self._captures = False
-                _LOG.warning(
-                    "a step of writing cannot be captured (%s): text is written without, which is slower",
-                    error,
-                )
+                _tell(str(error))
                 with suppress(RuntimeError):  # a capture that has not ended by the error
                     graph.capture_end()
                 return None
