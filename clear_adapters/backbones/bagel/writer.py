@@ -50,7 +50,7 @@ class _Place:
                 self.keeper.capture_end()
 
 
-_place = cache(_Place)
+_capturing = cache(_Place)
 
 
 @cache
@@ -151,7 +151,7 @@ class Writer:
         device, graph = self.feed.device, torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
             try:
-                place = _place(device)
+                place = _capturing(device)
                 place.stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(place.stream):
                     graph.capture_begin(pool=place.keeper.pool(), capture_error_mode=_MODE)
