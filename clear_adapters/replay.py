@@ -70,7 +70,7 @@ class _Builder:
     prepare: Callable[[Any], PreparedImage]
     encode_text: Callable[[str], Tensor] | None
     end_id: int | None
-    decode: Callable[[Restoration], list[Any] | None] | None
+    decode: Callable[[Sequence[Restoration]], list[Any]] | None
     times: Iterator[float] | None
     steps: Iterator[Sequence[int]] | None
     pieces: list[Piece] = field(default_factory=list)
@@ -139,12 +139,10 @@ class _Builder:
                     )
                 )
         if segment.reencoded:
-            images = None if restoration.image is None else [restoration.image]
-            if images is None and self.decode is not None:
-                images = self.decode(restoration)
-            if images is None:
+            image = self.decode([restoration])[0] if self.decode is not None else None
+            if image is None:
                 raise ClearValueError("a re-encoded restoration needs decode, which gives its pixels")
-            self.pieces.append(ImagePiece(self.prepare(images[0]), as_condition=False))
+            self.pieces.append(ImagePiece(self.prepare(image), as_condition=False))
         else:
             self.pieces.append(LatentPiece(restoration.latent[0], grid=restoration.grid, bridged=True))
 
@@ -155,7 +153,7 @@ def pieces(
     prepare: Callable[[Any], PreparedImage],
     encode_text: Callable[[str], Tensor] | None = None,
     end_id: int | None = None,
-    decode: Callable[[Restoration], list[Any] | None] | None = None,
+    decode: Callable[[Sequence[Restoration]], list[Any]] | None = None,
     times: Iterable[float] | None = None,
     steps: Iterable[Sequence[int]] | None = None,
 ) -> list[Piece]:
@@ -170,7 +168,7 @@ def pieces(
         prepare: `Backbone.prepare`.
         encode_text: `Backbone.encode_text`, for recorded segments without ids.
         end_id: `Backbone.end_id`, put behind recorded SAMPLED text that is encoded here.
-        decode: `Backbone.decode`, for restorations that were re-encoded.
+        decode: `Backbone.decode_each`, for restorations that were re-encoded.
         times: flow times of the noised copies of recorded restorations, one each; None leaves the copies out.
         steps: indices of the scored steps, for each restoration that has a trace; None scores every step.
 
@@ -231,7 +229,7 @@ def replay(
     if len(chosen) != len(transcripts):
         raise ClearValueError(f"steps has {len(chosen)} entries for {len(transcripts)} transcripts")
     rows = [
-        pieces(t, prepare=backbone.prepare, decode=backbone.decode, steps=own)
+        pieces(t, prepare=backbone.prepare, decode=backbone.decode_each, steps=own)
         for t, own in zip(transcripts, chosen, strict=True)
     ]
     batch = backbone.pack(rows, with_hidden).to(backbone.device)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from clear_adapters.backbones.bagel import writer
+from clear_adapters.backbones.bagel import autoencoder, writer
 from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters.backbones.base import Restoration
 from clear_adapters.replay import pieces
 from clear_adapters.sampling import TextSampling
 from tests.scripted import make_engine, picture
@@ -121,6 +122,21 @@ def test_pixels_of_restorations_stay_with_them(backbone):
     for image, own in zip(images, alone, strict=True):
         assert image.size == own.size
         assert max(abs(a - b) for a, b in zip(image.tobytes(), own.tobytes(), strict=True)) <= 1
+
+
+def test_pictures_go_through_the_autoencoder_in_portions(backbone, monkeypatch):
+    images = [backbone.prepare(picture(i)) for i in range(5)]
+    whole = Restoration.joined(backbone.encode_images(images))
+    drawn = backbone.decode(whole)
+    seen = []
+    encode = backbone.autoencoder.encode
+    monkeypatch.setattr(backbone.autoencoder, "encode", lambda x: seen.append(len(x)) or encode(x))
+    monkeypatch.setattr(autoencoder, "_PIXELS", 2 * images[0].size[0] * images[0].size[1])
+    parts = Restoration.joined(backbone.encode_images(images))
+    assert seen == [2, 2, 1]
+    torch.testing.assert_close(parts.latent, whole.latent, atol=1e-5, rtol=0)
+    for a, b in zip(backbone.decode(whole), drawn, strict=True):
+        assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)) <= 1
 
 
 @pytest.mark.gpu

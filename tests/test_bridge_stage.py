@@ -335,6 +335,8 @@ def test_training_the_bridge_brings_the_states_together(attached, examples):
         ({"own": 0.7, "estimate": 0.7}, "more than 1"),
         ({"own": -0.1}, "share"),
         ({"own_steps": 1}, "2 points"),
+        ({"own_rows": 0}, "own_rows"),
+        ({"distill": "final_mse", "centred": True}, "centring"),
         ({"layer_stride": 0}, "layer_stride"),
         ({"distill": "cosine"}, "final_mse"),
         ({"timestep_shift": 0}, "positive"),

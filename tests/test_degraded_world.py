@@ -382,6 +382,11 @@ def test_a_readme_gets_the_text_between_its_markers_and_keeps_the_rest(tmp_path,
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_the_table_of_what_was_tried_is_that_of_its_results():
+    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert report.between(text, report.TRIED_MARKERS) == report.tried_table(report.TRIED)
+
+
 @pytest.mark.parametrize(("name", "full"), [("README.md", False), ("benchmarks/README.md", True)])
 def test_the_tables_in_the_readmes_are_those_of_the_official_result(name, full):
     readme = ROOT / name

@@ -429,7 +429,8 @@ def call(*arguments, code=0):
 
 
 def test_the_commands_share_their_options(monkeypatch, tmp_path):
-    seen = []
+    seen, left = [], []
+    monkeypatch.setattr("clear_adapters.training.run.leave_group", lambda: left.append(1))
     monkeypatch.setattr("clear_adapters.training.run.train", lambda *a, **k: seen.append((a, k)) or a[2])
     monkeypatch.setattr("clear_adapters.training.run.train_all", lambda *a, **k: seen.append((a, k)))
     monkeypatch.setattr("clear_adapters.training.run.summary", lambda folder: f"done: {folder}")
@@ -450,6 +451,14 @@ def test_the_commands_share_their_options(monkeypatch, tmp_path):
     assert seen[1][0] == places
     assert seen[1][1].pop("report") is not None
     assert seen[1][1] == given
+    assert left == [1, 1]
+
+
+def test_estimates_without_a_generator_to_train_are_told(caplog):
+    for trains, told in (("[understanding, bridge]", True), ("[understanding, generation, bridge]", False)):
+        caplog.clear()
+        objective_for(fresh(), load_recipe("tiny", [f"trains={trains}", "estimate=0.3"], "bridge"))
+        assert ("leaves the generator as it is" in caplog.text) == told
 
 
 def test_train_all_by_command(trained, data, toy):

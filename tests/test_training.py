@@ -312,6 +312,28 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_logged_step(data, tm
     assert [row["step"] for row in rows] == [1]
 
 
+def test_weights_that_are_not_finite_are_not_told_as_a_full_disk(data, tmp_path, monkeypatch):
+    """Met by a checkpoint, before a log line that would show the loss."""
+    monkeypatch.setattr("clear_adapters.training.trainer.math.isfinite", lambda value: True)
+    overrides = [*BASE, "steps=3", "log_every=1", "save_every=1", "lr=1e30", "eps=1e-30", "batch=1"]
+    with pytest.raises(ClearValueError, match=r"weights that are not finite.*Lower optim.lr") as caught:
+        train_stage("tiny", data, tmp_path / "out", model=build(0), overrides=overrides, progress=False)
+    assert "Make room" not in str(caught.value)
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_training(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ClearValueError, match=r"nothing can be written to.*another output"):
+        train_stage(
+            "tiny",
+            data,
+            tmp_path / "file" / "out",
+            model=build(0),
+            overrides=[*BASE, "steps=1"],
+            progress=False,
+        )
+
+
 def test_weights_that_are_not_finite_are_never_an_adapter(data, tmp_path):
     """The last steps are not logged, and one of them ruins the weights."""
     overrides = [*BASE, "steps=2", "log_every=5", "lr=1e30", "eps=1e-30", "batch=1"]

@@ -2,7 +2,7 @@
 
     python benchmarks/degraded_world/report.py benchmarks/results/degraded_world.json
 
-README.md gets the main table, benchmarks/README.md all of them; both need the two marker lines. The figure is written
+README.md gets the main table, benchmarks/README.md all of them, and that of results/tried; both need the marker lines. The figure is written
 beside the result file. No number is typed by hand: a test renders the committed file again and compares.
 """
 
@@ -24,6 +24,8 @@ from clear_adapters.results import ResultFile, read_result
 from clear_adapters.world import KINDS
 
 MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
+TRIED_MARKERS = ("<!-- tried:begin -->", "<!-- tried:end -->")
+TRIED = Path(__file__).parents[1] / "results" / "tried"
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("sft", "bridge", "clear")
 WAYS = {
@@ -193,6 +195,18 @@ def render(result: ResultFile, full: bool = False) -> str:
     return "\n\n".join(p for p in parts if p)
 
 
+def tried_table(folder: Path) -> str:
+    """Right answers of adapters that were tried and not kept: one result file each, in the order of their names."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        p = read_result(path).payload
+        (name,) = summary.measured(p)
+        values = [summary.accuracy(p, name, c) for c in ("clean", "high")]
+        seeds = max(v.runs for v in values if v is not None)
+        rows.append([path.stem, str(seeds), *map(percent, values)])
+    return table(["result", "seeds", "clean", "high"], rows)
+
+
 def inserted(text: str, content: str, source: str, markers: tuple[str, str] = MARKERS) -> str:
     """A README with the content between its markers.
 
@@ -293,6 +307,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not args.print:
             for path, full in ((args.readme, False), (args.full, True)):
                 texts[path] = inserted(path.read_text(encoding="utf-8"), render(result, full), str(path))
+                if TRIED_MARKERS[0] in texts[path]:
+                    texts[path] = inserted(texts[path], tried_table(TRIED), str(path), TRIED_MARKERS)
     except (ClearError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

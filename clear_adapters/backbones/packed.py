@@ -113,7 +113,7 @@ class PackedBatch:
         patches: (I, P, patch_dim) uint8 or floating in [-1, 1], padded; None without any.
         patch_positions: (I, P) int64.
         patch_valid: (I, P) bool, or None where there is no padding.
-        patch_source: (K,) int64, flat places of the valid patches in I x P.
+        patch_source: (K,) int64, flat places in I x P of the patches that stand at `patch_index`; rows may share a picture.
         patch_index: (K,) int64, flat places in B x L where they stand.
         pictures: pixel groups (n, 3, H, W), uint8 or floating, to encode; equal sizes together.
         latents: (G, C) float32, latent tokens at `gen_index`; rows from pictures are filled by `Backbone.encode`.

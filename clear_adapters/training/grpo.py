@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from clear_adapters.attached import AttachedModel
 
 
+_LATENT_COLUMNS = frozenset({"clean_latent", "restored_latent", "clean_features", "restored_features"})
+"""Columns of rewards that cost a pass of an encoder."""
+
+
 @dataclass(frozen=True)
 class GrpoSettings:
     """What stage 3 does.
@@ -290,7 +294,7 @@ class GrpoObjective(Objective):
         """Latents and features, where a reward asks for them."""
         wanted, group = self.rewards.columns, self.settings.group
         found: dict[str, list[Any]] = {}
-        if not any(name in wanted for name in _LATENT_COLUMNS):
+        if _LATENT_COLUMNS.isdisjoint(wanted):
             return found
         last = [t.restorations[-1].restoration if t.restorations else None for t in transcripts]
         clean = [None if q.clean is None else self.backbone.prepare(q.clean) for q in rows]
@@ -333,7 +337,7 @@ class GrpoObjective(Objective):
             return held.prepared[id(image)]
 
         rows = [
-            pieces(t, prepare=prepare, decode=backbone.decode, steps=own)
+            pieces(t, prepare=prepare, decode=backbone.decode_each, steps=own)
             for t, own in zip(transcripts, steps, strict=True)
         ]
         batch = backbone.pack(rows).to(device)
@@ -478,9 +482,6 @@ class GrpoObjective(Objective):
         """Means over rollouts (`unscored` and `equal`: over groups) of rewards and lengths; see `Objective.facts`."""
         found, self._sums = self._sums, {}
         return found
-
-
-_LATENT_COLUMNS = ("clean_latent", "restored_latent", "clean_features", "restored_features")
 
 
 def advantages(totals: Tensor, scale: Literal["group", "none"]) -> Tensor:

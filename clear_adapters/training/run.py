@@ -9,7 +9,8 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,7 +104,8 @@ def train(
         return output
     attached = attach_for(recipe, model, adapter, device)
     try:
-        trainer = trainer_for(attached, recipe, examples, work, progress=progress)
+        with _writing_to(work):
+            trainer = trainer_for(attached, recipe, examples, work, progress=progress)
         last = None
         if facts is not None:
             # Only now: settings that were refused until here leave nothing behind.
@@ -286,10 +288,17 @@ def _is_done(output: Path, work: Path, facts: dict[str, Any] | None, resume: boo
 def _claim(work: Path, facts: dict[str, Any]) -> None:
     record = work / RUN
     temporary = record.with_name(f"{RUN}.{os.getpid()}")
-    try:
+    with _writing_to(work):
         work.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         temporary.replace(record)
+
+
+@contextmanager
+def _writing_to(work: Path) -> Iterator[None]:
+    """Says in words that a run's folder cannot be made or written to."""
+    try:
+        yield
     except OSError as error:
         raise ClearValueError(
             f"nothing can be written to {work}: {error}. Choose another output, make room, or make it writable"

@@ -89,8 +89,6 @@ class ClearTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """The batches of one optimizer step as the objective prepares them, and what it averages over."""
         batches = list(islice(epoch_iterator, num_batches))
-        if type(self.objective).prepare is Objective.prepare:
-            return batches, self._get_num_items_in_batch(batches, device)
         self.model.eval()
         with torch.no_grad(), gathered(self.attached.module), self.accelerator.autocast():
             batches = self.objective.prepare(batches)
