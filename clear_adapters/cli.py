@@ -24,6 +24,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from clear_adapters._version import __version__
+from clear_adapters.cli_bench import bench
 from clear_adapters.errors import ClearError, ClearValueError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ train = typer.Typer(no_args_is_help=True, help="Train an adapter, one stage a co
 data = typer.Typer(no_args_is_help=True, help="Make training data.")
 main.add_typer(train, name="train")
 main.add_typer(data, name="data")
+main.add_typer(bench, name="bench")
 
 
 class Restoring(StrEnum):

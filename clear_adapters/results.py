@@ -151,6 +151,40 @@ def mean_of_seeds_interval(
     return _percentiles(drawn, confidence)
 
 
+def strata_interval(
+    strata: Sequence[Sequence[float]], confidence: float = 0.95, samples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap interval of the mean over strata of the means within them; every stratum counts the same.
+
+    Strata (benchmarks of a mean, sources of a benchmark) are fixed: each resample draws within each of them, as many
+    values as it has (stratified percentile bootstrap, Efron and Tibshirani 1993, chapter 8).
+
+    Args:
+        strata: One list of values a stratum; they may differ in length.
+        confidence: Between 0 and 1.
+        samples: How many resamples are drawn.
+        seed: The same seed gives the same interval.
+
+    Returns:
+        The lower and the upper bound. With one stratum it is `bootstrap_interval` of the mean, drawn otherwise.
+
+    Raises:
+        ClearValueError: There is no stratum or an empty one, a value is not finite, or a setting is out of range.
+    """
+    _check_settings(confidence, samples)
+    if not strata:
+        raise ClearValueError("There are no strata, so there is no mean: at least one is needed.")
+    random = np.random.default_rng(seed)
+    total = np.zeros(samples)
+    for values in strata:
+        observed = _finite(values, "values", dimensions=1)
+        # A resample is told by how often each different value is drawn: far fewer numbers than values.
+        distinct, counts = np.unique(observed, return_counts=True)
+        drawn = random.multinomial(observed.size, counts / observed.size, size=samples)
+        total += drawn @ distinct / observed.size
+    return _percentiles((total / len(strata)).tolist(), confidence)
+
+
 def _check_settings(confidence: float, samples: int = 1) -> None:
     if not 0 < confidence < 1:
         raise ClearValueError(f"A confidence must lie between 0 and 1, not {confidence}: write 95 % as 0.95.")

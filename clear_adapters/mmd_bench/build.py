@@ -1,0 +1,373 @@
+"""Builds the sets from the base benchmarks' TSV files: seeded, parallel, resumable, with a manifest.
+
+Every picture follows from the seed, the name of its file and its index alone, and rows are written in the order of the
+input, so the files are the same byte for byte for any number of processes. Only a few rows are in memory at a time. A
+build that was stopped goes on where it was: beside the growing files lies a journal of how far each was whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from clear_adapters._version import __version__
+from clear_adapters.datasets.hub import Found, Source, locate
+from clear_adapters.datasets.tsv import format_row
+from clear_adapters.degradations import SEVERITIES, intensity_of
+from clear_adapters.degradations.catalogue import generator
+from clear_adapters.degradations.corruption import Formulas
+from clear_adapters.errors import ClearValueError, unknown_name
+from clear_adapters.mmd_bench.pictures import QUALITY, Item, Made, Recipe, make
+from clear_adapters.mmd_bench.questions import QuestionSet, lines_of, read_questions
+from clear_adapters.mmd_bench.tasks import CLEAN, CORRUPTIONS, Task
+from clear_adapters.results import installed_versions
+
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+CHUNK = 8
+"""Rows that one process makes at a time."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A base benchmark to build from.
+
+    Attributes:
+        task: which.
+        path: its TSV file.
+    """
+
+    task: Task
+    path: Path
+
+
+def find_inputs(sources: Sequence[Source], tasks: Sequence[Task]) -> tuple[list[Input], Found]:
+    """The base files of the tasks; those with distortions of their own have none.
+
+    Raises:
+        ClearValueError: no source has any of them.
+    """
+    wanted = [t for t in tasks if not t.real]
+    found = locate(sources, [t.file_name(CLEAN) for t in wanted])
+    inputs = [Input(t, found.files[t.file_name(CLEAN)]) for t in wanted if t.file_name(CLEAN) in found.files]
+    if not inputs:
+        names = ", ".join(found.missing) or "no file to build from"
+        raise ClearValueError(
+            f"{', '.join(s.name for s in sources)} holds none of the files that were looked for: {names}"
+        )
+    return inputs, found
+
+
+def build(
+    inputs: Sequence[Input],
+    output: str | Path,
+    *,
+    seed: int = 0,
+    conditions: Sequence[str] = (*SEVERITIES, *CORRUPTIONS),
+    formulas: Formulas = "legacy",
+    workers: int | None = None,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Builds the sets, or goes on with a build that was stopped; a finished one is left as it is.
+
+    Args:
+        inputs: the base files.
+        output: folder of the sets.
+        seed: the same seed gives the same files.
+        conditions: severities (mixed sets) and names of corruptions (their own sets, at high).
+        formulas: `legacy`, as published, or `fixed`.
+        workers: processes; None is one a core.
+        skip_bad: leave bad rows out, with what is counted together with them, and say which in the manifest.
+        progress: show a bar.
+
+    Returns:
+        The manifest, which is also `manifest.json`; the pictures are listed in one `*.manifest.jsonl` a task.
+
+    Raises:
+        TsvError: a file has a bad row; file and line are named. What was built so far is kept.
+        ClearValueError: a setting cannot work, or the folder holds other sets.
+        UnknownNameError: there is no such condition.
+    """
+    for name in conditions:
+        if name not in SEVERITIES and name not in CORRUPTIONS:
+            raise unknown_name("severity or corruption", name, (*SEVERITIES, *CORRUPTIONS))
+    if not conditions:
+        raise ClearValueError("no severity and no corruption was asked for, so there is nothing to build")
+    if workers is not None and workers < 1:
+        raise ClearValueError(f"workers={workers}: at least one process is needed")
+    generator(seed, "draw")  # checks the seed
+    recipe = Recipe(seed, tuple(dict.fromkeys(conditions)), formulas)
+    folder = Path(output)
+    settings = {
+        **asdict(recipe),
+        "version": __version__,
+        "inputs": {i.task.name: {"file": i.path.name, "bytes": i.path.stat().st_size} for i in inputs},
+    }
+    sets = [read_questions(i.path, i.task, skip_bad=skip_bad) for i in inputs]  # all, before any is built
+    _claim(folder, settings)
+    if (folder / MANIFEST).is_file():
+        return _read_json(folder / MANIFEST)
+    count = workers or os.cpu_count() or 1
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                disable=not progress,
+                transient=True,
+            )
+        )
+        pool = None
+        if count > 1:
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(count, context, _one_thread))
+        facts = {s.task.name: _build_task(folder, s, recipe, skip_bad, pool, count, bar) for s in sets}
+    return _finish(folder, settings, sets, recipe, facts)
+
+
+def _one_thread() -> None:
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    text = json.dumps(settings, sort_keys=True, indent=2) + "\n"
+    file = folder / PLAN
+    if file.is_file():
+        if file.read_text(encoding="utf-8") != text:
+            raise ClearValueError(
+                f"{folder} holds sets of other settings or other files (see {file}): choose another folder, or delete it"
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ClearValueError(f"{folder} is not empty and holds no sets: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(file, text)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _items(questions: QuestionSet) -> list[Item]:
+    shared: dict[str, dict[tuple[int, int], None]] = {}
+    for q in questions.questions:
+        shared.setdefault(q.group, {})[q.picture] = None
+    return [Item(q.index, q.place, q.picture, tuple(shared[q.group])) for q in questions.questions]
+
+
+def _build_task(
+    folder: Path,
+    questions: QuestionSet,
+    recipe: Recipe,
+    skip_bad: bool,
+    pool: ProcessPoolExecutor | None,
+    workers: int,
+    bar: Progress,
+) -> dict[str, Any]:
+    task = questions.task
+    journal = _Journal(folder, task, recipe.conditions)
+    header = format_row(list(questions.file.columns))
+    items = _items(questions)
+    chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
+    line = bar.add_task(task.title, total=len(items), completed=min(len(items), journal.chunks * CHUNK))
+    jobs = [(questions.file.path, task.file, recipe, c, skip_bad) for c in chunks[journal.chunks :]]
+    if not journal.complete:
+        with journal.opened(header) as write:
+            for made in _in_order(jobs, pool, workers):
+                write(made)
+                bar.advance(line, CHUNK)
+        journal.close()
+    return journal.counts
+
+
+def _in_order(jobs: Sequence[Any], pool: ProcessPoolExecutor | None, workers: int) -> Iterator[Made]:
+    """Results in order, with only as many under way as keep the processes busy."""
+    if pool is None:
+        yield from map(make, jobs)
+        return
+    ahead: deque[Future[Made]] = deque()
+    try:
+        for job in jobs:
+            ahead.append(pool.submit(make, job))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        for future in ahead:
+            future.cancel()
+
+
+class _Journal:
+    """The growing files of one task, and how far they are whole.
+
+    Attributes:
+        chunks: how many are in the files.
+        complete: whether all are.
+        counts: what was written and left out so far.
+    """
+
+    def __init__(self, folder: Path, task: Task, conditions: Sequence[str]) -> None:
+        self.files = {c: folder / task.file_name(c) for c in conditions}
+        self.pictures = folder / f"{task.file}.manifest.jsonl"
+        self.path = folder / f"{task.file}.journal"
+        self.chunks, self.sizes = 0, {}
+        self.complete = False
+        self.counts: dict[str, Any] = {"rows": 0, "pictures": 0, "bad": [], "left_with_group": 0}
+        for entry in self._entries():
+            self.chunks, self.sizes, self.counts = entry["chunks"], entry["sizes"], entry["counts"]
+            self.complete = entry["complete"]
+        if self.complete:
+            self.close()
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        if not self.path.is_file():
+            return
+        for text in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(text)
+            except ValueError:  # cut off when the run was killed
+                return
+
+    def _parts(self) -> dict[str, Path]:
+        return {
+            name: path.with_name(path.name + ".part")
+            for name, path in {**self.files, "pictures": self.pictures}.items()
+        }
+
+    def opened(self, header: str) -> Any:
+        """A context in which made chunks can be written, from the last whole one on."""
+        return _Writer(self, header)
+
+    def close(self) -> None:
+        """Gives the files their names; the journal stays until the whole build is finished."""
+        for name, path in {**self.files, "pictures": self.pictures}.items():
+            part = self._parts()[name]
+            if part.is_file():
+                part.replace(path)
+
+
+class _Writer:
+    def __init__(self, journal: _Journal, header: str) -> None:
+        self.journal, self.header = journal, header
+
+    def __enter__(self) -> Any:
+        j = self.journal
+        self.stack = ExitStack()
+        self.files = {}
+        for name, path in j._parts().items():
+            path.touch()
+            opened = self.stack.enter_context(path.open("r+b"))
+            opened.truncate(j.sizes.get(name, 0))
+            opened.seek(0, os.SEEK_END)
+            if j.chunks == 0 and name != "pictures":
+                opened.write(self.header.encode())
+            self.files[name] = opened
+        kept = "".join(json.dumps(e) + "\n" for e in j._entries())
+        _write(j.path, kept)
+        self.log = self.stack.enter_context(j.path.open("a", encoding="utf-8"))
+        return self.write
+
+    def write(self, made: Made) -> None:
+        j = self.journal
+        for condition, text in made.rows.items():
+            self.files[condition].write(text.encode())
+        self.files["pictures"].write("".join(json.dumps(p) + "\n" for p in made.pictures).encode())
+        j.counts["rows"] += made.written
+        j.counts["pictures"] += len(made.pictures)
+        j.counts["bad"] += lines_of(made.bad)
+        j.counts["left_with_group"] += made.left
+        j.chunks += 1
+        self._note(False)
+
+    def _note(self, complete: bool) -> None:
+        j = self.journal
+        for opened in self.files.values():
+            opened.flush()
+        j.sizes = {name: opened.tell() for name, opened in self.files.items()}
+        entry = {"chunks": j.chunks, "sizes": j.sizes, "counts": j.counts, "complete": complete}
+        self.log.write(json.dumps(entry) + "\n")
+        self.log.flush()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._note(True)
+            self.journal.complete = True
+        self.stack.close()
+
+
+def _finish(
+    folder: Path,
+    settings: Mapping[str, Any],
+    sets: Sequence[QuestionSet],
+    recipe: Recipe,
+    facts: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    tasks: dict[str, Any] = {}
+    files: dict[str, Any] = {}
+    for s in sets:
+        counts = facts[s.task.name]
+        if not counts["rows"]:
+            raise ClearValueError(f"{s.file.path}: no row could be used, so there is no set to build")
+        tasks[s.task.name] = {
+            "input": {
+                **settings["inputs"][s.task.name],
+                "sha256": _sha256(s.file.path),
+            },
+            "rows": counts["rows"],
+            "pictures": counts["pictures"],
+            "without_picture": s.without_picture,
+            "left_with_group": s.left_with_group + counts["left_with_group"],
+            "skipped": lines_of(s.skipped) + counts["bad"],
+        }
+        for condition in recipe.conditions:
+            name = s.task.file_name(condition)
+            files[name] = {
+                "task": s.task.name,
+                "condition": condition,
+                "rows": counts["rows"],
+                "sha256": _sha256(folder / name),
+            }
+    manifest = {
+        "schema_version": 1,
+        "seed": recipe.seed,
+        "formulas": recipe.formulas,
+        "intensities": {name: intensity_of(name) for name in SEVERITIES},
+        "jpeg_quality": QUALITY,
+        "project_version": __version__,
+        "versions": installed_versions(),
+        "tasks": tasks,
+        "files": files,
+    }
+    _write(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    for s in sets:
+        (folder / f"{s.task.file}.journal").unlink(missing_ok=True)
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,200 @@
+"""What `bench run` does with names: finds and checks the sets, then the model, then runs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clear_adapters.datasets.hub import Source
+from clear_adapters.errors import ClearValueError
+from clear_adapters.mmd_bench import miniature
+from clear_adapters.mmd_bench.build import Input
+from clear_adapters.mmd_bench.build import build as build_sets
+from clear_adapters.mmd_bench.protocol import wanted
+from clear_adapters.mmd_bench.run import Settings
+from clear_adapters.mmd_bench.run import run as run_sets
+from clear_adapters.mmd_bench.sets import find_sets, read_sets
+from clear_adapters.mmd_bench.systems import get_system
+from clear_adapters.mmd_bench.tasks import CLEAN, LEVELS, TASKS, Task, get_task
+
+if TYPE_CHECKING:
+    from clear_adapters.attached import AttachedModel
+    from clear_adapters.results import ResultFile
+
+QUESTIONS = 1000
+"""Of the built-in set, where no limit is given."""
+
+
+def run_command(
+    output: Path,
+    *,
+    model: str | None,
+    adapter: str,
+    data: Sequence[str],
+    tasks: Sequence[str] | None,
+    severities: Sequence[str],
+    protocols: Sequence[str],
+    systems: Sequence[str] | None,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+    max_new_tokens: int | None,
+    steps: int | None,
+    skip_bad: bool,
+    skip_missing: bool,
+    judge: Mapping[str, Any] | None,
+    device: str | None,
+    dtype: str | None,
+    revision: str | None,
+    report: Callable[[str], None],
+) -> ResultFile:
+    """Runs the benchmark by names; `bench run` says what each argument is.
+
+    Raises:
+        ClearValueError: a file is missing, or a setting cannot work.
+        UnknownNameError: an unknown task, system, model or adapter.
+        TsvError: a file has a bad row.
+    """
+    for name in severities:
+        if name not in LEVELS:
+            raise ClearValueError(f"severity {name!r}: one of {', '.join(LEVELS)}")
+    conditions = wanted(protocols, severities)
+    plain = adapter == "none"
+    chosen = [get_system(n) for n in systems or (("base",) if plain else ("base", "clear"))]
+    needs_clean = any(s.needs_clean for s in chosen)
+    looked_for = conditions if not needs_clean or CLEAN in conditions else (CLEAN, *conditions)
+    if any(s.sees == "clean" for s in chosen):
+        conditions = looked_for
+    judges = None
+    if judge is not None:
+        from clear_adapters.mmd_bench.judge import BenchJudge
+
+        judges = BenchJudge(judge)
+    names = [get_task(n) for n in tasks] if tasks else list(TASKS)
+    sources = _sources(output, data, looked_for, limit, seed, revision)
+    found = find_sets(sources, names, looked_for)
+    if not tasks:
+        names = [t for t in names if any(t.file_name(c) in found.files for c in t.conditions(looked_for))]
+    missing = [n for n in found.missing if any(_is_of(n, t, looked_for) for t in names)]
+    if (missing and not skip_missing) or not names:
+        raise ClearValueError(
+            f"{', '.join(data)} lacks {', '.join(missing or found.missing)}: build the sets with 'bench build', name "
+            "another source with --data, choose others with --tasks and --severity, or pass --skip-missing"
+        )
+    if missing:
+        report(f"missing, and left out: {', '.join(missing)}")
+    sets = read_sets(found, names, conditions, needs_clean=needs_clean, limit=limit, skip_bad=skip_bad)
+    for s in sets:
+        for error in s.questions.skipped:
+            report(f"left out: {error}")
+    facts, load, words = _model(model, None if plain else adapter, device, dtype)
+    settings = Settings(
+        model=facts[0],
+        adapter=facts[1],
+        batch_size=batch_size,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        steps=steps,
+        limit=limit,
+    )
+    return run_sets(output, sets, chosen, settings, load, device=words, judge=judges, missing=missing)
+
+
+def _is_of(name: str, task: Task, conditions: Sequence[str]) -> bool:
+    return any(name == task.file_name(c) for c in task.conditions(tuple(conditions)))
+
+
+def _sources(
+    output: Path,
+    data: Sequence[str],
+    conditions: Sequence[str],
+    limit: int | None,
+    seed: int,
+    revision: str | None,
+) -> list[Source]:
+    """The sources by name; the built-in set is drawn and built below the run's folder."""
+    sources = []
+    for name in data:
+        if name != miniature.NAME:
+            folder = Path(name).expanduser().is_dir()
+            sources.append(Source(name, revision=None if folder else revision))
+            continue
+        count = limit or QUESTIONS
+        place = output / "sets" / f"{seed}-{count}"
+        with tempfile.TemporaryDirectory() as temporary:
+            clean = miniature.write_clean(temporary, count, seed)
+            target = place / "clean" / clean.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(target.name + ".part")
+            part.write_bytes(clean.read_bytes())
+            part.replace(target)
+        sources.append(Source(target.parent))
+        for condition in conditions:
+            if condition != CLEAN:
+                folder_of = place / condition
+                build_sets(
+                    [Input(get_task("miniature"), target)], folder_of, seed=seed, conditions=[condition]
+                )
+                sources.append(Source(folder_of))
+    return sources
+
+
+def _model(
+    model: str | None, adapter: str | None, device: str | None, dtype: str | None
+) -> tuple[tuple[dict[str, Any], dict[str, Any] | None], Callable[[], AttachedModel], str]:
+    """Facts about base and adapter, what loads them, and the device in words; nothing is loaded yet."""
+    import torch
+
+    from clear_adapters import store
+    from clear_adapters.adapter import attach
+
+    adapter_facts = None
+    if adapter is not None:
+        folder = store.resolve(adapter, "adapter")
+        stored = store.read_adapter(folder)
+        model = model or stored.config.base_model
+        adapter_facts = {
+            "name": _shown(adapter, folder),
+            "digest": adapter_digest(folder),
+            "stage": stored.config.stage,
+            "seed": stored.config.provenance.get("seed"),
+        }
+    if model is None:
+        raise ClearValueError("no model was named: pass --model, or an adapter that knows its base")
+    base = store.resolve(model, "model")
+    facts = {"name": _shown(model, base), "digest": store.model_digest(base)}
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    words = (
+        torch.cuda.get_device_name(place)
+        if place.startswith("cuda")
+        else f"{place}, {torch.get_num_threads()} threads"
+    )
+
+    def load() -> AttachedModel:
+        if adapter is None:
+            return attach(model, lora=False, bridge=False, dtype=dtype, device=place)
+        return attach(model, adapter, dtype=dtype, device=place)
+
+    return (
+        (facts, adapter_facts),
+        load,
+        f"{words}, {dtype or ('float32' if place == 'cpu' else 'stored type')}",
+    )
+
+
+def _shown(name: str, folder: Path) -> str:
+    """A name for a result file: of a folder its last part, since paths are nobody else's business."""
+    return folder.resolve().name if Path(name).expanduser().is_dir() else name
+
+
+def adapter_digest(folder: Path) -> str:
+    """A short hash of an adapter's files, weights and settings."""
+    import hashlib
+
+    found = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
+        found.update(path.relative_to(folder).as_posix().encode())
+        found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:16]

@@ -1,0 +1,152 @@
+"""The two protocols, by name, and what every entry of their tables says.
+
+`mixed` draws one corruption a picture and is comparable with the published tables. `macro16` is the mean over the
+sixteen types, each applied to every picture, at high. An entry is never a bare number: score, N, 95 % bootstrap interval, seeds, restore rate, seconds a question, unreadable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from clear_adapters.errors import ClearValueError
+from clear_adapters.mmd_bench.score import Values, count, mean_over, summary
+from clear_adapters.mmd_bench.tasks import CLEAN, CORRUPTIONS, Task, get_task
+
+PROTOCOLS = ("mixed", "macro16")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One system's answers to one set.
+
+    Attributes:
+        task: which benchmark.
+        condition: which of its sets.
+        system: which system.
+        records: the lines of the answers file, every one with its `value`.
+    """
+
+    task: Task
+    condition: str
+    system: str
+    records: Sequence[Mapping[str, Any]]
+
+    @property
+    def values(self) -> dict[str, Values]:
+        """What the benchmark counts, by metric; the main one first."""
+        return count(self.task, self.records)
+
+    def facts(self, seed: int) -> dict[str, Any]:
+        """What a result file keeps of it."""
+        values = self.values
+        main = next(iter(values.values()))
+        listed = [[r["index"], r["answer"]] for r in self.records]
+        return {
+            "task": self.task.name,
+            "condition": self.condition,
+            "system": self.system,
+            "rows": len(self.records),
+            "metrics": {name: summary(v, seed) for name, v in values.items()},
+            "values": _compact([v for units in main.values() for v in units.values()]),
+            "unanswered": sum(r.get("answered") is False for r in self.records),
+            "answers": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16],
+            **costs([self]),
+        }
+
+
+def _compact(values: Sequence[float]) -> str | list[float]:
+    """Hits as a string of 0 and 1, marks as they are."""
+    if all(v in (0, 1) for v in values):
+        return "".join(str(int(v)) for v in values)
+    return [round(v, 4) for v in values]
+
+
+def costs(cells: Iterable[Cell]) -> dict[str, Any]:
+    """Restore rate (None of systems that cannot restore), seconds a question and unreadable answers of some cells."""
+    records = [r for c in cells for r in c.records]
+    restored = [r["restored"] for r in records if r.get("restored") is not None]
+    return {
+        "restored": round(fmean(restored), 6) if restored else None,
+        "seconds_per_question": round(fmean(r["seconds"] for r in records), 5),
+        "unreadable": sum(r["read"] is None for r in records),
+    }
+
+
+def protocols(cells: Sequence[Cell], seeds: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
+    """The entries of both protocols for which there are cells.
+
+    Args:
+        cells: what was measured.
+        seeds: goes into every entry: of the sets and of sampling.
+        seed: of the bootstrap.
+
+    Returns:
+        `mixed`: by system and condition, an entry a task and `mean`; `macro16`: by system, the same. A mean over
+        several tasks counts each of them once; `tasks` in it says which.
+    """
+    by_place = {(c.task.name, c.condition, c.system): c for c in cells}
+    systems = list(dict.fromkeys(c.system for c in cells))
+    conditions = [c for c in dict.fromkeys(c.condition for c in cells) if c not in CORRUPTIONS]
+    mixed: dict[str, Any] = {}
+    macro: dict[str, Any] = {}
+    for system in systems:
+        for condition in conditions:
+            own = {c.task.name: [c] for c in cells if c.system == system and c.condition == condition}
+            if own:
+                mixed.setdefault(system, {})[condition] = _entries(own, seeds, seed)
+        whole = {}
+        for task in dict.fromkeys(c.task.name for c in cells):
+            sets = [by_place.get((task, name, system)) for name in CORRUPTIONS]
+            if all(s is not None for s in sets):
+                whole[task] = [s for s in sets if s is not None]
+        if whole:
+            macro[system] = _entries(whole, seeds, seed)
+    return {name: found for name, found in (("mixed", mixed), ("macro16", macro)) if found}
+
+
+def _entries(by_task: Mapping[str, list[Cell]], seeds: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    main: dict[str, Values] = {}
+    entries: dict[str, Any] = {}
+    for name, sets in by_task.items():
+        metrics = [s.values for s in sets]
+        try:
+            means = {m: mean_over([v[m] for v in metrics]) for m in metrics[0]}
+        except KeyError as error:
+            raise ClearValueError(
+                f"{get_task(name).title}: question {error.args[0]!r} is not in all of the sets, so they have no mean"
+            ) from None
+        main[name] = next(iter(means.values()))
+        first, *others = means
+        entries[name] = summary(means[first], seed) | costs(sets) | dict(seeds)
+        entries[name]["also"] = {m: summary(means[m], seed) for m in others}
+    together = {name: v for name, units in main.items() for v in [_flat(units)]}
+    entries["mean"] = (
+        summary(together, seed)
+        | costs([c for sets in by_task.values() for c in sets])
+        | dict(seeds)
+        | {"tasks": list(main)}
+    )
+    return entries
+
+
+def _flat(values: Values) -> dict[str, float]:
+    return {f"{stratum}/{unit}": v for stratum, units in values.items() for unit, v in units.items()}
+
+
+def wanted(protocol_names: Iterable[str], severities: Sequence[str]) -> tuple[str, ...]:
+    """The conditions that some protocols need, for tasks that are not distorted already.
+
+    Raises:
+        ClearValueError: an unknown protocol.
+    """
+    found: list[str] = []
+    for name in protocol_names:
+        if name not in PROTOCOLS:
+            raise ClearValueError(f"protocol {name!r}: one of {', '.join(PROTOCOLS)}")
+        found += [*severities] if name == "mixed" else [s for s in severities if s == CLEAN] + [*CORRUPTIONS]
+    return tuple(dict.fromkeys(found))
