@@ -163,10 +163,13 @@ def read_option(answer: str, options: Sequence[str] | Mapping[str, str]) -> str 
     final = [letter for found in _FINAL.finditer(answer) if (letter := _final_letter(found)) in texts]
     if final:
         return final[-1]
+    letters = _letters_named(answer, texts)
     leading = _LEADING.match(answer)
     if leading and not _denied(leading) and (letter := (leading[1] or leading[2]).upper()) in texts:
-        return letter
-    named = _letters_named(answer, texts) | _texts_named(given, texts)
+        listed = leading[0].rstrip().endswith(",") and len(letters) > 1  # "A, B and C" chooses none
+        if not listed:
+            return letter
+    named = letters | _texts_named(given, texts)
     return named.pop() if len(named) == 1 else None
 
 

@@ -30,7 +30,20 @@ def write(path: Path, columns: list[str], rows: list[list[str]]) -> Path:
     return path
 
 
-CHOICE = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "l2-category", "split"]
+CHOICE = [
+    "index",
+    "question",
+    "hint",
+    "A",
+    "B",
+    "C",
+    "D",
+    "answer",
+    "category",
+    "image",
+    "l2-category",
+    "split",
+]
 
 
 def mmbench(groups: int = 3) -> tuple[list[str], list[list[str]]]:
@@ -54,7 +67,19 @@ def choice(n: int, seed: int = 0) -> tuple[list[str], list[list[str]]]:
     for i in range(n):
         extra = ["", ""] if i % 3 == 2 else ["four", "five"]
         rows.append(
-            [str(i), f"How many, picture {i}?", "", "two", "three", *extra, "AB"[i % 2], "count", picture(seed + i), "x", "val"]
+            [
+                str(i),
+                f"How many, picture {i}?",
+                "",
+                "two",
+                "three",
+                *extra,
+                "AB"[i % 2],
+                "count",
+                picture(seed + i),
+                "x",
+                "val",
+            ]
         )
     return CHOICE, rows
 
@@ -62,17 +87,47 @@ def choice(n: int, seed: int = 0) -> tuple[list[str], list[list[str]]]:
 def mmvp(pairs: int = 3) -> tuple[list[str], list[list[str]]]:
     rows = []
     for i in range(2 * pairs):
-        rows.append([str(i + 1), f"Is the door open, {i // 2}?", "Open", "Closed", "AB"[i % 2], picture(50 + i)])
+        rows.append(
+            [str(i + 1), f"Is the door open, {i // 2}?", "Open", "Closed", "AB"[i % 2], picture(50 + i)]
+        )
     return ["index", "question", "A", "B", "answer", "image"], rows
 
 
 def cvbench(n: int = 8) -> tuple[list[str], list[list[str]]]:
-    columns = ["index", "image", "question", "prompt", "A", "B", "C", "D", "answer", "category", "source", "split"]
+    columns = [
+        "index",
+        "image",
+        "question",
+        "prompt",
+        "A",
+        "B",
+        "C",
+        "D",
+        "answer",
+        "category",
+        "source",
+        "split",
+    ]
     rows = []
     for i in range(n):
         prompt = f"How many cups are in image {i}? Select from the following choices.\n(A) 1\n(B) 2\n(C) 0"
         source = "ADE20K" if i < 3 else "COCO"
-        rows.append([str(i), picture(90 + i), f"How many cups {i}?", prompt, "1", "2", "0", "", f"({'ABC'[i % 3]})", "Count", source, "2D"])
+        rows.append(
+            [
+                str(i),
+                picture(90 + i),
+                f"How many cups {i}?",
+                prompt,
+                "1",
+                "2",
+                "0",
+                "",
+                f"({'ABC'[i % 3]})",
+                "Count",
+                source,
+                "2D",
+            ]
+        )
     return columns, rows
 
 

@@ -18,52 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clear_adapters.degradations import degrade, draw
-from clear_adapters.scoring import score
-from clear_adapters.world import KINDS, Question, Scene, ask, pair_scenes, render, sample_scene
+from clear_adapters.degradations import degrade
+from clear_adapters.mmd_bench.miniature import SIDE, Item, draw_item
+from clear_adapters.world import render, sample_scene
 
 VERSION = 1
 """Raised when the same seed no longer gives the same questions or pictures."""
-SIDE = 256
-"""Pictures are drawn and degraded at this size; a model then reduces them itself."""
 CONDITIONS = ("clean", "low", "mid", "high")
-
-_FIRST = 1_000_000
-"""Where scene seeds begin: those below belong to training scripts, which look at held-out scenes as they go."""
-_TRIES = 16
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question.
-
-    Attributes:
-        index: its place in the set.
-        kind: one of the six kinds.
-        text: as it is asked.
-        truth: the letter, number or words of the answer.
-        options: what the letters stand for; empty where there are none.
-        sign: what the scene's sign says; empty without one.
-        degradation: the corruption of its picture.
-        seed: of the corruption.
-    """
-
-    index: int
-    kind: str
-    text: str
-    truth: str
-    options: tuple[str, ...]
-    sign: str
-    degradation: str
-    seed: int
-
-    def score(self, answer: str) -> bool | None:
-        """Right, wrong, or None where a letter or number is asked for and none can be read."""
-        if self.options:
-            return score(answer, self.truth, "option", options=self.options)
-        # A sign's digits are a text: "07" is not 7.
-        number = self.kind == "spatial" and self.truth.isdigit()
-        return score(answer, self.truth, "number" if number else "exact")
 
 
 @dataclass(frozen=True)
@@ -141,41 +102,6 @@ def build(
 
 def _path(cache: Path | None, seed: int, n: int, condition: str) -> Path | None:
     return None if cache is None else cache / f"heldout-v{VERSION}-s{seed}-n{n}-{condition}.npy"
-
-
-def draw_item(seed: int, index: int) -> tuple[Item, Scene]:
-    """Question `index` and the scene it is about; kinds take turns."""
-    kind = KINDS[index % len(KINDS)]
-    base = _FIRST * (seed + 1)
-    if kind == "pair":  # neighbours of this kind are the two halves of a pair
-        number = index // len(KINDS)
-        first, question, second, other = pair_scenes(base + number // 2, "heldout")
-        scene, question = (second, other) if number % 2 else (first, question)
-    else:
-        scene, question = _ask_one(kind, base + index * _TRIES)
-    lettered = question.options if question.is_lettered else ()
-    item = Item(
-        index=index,
-        kind=kind,
-        text=question.text,
-        truth=question.answer,
-        options=tuple(lettered),
-        sign=scene.sign.text if scene.sign else "",
-        degradation=draw(base + index),
-        seed=base + index,
-    )
-    return item, scene
-
-
-def _ask_one(kind: str, start: int) -> tuple[Scene, Question]:
-    for number in range(start, start + _TRIES):
-        scene = sample_scene(number, "heldout")
-        questions = ask(scene, number, (kind,), 1)
-        if questions:
-            return scene, questions[0]
-    raise RuntimeError(
-        f"no scene of seeds {start} to {start + _TRIES - 1} allows a question of kind {kind!r}"
-    )
 
 
 def draw_pictures(seed: int, conditions: tuple[str, ...], index: int) -> list[np.ndarray]:

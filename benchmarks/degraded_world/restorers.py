@@ -22,6 +22,8 @@ import numpy as np
 from heldout import SIDE, degraded, map_parallel
 from PIL import Image
 
+from clear_adapters.mmd_bench.restorer import classical
+
 if TYPE_CHECKING:
     from heldout import HeldOut
 
@@ -57,15 +59,6 @@ def gain_offset(image: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> n
     pixels = image.astype(np.float64)
     scale = deviation / np.maximum(pixels.std((0, 1)), 1.0)
     return np.clip(np.rint((pixels - pixels.mean((0, 1))) * scale + mean), 0, 255).astype(np.uint8)
-
-
-def classical(image: np.ndarray) -> np.ndarray:
-    """Non-local means, CLAHE, unsharp mask."""
-    quiet = cv2.fastNlMeansDenoisingColored(np.ascontiguousarray(image), None, 6, 6, 5, 15)
-    lab = cv2.cvtColor(quiet, cv2.COLOR_RGB2LAB)
-    lab[..., 0] = cv2.createCLAHE(clipLimit=2.0, tileGridSize=(4, 4)).apply(lab[..., 0])
-    even = cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)
-    return np.asarray(cv2.addWeighted(even, 1.5, cv2.GaussianBlur(even, (0, 0), 1.5), -0.5, 0))
 
 
 def reduced(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

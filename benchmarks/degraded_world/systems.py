@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from clear_adapters.mmd_bench import systems as mmd_bench
+
 if TYPE_CHECKING:
     from heldout import HeldOut, Item
     from PIL import Image
@@ -16,9 +18,6 @@ if TYPE_CHECKING:
     from clear_adapters.adapter import AttachedModel
     from clear_adapters.engine import Reply
 
-WARNING = (
-    "The picture may be degraded: blurred, noisy, dark, compressed or painted over. Look closely.\n{question}"
-)
 SIGN = "What does the sign say?"
 ENDS = ("clean", "high")
 ALL = ("clean", "low", "mid", "high")
@@ -136,30 +135,33 @@ def ask(
     clean: Sequence[Image.Image] | None = None,
 ) -> list[Reply]:
     """The replies of one system."""
-    engine, config = model.engine, model.config
-    text, latent, protocol = config.text, config.latent, config.protocol
+    text, latent = model.config.text, model.config.latent
     if system.plain:
         text = replace(text, max_new_tokens=settings.plain_tokens)
     elif settings.clear_tokens is not None:
         text = replace(text, max_new_tokens=settings.clear_tokens)
     if settings.steps is not None:
         latent = replace(latent, steps=settings.steps)
-    engine.protocol = replace(protocol, plain=WARNING) if system.warned else protocol
-    try:
-        return engine.answer(
-            list(images),
-            list(questions),
-            restore=system.restore,
-            text=text,
-            latent=latent,
-            latent_from=system.latent_from,
-            clean_images=list(clean) if system.latent_from == "clean" and clean is not None else None,
-            seed=list(range(len(questions))),
-            batch_size=settings.batch_size,
-            plain=system.plain,
-        )
-    finally:
-        engine.protocol = protocol
+    way = mmd_bench.System(
+        system.name,
+        system.title,
+        plain=system.plain,
+        warned=system.warned,
+        restore=system.restore,
+        latent_from=system.latent_from,
+    )
+    return mmd_bench.ask(
+        model,
+        way,
+        images,
+        questions,
+        seeds=range(len(questions)),
+        clean=clean,
+        text=text,
+        latent=latent,
+        batch_size=settings.batch_size,
+        keep_adapter=True,  # direct tuning answers plainly, with its LoRA
+    )
 
 
 def run_cell(

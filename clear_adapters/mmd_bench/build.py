@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from clear_adapters._version import __version__
 from clear_adapters.datasets.hub import Found, Source, locate
 from clear_adapters.datasets.tsv import format_row
-from clear_adapters.degradations import SEVERITIES, intensity_of
+from clear_adapters.degradations import SEVERITIES
 from clear_adapters.degradations.catalogue import generator
 from clear_adapters.degradations.corruption import Formulas
 from clear_adapters.errors import ClearValueError, unknown_name
@@ -355,7 +355,7 @@ def _finish(
         "schema_version": 1,
         "seed": recipe.seed,
         "formulas": recipe.formulas,
-        "intensities": {name: intensity_of(name) for name in SEVERITIES},
+        "intensities": SEVERITIES,
         "jpeg_quality": QUALITY,
         "project_version": __version__,
         "versions": installed_versions(),

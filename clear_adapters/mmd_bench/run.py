@@ -231,7 +231,7 @@ def claim(output: Path, settings: Settings, sets: Sequence[BenchSet]) -> None:
         ClearValueError: the folder holds another run, or something else.
     """
     file = output / RUN
-    new = {
+    new: dict[str, Any] = {
         "settings": _plain(settings),
         "model": settings.model.get("digest"),
         "adapter": (settings.adapter or {}).get("digest"),
