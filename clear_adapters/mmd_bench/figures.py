@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clear_adapters.degradations import get_degradation
 from clear_adapters.mmd_bench import published as paper
 from clear_adapters.mmd_bench.compare import Line, gain
 from clear_adapters.mmd_bench.systems import get_system
@@ -85,6 +86,7 @@ def _accuracy(lines: Sequence[Line], published: bool) -> Any:
     panels = _panels(lines)
     if not panels or len(levels) < 2:
         return None
+    curves = [x for x in lines if get_system(x.system).sees != "clean"]
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = _figure(columns, rows, (max(4.6, 3.1 * columns), 2.9 * rows + 0.9))
@@ -99,7 +101,7 @@ def _accuracy(lines: Sequence[Line], published: bool) -> Any:
                     there[0][1]["value"], color=f"C{number}", linestyle=":", linewidth=1.2, label=line.label
                 )
                 continue
-            shift = (number - (len(lines) - 1) / 2) * 0.05
+            shift = (curves.index(line) - (len(curves) - 1) / 2) * 0.12
             spread = [[e["value"] - e["low"] for _, e in there], [e["high"] - e["value"] for _, e in there]]
             ax.errorbar(
                 [i + shift for i, _ in there],
@@ -134,7 +136,7 @@ def _accuracy(lines: Sequence[Line], published: bool) -> Any:
         ax.set_axis_off()
     for ax in axes[::columns]:
         ax.set_ylabel("right answers, %")
-    _legend(figure, axes[: len(panels)])
+    _legend(figure, axes[: len(panels)], lines)
     return figure
 
 
@@ -191,7 +193,7 @@ def _restored(lines: Sequence[Line], published: bool) -> Any:
         ax.set_axis_off()
     for ax in axes[::columns]:
         ax.set_ylabel("restored, %")
-    _legend(figure, axes[: len(panels)])
+    _legend(figure, axes[: len(panels)], lines)
     return figure
 
 
@@ -233,29 +235,35 @@ def _gains(lines: Sequence[Line], published: bool) -> Any:
             gains,
             range(len(shown)),
             linestyle="none",
-            label="CLEAR-RL over Bagel, BAGEL-7B, published",
+            label="CLEAR-RL over Bagel, six benchmarks, published",
             **style,
         )
     ax.axvline(0, color="0.3", linewidth=0.8)
+    categories = [get_degradation(c).category for c in shown]
+    for place in range(1, len(shown)):
+        if categories[place] != categories[place - 1]:
+            ax.axhline(place - 0.5, color="0.8", linewidth=0.8, linestyle=(0, (2, 2)))
     ax.set_yticks(range(len(shown)), [c.replace("_", " ") for c in shown])
     ax.set_ylim(len(shown) - 0.4, -0.6)
     ax.set_xlabel("points above the base at high, 95 % intervals")
     ax.grid(axis="x", alpha=0.3)
-    _legend(figure, [ax])
+    _legend(figure, [ax], lines)
     return figure
 
 
-def _legend(figure: Any, axes: Sequence[Any]) -> None:
+def _legend(figure: Any, axes: Sequence[Any], lines: Sequence[Line]) -> None:
+    """One for all panels: systems in the order of tables, what is published last."""
     entries: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    columns = 2 if figure.get_figwidth() < 7 else 3
+    order = [x.label for x in lines if x.label in entries]
+    order += [label for label in entries if label not in order]
     figure.legend(
-        entries.values(),
-        entries.keys(),
+        [entries[label] for label in order],
+        order,
         loc="outside lower center",
-        ncols=min(columns, len(entries)),
+        ncols=min(2 if figure.get_figwidth() < 7 else 4, len(order)),
         frameon=False,
         fontsize=8,
     )

@@ -250,7 +250,7 @@ def corruption_tables(lines: Sequence[Line], published: bool) -> list[Table]:
         head = (
             "corruption",
             *(x.label for x in compared),
-            *(["*CLEAR-RL over Bagel, published*"] if published else []),
+            *(["*CLEAR-RL over Bagel, published (six benchmarks)*"] if published else []),
         )
         note = "Points above the base of the same result, paired question by question."
         found.append(
