@@ -53,7 +53,7 @@ def test_help_is_fast_and_loads_no_heavy_library():
     assert done.returncode == 0
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
     assert not loaded & {"torch", "transformers", "numpy", "PIL", "cv2", "peft", "matplotlib"}
-    for name in ("quickstart", "answer", "degrade", "backbones", "train", "data"):
+    for name in ("quickstart", "answer", "degrade", "backbones", "train", "data", "bench"):
         assert name in done.stdout
 
 
@@ -80,6 +80,7 @@ def test_version_and_lists():
     [
         *(["quickstart"], ["answer"], ["degrade"], ["data", "world"]),
         *(["train", name] for name in ("sft", "bridge", "grpo", "all", "plot")),
+        *(["bench", name] for name in ("build", "run", "report")),
     ],
 )
 def test_every_command_has_help_with_an_example(command):
