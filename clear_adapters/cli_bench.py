@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 bench = typer.Typer(no_args_is_help=True, help="MMD-Bench: build its sets, run a model on them, report.")
 
+ADAPTER = "builtin:clear-bagel-tiny"
 MINIATURE = "builtin:miniature"
 MINIATURE_QUESTIONS = 1000
 
@@ -121,8 +122,11 @@ def run(
         typer.Option(help="builtin:NAME, a folder or a Hub id; the adapter's own base by default."),
     ] = None,
     adapter: Annotated[
-        str, typer.Option(help="builtin:NAME, a folder, a Hub id, or 'none'.")
-    ] = "builtin:clear-bagel-tiny",
+        str | None,
+        typer.Option(
+            help=f"builtin:NAME, a folder, a Hub id, or 'none' for the plain model; {ADAPTER} unless --model says else."
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -164,6 +168,10 @@ def run(
     from clear_adapters.mmd_bench.command import run_command
 
     logging.basicConfig(format="%(message)s")
+    if adapter is None:
+        adapter = ADAPTER if model is None else "none"
+        if model is not None:
+            typer.echo("no --adapter given: the plain model alone is measured", err=True)
     judge = None
     if judge_url is not None or judge_model is not None:
         if judge_url is None or judge_model is None:

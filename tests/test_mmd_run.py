@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clear_adapters.datasets.tsv import TsvError
 from clear_adapters.errors import ClearValueError, UnknownNameError
 from clear_adapters.mmd_bench import run as runner
 from clear_adapters.mmd_bench import systems
@@ -21,7 +22,7 @@ from clear_adapters.mmd_bench.judge import MissingMarksError
 from clear_adapters.mmd_bench.systems import SYSTEMS, get_system
 from clear_adapters.mmd_bench.tasks import CORRUPTIONS, get_task
 from clear_adapters.results import read_result
-from tests.bench_files import base_folder
+from tests.bench_files import base_folder, mmbench, picture, write
 from tests.chat_server import Reply, serve
 
 ROOT = Path(__file__).parents[1]
@@ -333,6 +334,20 @@ def test_every_task_of_the_sources_is_taken_where_none_is_named(toy, data, tmp_p
         severities=["high"],
     )
     assert {c["task"] for c in result.payload["cells"].values()} == {"mmstar"}
+
+
+def test_pictures_that_cannot_be_decoded_are_named_or_left_out(toy, tmp_path):
+    columns, rows = mmbench(3)
+    rows[1][9] = picture(1)[:200]
+    write(tmp_path / "in" / "MMBench_DEV_EN_V11.tsv", columns, rows)
+    asked = {"tasks": ["mmbench"], "severities": ["clean"], "systems": ["base"]}
+    with pytest.raises(TsvError, match=r"line 4: the picture cannot be decoded"):
+        start(toy, [str(tmp_path / "in")], tmp_path / "r", **asked)
+    said = []
+    result = start(toy, [str(tmp_path / "in")], tmp_path / "s", skip_bad=True, report=said.append, **asked)
+    facts = result.payload["sets"]["mmbench/clean"]
+    assert (facts["units"], facts["rows"], facts["skipped"], facts["left_with_group"]) == (2, 8, 1, 3)
+    assert "line 4" in said[0]
 
 
 # ---------------------------------------------------------------------------------------------------- judge

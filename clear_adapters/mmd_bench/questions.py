@@ -93,6 +93,24 @@ class QuestionSet:
         kept = set(list(dict.fromkeys(q.group for q in self.questions))[:units])
         return replace(self, questions=tuple(q for q in self.questions if q.group in kept))
 
+    def readable(self) -> QuestionSet:
+        """The same without the groups of which a picture cannot be decoded; every picture is decoded once."""
+        broken: dict[tuple[int, int], TsvError] = {}
+        for place in dict.fromkeys(q.picture for q in self.questions):
+            try:
+                read_picture(self.file, place)
+            except TsvError as error:
+                broken[place] = error
+        lost = {q.group for q in self.questions if q.picture in broken}
+        kept = tuple(q for q in self.questions if q.group not in lost)
+        left = len(self.questions) - len(kept) - sum(q.place in broken for q in self.questions)
+        return replace(
+            self,
+            questions=kept,
+            skipped=(*self.skipped, *broken.values()),
+            left_with_group=self.left_with_group + left,
+        )
+
     def digest(self) -> str:
         """A short hash of what is asked: indices, prompts and truths, not pictures."""
         listed = [[q.index, q.prompt, q.truth] for q in self.questions]

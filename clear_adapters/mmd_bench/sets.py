@@ -99,6 +99,9 @@ def read_sets(
             if path is None:
                 continue
             questions = read_questions(path, task, skip_bad=skip_bad)
+            asked = questions.first(limit)
+            if skip_bad:
+                asked = asked.readable()
             if needs_clean and condition not in (CLEAN, REAL) and whole is None:
                 clean_path = found.files.get(task.file_name(CLEAN))
                 if clean_path is None:
@@ -107,7 +110,6 @@ def read_sets(
                     )
                 whole = read_questions(clean_path, task, skip_bad=skip_bad)
             clean = {CLEAN: questions, REAL: None}.get(condition, whole)
-            asked = questions.first(limit)
             if clean is not None:
                 known = {q.index for q in clean.questions}
                 lacking = next((q for q in asked.questions if q.index not in known), None)
