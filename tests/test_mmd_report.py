@@ -141,6 +141,9 @@ def test_numbers_are_those_of_the_result(whole, tmp_path):
     assert "published" not in text
     macro = rows_of(text, "Protocol macro16: sixteen types, all pictures with each, at high")
     assert macro["base"][0] == percent(whole.payload["protocols"]["macro16"]["base"]["mmbench"])
+    types = [whole.payload["cells"][f"mmbench/{c}/base"]["metrics"]["accuracy"]["value"] for c in CORRUPTIONS]
+    assert len(set(types)) > 1
+    assert float(macro["base"][0].split()[0]) == pytest.approx(sum(types) / 16, abs=0.051)
     assert list(rows_of(text, "Protocol mixed: real")) == ["system", "---", "base", "CLEAR"]
     assert rows_of(text, "Counted otherwise")["MMVP, pairs with both right, clean"]
 

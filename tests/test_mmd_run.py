@@ -251,6 +251,7 @@ def test_rotations_come_with_one_picture(toy, data, tmp_path, monkeypatch):
     )
     pictures = [image.tobytes() for s in seen for image in s["images"]]
     assert (len(set(pictures)), len(pictures)) == (3, 12)  # rotations of a question come with one picture
+    assert [seed for s in seen for seed in s["seed"]] == list(range(12))  # whatever the batches
 
 
 def test_systems_need_what_they_need(toy, data, tmp_path):
