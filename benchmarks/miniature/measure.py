@@ -94,7 +94,9 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         payload = measure(Path(temporary))
-    ResultFile.collect("miniature", payload, device=f"CPU, {THREADS} thread, float32", seeds=[0]).write(
+    # Without arguments, which are places on a disk.
+    device = f"CPU, {THREADS} thread, float32"
+    ResultFile.collect("miniature", payload, device=device, seeds=[0], command="measure.py").write(
         args.output
     )
     for name, cell in payload["cells"].items():

@@ -3,6 +3,7 @@
     python benchmarks/speed/builder.py --pictures-only runs/pictures.npz
     peers/bin/python benchmarks/speed/peers.py runs/pictures.npz --output runs/peers.json      (see there)
     python benchmarks/speed/builder.py --peers runs/peers.json --output benchmarks/results/builder_speed.json
+    python benchmarks/speed/builder.py --table benchmarks/results/builder_speed.json      (into benchmarks/README.md)
 
 "formula" is the corruption alone, from array to array; "builder" is the builder's whole way of one picture: base64 and
 JPEG decoded, corrupted, encoded again and hashed. Pictures are scenes of 512 x 512 pixels, at high.
@@ -11,6 +12,7 @@ JPEG decoded, corrupted, encoded again and hashed. Pictures are scenes of 512 x 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from pictures import rate
 
 from clear_adapters.degradations import SEVERITIES, apply, list_degradations
 from clear_adapters.degradations.catalogue import generator
-from clear_adapters.results import ResultFile
+from clear_adapters.results import ResultFile, read_result
 
 SIDE = 512
 COUNT = 12
@@ -56,15 +58,14 @@ def whole_way(folder: str, name: str, picture: np.ndarray) -> Any:
     return make((path, "MMStar", Recipe(0, (name,)), [items[int(picture[0, 0, 0]) % len(items)]], False))
 
 
-def _items(path: str, _known: dict[str, Any] = {}) -> list[Any]:  # noqa: B006  # one reading a process
+@functools.cache
+def _items(path: str) -> list[Any]:
     from clear_adapters.mmd_bench.pictures import Item
     from clear_adapters.mmd_bench.questions import read_questions
     from clear_adapters.mmd_bench.tasks import get_task
 
-    if path not in _known:
-        questions = read_questions(path, get_task("mmstar")).questions
-        _known[path] = [Item(q.index, q.place, q.picture, (q.picture,)) for q in questions]
-    return _known[path]
+    questions = read_questions(path, get_task("mmstar")).questions
+    return [Item(q.index, q.place, q.picture, (q.picture,)) for q in questions]
 
 
 def write_table(folder: Path, pictures: np.ndarray) -> None:
@@ -81,17 +82,46 @@ def write_table(folder: Path, pictures: np.ndarray) -> None:
     (folder / "MMStar.tsv").write_text("".join(rows), encoding="utf-8")
 
 
+MARKERS = ("<!-- speed:begin -->", "<!-- speed:end -->")
+README = Path(__file__).parents[1] / "README.md"
+
+
+def render(result: ResultFile) -> str:
+    """What stands between the markers of the README: how it was measured, and the table."""
+    p = result.payload
+    note = f"Pictures a second of {p['processes']} cores, {p['side']} x {p['side']} pixels, {p['severity']} severity, {result.device}, {result.date[:10]}."
+    if p["peers"]:
+        versions = p["peers"]["versions"]
+        named = ", ".join(f"{name} {versions[name]}" for name in ("imagecorruptions", "albumentations"))
+        note += f" Beside them {named}: the nearest corruption of each, at its nearest strength."
+    return f"{note}\n\n{table(p)}"
+
+
 def table(payload: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """The rates as Markdown."""
     head = ["corruption", "formula", "builder", "imagecorruptions", "albumentations"]
     lines = [head, ["---", *["---:"] * 4]]
     for name, own in payload["rates"].items():
         peers = payload["peers"]["rates"].get(name, {}) if payload["peers"] else {}
         shown = [
-            f"{p['rate']:.0f} (`{p['name']}`)" if (p := peers.get(library)) else "–" for library in head[3:]
+            f"{number(p['rate'])} (`{p['name']}`)" if (p := peers.get(library)) else "–"
+            for library in head[3:]
         ]
-        lines.append([name, f"{own['formula']:.0f}", f"{own['builder']:.0f}", *shown])
+        lines.append([name, number(own["formula"]), number(own["builder"]), *shown])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(rate: float) -> str:
+    """Without decimals, but for what takes seconds."""
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+
+
+def insert(result: ResultFile) -> None:
+    """Puts the table into the README."""
+    text = README.read_text(encoding="utf-8")
+    head, rest = text.split(MARKERS[0])
+    tail = rest.split(MARKERS[1])[1]
+    README.write_text(f"{head}{MARKERS[0]}\n{render(result)}\n{MARKERS[1]}{tail}", encoding="utf-8")
 
 
 def main() -> int:
@@ -105,7 +135,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/builder_speed.json"))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--names", help="comma-separated corruptions; all by default")
+    parser.add_argument(
+        "--table", type=Path, metavar="RESULT", help="put the table of a result into the README and leave"
+    )
     args = parser.parse_args()
+    if args.table:
+        insert(read_result(args.table))
+        return 0
     if args.pictures_only:
         write_pictures(args.pictures_only)
         return 0
@@ -121,9 +157,9 @@ def main() -> int:
             rates[name] = {"formula": round(alone, 1), "builder": round(built, 1)}
             print(f"{name:24s} {alone:8.1f} {built:8.1f} pictures a second", flush=True)
     payload = {"rates": rates, "peers": peers, "side": SIDE, "processes": args.processes, "severity": "high"}
-    ResultFile.collect("builder_speed", payload, device=f"CPU, {args.processes} processes", seeds=[0]).write(
-        args.output
-    )
+    # Without arguments, which are places on a disk.
+    result = ResultFile.collect("builder_speed", payload, device="CPU", seeds=[0], command="builder.py")
+    result.write(args.output)
     print(table(payload))
     return 0
 
