@@ -103,6 +103,8 @@ def build(
             workers=workers,
             skip_bad=skip_bad,
         )
+    if MINIATURE in source:
+        write_clean(output, questions, seed)
     for name, facts in manifest["tasks"].items():
         skipped = f", {len(facts['skipped'])} bad rows left out" if facts["skipped"] else ""
         if facts["left_with_group"]:

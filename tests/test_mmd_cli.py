@@ -77,6 +77,37 @@ def test_the_built_in_set_needs_no_data(toy, tmp_path):
     }
 
 
+def test_the_built_in_set_can_be_built_for_later(toy, tmp_path):
+    asked = [
+        "--input",
+        "builtin:miniature",
+        "--output",
+        tmp_path / "sets",
+        "--questions",
+        4,
+        "--severity",
+        "low",
+    ]
+    call("bench", "build", *asked, "--no-per-corruption", "--workers", 1)
+    asked = ["--model", toy / "model", "--adapter", "none", "--device", "cpu", "--max-new-tokens", 4]
+    call(
+        "bench",
+        "run",
+        "--output",
+        tmp_path / "r",
+        "--data",
+        tmp_path / "sets",
+        *asked,
+        "--severity",
+        "clean,low",
+    )
+    cells = read_result(tmp_path / "r" / "result.json").payload["cells"]
+    assert {name: c["rows"] for name, c in cells.items()} == {
+        "miniature/clean/base": 4,
+        "miniature/low/base": 4,
+    }
+
+
 def test_the_built_in_set_is_seeded_and_a_beginning_of_a_larger_one(tmp_path):
     small, large, other = (
         miniature.write_clean(tmp_path / name, n, seed)
@@ -143,7 +174,7 @@ def test_what_is_refused_is_one_line(tmp_path, monkeypatch, arguments, words):
     result = call("bench", arguments[0], *arguments[1:], "--output", tmp_path / "o", code=2)
     assert result.stderr.startswith("error: ")
     assert words in result.stderr
-    assert not (tmp_path / "o" / "result.json").exists()
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.slow

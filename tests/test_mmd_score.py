@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from clear_adapters.errors import ClearValueError
 from clear_adapters.mmd_bench.questions import Question
 from clear_adapters.mmd_bench.score import count, mark, mean_over, summary
 from clear_adapters.mmd_bench.tasks import get_task
@@ -139,7 +140,9 @@ def test_answers_without_options(task, category, truth, reply, value, unreadable
 def test_the_mean_over_sets_is_unit_by_unit():
     sets = [{"": {"a": 1.0, "b": 0.0}}, {"": {"b": 1.0, "a": 1.0}}]
     assert mean_over(sets) == {"": {"a": 1.0, "b": 0.5}}
-    with pytest.raises(KeyError, match="b"):
+    sets[1][""].pop("a")  # left out of one set: counted in none
+    assert mean_over(sets) == {"": {"b": 0.5}}
+    with pytest.raises(ClearValueError, match="no question in common"):
         mean_over([{"": {"b": 1.0}}, {"": {"a": 1.0}}])
 
 

@@ -62,7 +62,7 @@ def run_command(
             raise ClearValueError(f"severity {name!r}: one of {', '.join(LEVELS)}")
     conditions = wanted(protocols, severities)
     plain = adapter == "none"
-    chosen = [get_system(n) for n in systems or (("base",) if plain else ("base", "clear"))]
+    chosen = [get_system(n) for n in dict.fromkeys(systems or (("base",) if plain else ("base", "clear")))]
     needs_clean = any(s.needs_clean for s in chosen)
     looked_for = conditions if not needs_clean or CLEAN in conditions else (CLEAN, *conditions)
     if any(s.sees == "clean" for s in chosen):
@@ -72,7 +72,8 @@ def run_command(
         from clear_adapters.mmd_bench.judge import BenchJudge
 
         judges = BenchJudge(judge)
-    names = [get_task(n) for n in tasks] if tasks else list(TASKS)
+    names = [get_task(n) for n in dict.fromkeys(tasks)] if tasks else list(TASKS)
+    folders = _folders(model, None if plain else adapter)
     sources = _sources(output, data, looked_for, limit, seed, revision)
     found = find_sets(sources, names, looked_for)
     if not tasks:
@@ -89,7 +90,7 @@ def run_command(
     for s in sets:
         for error in s.questions.skipped:
             report(f"left out: {error}")
-    facts, load, words = _model(model, None if plain else adapter, device, dtype)
+    facts, load, words = _model(*folders, device, dtype)
     settings = Settings(
         model=facts[0],
         adapter=facts[1],
@@ -141,8 +142,21 @@ def _sources(
     return sources
 
 
+def _folders(model: str | None, adapter: str | None) -> tuple[tuple[str, Path], tuple[str, Path] | None]:
+    """Name and folder of the base, and of the adapter where there is one; a missing one is said before anything is built."""
+    from clear_adapters import store
+
+    found = None
+    if adapter is not None:
+        found = (adapter, store.resolve(adapter, "adapter"))
+        model = model or store.read_adapter(found[1]).config.base_model
+    if model is None:
+        raise ClearValueError("no model was named: pass --model, or an adapter that knows its base")
+    return (model, store.resolve(model, "model")), found
+
+
 def _model(
-    model: str | None, adapter: str | None, device: str | None, dtype: str | None
+    base: tuple[str, Path], adapter: tuple[str, Path] | None, device: str | None, dtype: str | None
 ) -> tuple[tuple[dict[str, Any], dict[str, Any] | None], Callable[[], AttachedModel], str]:
     """Facts about base and adapter, what loads them, and the device in words; nothing is loaded yet."""
     import torch
@@ -150,32 +164,24 @@ def _model(
     from clear_adapters import store
     from clear_adapters.adapter import attach
 
+    facts = {"name": _shown(*base), "digest": store.model_digest(base[1])}
     adapter_facts = None
     if adapter is not None:
-        folder = store.resolve(adapter, "adapter")
-        stored = store.read_adapter(folder)
-        model = model or stored.config.base_model
+        config = store.read_adapter(adapter[1]).config
         adapter_facts = {
-            "name": _shown(adapter, folder),
-            "digest": adapter_digest(folder),
-            "stage": stored.config.stage,
-            "seed": stored.config.provenance.get("seed"),
+            "name": _shown(*adapter),
+            "digest": adapter_digest(adapter[1]),
+            "stage": config.stage,
+            "seed": config.provenance.get("seed"),
         }
-    if model is None:
-        raise ClearValueError("no model was named: pass --model, or an adapter that knows its base")
-    base = store.resolve(model, "model")
-    facts = {"name": _shown(model, base), "digest": store.model_digest(base)}
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    words = (
-        torch.cuda.get_device_name(place)
-        if place.startswith("cuda")
-        else f"{place}, {torch.get_num_threads()} threads"
-    )
+    cores = f"{place}, {torch.get_num_threads()} threads"
+    words = torch.cuda.get_device_name(place) if place.startswith("cuda") else cores
 
     def load() -> AttachedModel:
         if adapter is None:
-            return attach(model, lora=False, bridge=False, dtype=dtype, device=place)
-        return attach(model, adapter, dtype=dtype, device=place)
+            return attach(base[0], lora=False, bridge=False, dtype=dtype, device=place)
+        return attach(base[0], adapter[0], dtype=dtype, device=place)
 
     return (
         (facts, adapter_facts),

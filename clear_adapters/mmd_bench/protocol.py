@@ -15,7 +15,7 @@ from typing import Any
 
 from clear_adapters.errors import ClearValueError
 from clear_adapters.mmd_bench.score import Values, count, mean_over, summary
-from clear_adapters.mmd_bench.tasks import CLEAN, CORRUPTIONS, REAL, Task, get_task
+from clear_adapters.mmd_bench.tasks import CLEAN, CORRUPTIONS, REAL, Task
 
 PROTOCOLS = ("mixed", "macro16")
 
@@ -120,12 +120,7 @@ def _entries(by_task: Mapping[str, list[Cell]], seeds: Mapping[str, Any], seed: 
     entries: dict[str, Any] = {}
     for name, sets in by_task.items():
         metrics = [s.values for s in sets]
-        try:
-            means = {m: mean_over([v[m] for v in metrics]) for m in metrics[0]}
-        except KeyError as error:
-            raise ClearValueError(
-                f"{get_task(name).title}: question {error.args[0]!r} is not in all of the sets, so they have no mean"
-            ) from None
+        means = {m: mean_over([v[m] for v in metrics]) for m in metrics[0]}
         main[name] = next(iter(means.values()))
         first, *others = means
         entries[name] = summary(means[first], seed) | costs(sets) | dict(seeds)

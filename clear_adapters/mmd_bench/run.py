@@ -169,7 +169,9 @@ def run(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         disable=not progress,
+        transient=True,
     ) as bar:
+        whole = bar.add_task("all sets", total=len(jobs))
         for job in jobs:
             questions = job.data.questions.questions
             answers = AnswerFile(job.path, [q.index for q in questions], settings.batch_size)
@@ -181,6 +183,8 @@ def run(
                     answers.append(records)
                     bar.advance(line, len(records))
             cells.append(Cell(job.data.task, job.data.condition, job.system.name, answers.records))
+            bar.update(line, visible=False)
+            bar.advance(whole)
     if judge is not None:
         cells = [judge.marked(c) if c.task.rule == "judge" else c for c in cells]
     result = ResultFile.collect(

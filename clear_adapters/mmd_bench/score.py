@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clear_adapters.errors import ClearValueError
 from clear_adapters.mmd_bench.miniature import comparison
 from clear_adapters.mmd_bench.questions import Question
 from clear_adapters.mmd_bench.tasks import Task
@@ -97,13 +98,19 @@ def _all_of(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 def mean_over(sets: Sequence[Values]) -> Values:
     """The mean of several sets of the same questions, unit by unit; the sets themselves are not a sample.
 
+    A unit that one of them lacks (a bad row was left out of it) counts in none.
+
     Raises:
-        KeyError: the sets hold different units.
+        ClearValueError: the sets have no unit in common.
     """
-    return {
-        stratum: {unit: sum(s[stratum][unit] for s in sets) / len(sets) for unit in units}
-        for stratum, units in sets[0].items()
-    }
+    means: Values = {}
+    for stratum, units in sets[0].items():
+        shared = [u for u in units if all(u in s.get(stratum, ()) for s in sets)]
+        if shared:
+            means[stratum] = {u: sum(s[stratum][u] for s in sets) / len(sets) for u in shared}
+    if not means:
+        raise ClearValueError(f"{len(sets)} sets have no question in common, so they have no mean")
+    return means
 
 
 def summary(values: Values, seed: int = 0) -> dict[str, float | int]:
