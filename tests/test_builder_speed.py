@@ -20,7 +20,7 @@ RESULT = ROOT / "benchmarks" / "results" / "builder_speed.json"
 
 def test_the_table_in_the_readme_is_that_of_the_result():
     result = read_result(RESULT)
-    assert list(result.payload["rates"]) == [d.name for d in list_degradations()]
+    assert set(result.payload["rates"]) == {d.name for d in list_degradations()}
     text = builder.README.read_text(encoding="utf-8")
     shown = text.split(builder.MARKERS[0])[1].split(builder.MARKERS[1])[0].strip()
     assert shown == builder.render(result)

@@ -101,7 +101,8 @@ def table(payload: dict[str, Any]) -> str:
     """The rates as Markdown."""
     head = ["corruption", "formula", "builder", "imagecorruptions", "albumentations"]
     lines = [head, ["---", *["---:"] * 4]]
-    for name, own in payload["rates"].items():
+    for name in (d.name for d in list_degradations() if d.name in payload["rates"]):
+        own = payload["rates"][name]
         peers = payload["peers"]["rates"].get(name, {}) if payload["peers"] else {}
         shown = [
             f"{number(p['rate'])} (`{p['name']}`)" if (p := peers.get(library)) else "–"
