@@ -56,7 +56,7 @@ class Family:
 
 
 FAMILIES = {
-    # As many samples and steps as stage 1 to 3 together have: 4,000 x 64, then 300 x 64, then 150 x 32 x 8 rollouts.
+    # As many samples and steps as stage 1 to 3 together have: 4,000 x 64, then 300 x 64, then 120 x 32 x 8 rollouts, and a little more.
     "direct": Family("sft", None, ("sft.mode=direct", "loop.steps=4900")),
     "sft": Family("sft"),
     "bridge": Family("bridge", "sft"),
@@ -283,7 +283,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--recipe", default="tiny")
     p.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="F", help=", ".join(FAMILIES))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run, or STAGE:KEY=VALUE")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for every run, or STAGE:KEY=VALUE"
+    )
     p.add_argument("--parallel", type=int, default=6, metavar="N", help="runs side by side")
     p.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs that the runs are spread over")
     p.add_argument("--results", type=Path, metavar="FILE", help="also measure, into this result file")
