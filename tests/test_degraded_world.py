@@ -222,6 +222,12 @@ def test_parts_measured_side_by_side_are_merged(finished, toy, tmp_path, capsys)
     pictures = read_result(whole).payload["restorations"]
     assert {"sft-always", "clear-always"} < set(pictures["ways"])
     assert {"sft-always", "clear-always"} < set(pictures["signs"])
+    elsewhere = json.loads(third.read_text()) | {"device": "another device"}
+    third.write_text(json.dumps(elsewhere))
+    both = tmp_path / "both.json"
+    merged = ("--only-merge", "--merge", str(first), str(third))
+    assert evaluate.main(arguments(toy, both, "--cache", str(finished.parent / "cache"), *merged)) == 0
+    assert read_result(both).device == f"{read_result(first).device}, another device"
     another = json.loads(first.read_text())
     another["payload"]["model"]["digest"] = "another"
     second.write_text(json.dumps(another))

@@ -14,8 +14,9 @@ from clear_adapters.datasets.world import build as build_world
 from clear_adapters.errors import ClearError, ClearValueError, UnknownNameError
 from clear_adapters.prompts import get_protocol
 from clear_adapters.sampling import LatentSampling, TextSampling
-from clear_adapters.training.grpo import GrpoObjective, GrpoSettings, advantages
+from clear_adapters.training.grpo import GrpoObjective, GrpoSettings
 from clear_adapters.training.objective import Draw, row_seed
+from clear_adapters.training.policy import advantages
 from clear_adapters.transcript import Origin, TextSegment
 from tests.scripted import ANSWER, ASK, Script
 

@@ -25,7 +25,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    return attach("builtin:bagel-tiny", "builtin:clear-bagel-tiny", device="cpu", dtype="float32")
+    return attach("builtin:bagel-tiny", "builtin:clear-bagel-tiny-sft", device="cpu", dtype="float32")
 
 
 def test_a_latent_that_is_read_makes_a_difference_and_one_that_is_drowned_does_not(data, model):
@@ -57,7 +57,7 @@ def test_it_writes_a_result_and_refuses_too_few_rows(data, tmp_path, capsys):
     ]
     assert reading.main([*given, "--limit", "2", "--batch-size", "1"]) == 0
     (facts,) = read_result(tmp_path / "r.json").payload["adapters"]
-    assert (facts["label"], facts["stage"]) == ("one", "sft")
+    assert (facts["label"], facts["stage"]) == ("one", "grpo")
     assert reading.main([*given, "--limit", "999"]) == 2
     assert "lower --limit" in capsys.readouterr().err
 

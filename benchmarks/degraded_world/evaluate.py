@@ -280,6 +280,8 @@ def run(args: argparse.Namespace) -> Record:
         workers=args.workers,
     )
     device, words = describe_device(args)
+    if args.only_merge:
+        words = ", ".join(dict.fromkeys(read_result(path).device for path in args.merge))
     print(f"{len(data.items)} questions ready after {time.perf_counter() - began:.0f} s; {words}", flush=True)
     settings = Settings(
         model=args.model,

@@ -196,15 +196,18 @@ def render(result: ResultFile, full: bool = False) -> str:
 
 
 def tried_table(folder: Path) -> str:
-    """Right answers of adapters that were tried and not kept: one result file each, in the order of their names."""
+    """Right answers of adapters that were tried and not kept: one result file each, in the order of their names.
+
+    The set is told by its seed; that of the main table has 0.
+    """
     rows = []
     for path in sorted(folder.glob("*.json")):
         p = read_result(path).payload
         (name,) = summary.measured(p)
         values = [summary.accuracy(p, name, c) for c in ("clean", "high")]
         seeds = max(v.runs for v in values if v is not None)
-        rows.append([path.stem, str(seeds), *map(percent, values)])
-    return table(["result", "seeds", "clean", "high"], rows)
+        rows.append([path.stem, str(p["set"]["seed"]), str(seeds), *map(percent, values)])
+    return table(["result", "set", "seeds", "clean", "high"], rows)
 
 
 def inserted(text: str, content: str, source: str, markers: tuple[str, str] = MARKERS) -> str:

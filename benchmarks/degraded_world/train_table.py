@@ -31,6 +31,7 @@ from systems import SYSTEMS
 
 from clear_adapters import store
 from clear_adapters.errors import ClearError, ClearValueError, unknown_name
+from clear_adapters.training.recipe import divide_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATE = Path(__file__).with_name("evaluate.py")
@@ -55,8 +56,8 @@ class Family:
 
 
 FAMILIES = {
-    # As many samples and steps as stage 1 to 3 together have: 2,200 x 64, then 200 x 64, then 100 x 32 x 8 rollouts.
-    "direct": Family("sft", None, ("sft.mode=direct", "loop.steps=2800")),
+    # As many samples and steps as stage 1 to 3 together have: 4,000 x 64, then 300 x 64, then 120 x 32 x 8 rollouts, and a little more.
+    "direct": Family("sft", None, ("sft.mode=direct", "loop.steps=4900")),
     "sft": Family("sft"),
     "bridge": Family("bridge", "sft"),
     "truth": Family(
@@ -120,12 +121,14 @@ def plan(args: argparse.Namespace) -> list[Job]:
     """All jobs, each behind what it needs.
 
     Raises:
-        UnknownNameError: a family that does not exist.
+        UnknownNameError: a family that does not exist, or a key of --set that no stage has.
+        ClearValueError: --set cannot be read.
     """
     for name in args.families:
         if name not in FAMILIES:
             raise unknown_name("family", name, FAMILIES)
     wanted = with_those_before(args.families)
+    given = divide_overrides(args.set, sorted({FAMILIES[family].stage for family in wanted}))
     jobs = []
     for family in wanted:
         own = FAMILIES[family]
@@ -150,7 +153,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
                 str(args.output / f"{family}{seed}"),
             ]
             command += [] if needs is None else ["--adapter", str(args.output / needs)]
-            overrides = [*own.overrides, f"seed={seed}", *args.set]
+            overrides = [*own.overrides, f"seed={seed}", *given[own.stage]]
             command += [part for override in overrides for part in ("--set", override)]
             jobs.append(Job(f"{family}{seed}", () if needs is None else (needs,), tuple(command)))
     return jobs + (measurements(args, wanted) if args.results else [])
@@ -280,7 +283,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--recipe", default="tiny")
     p.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="F", help=", ".join(FAMILIES))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for every run, or STAGE:KEY=VALUE"
+    )
     p.add_argument("--parallel", type=int, default=6, metavar="N", help="runs side by side")
     p.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs that the runs are spread over")
     p.add_argument("--results", type=Path, metavar="FILE", help="also measure, into this result file")

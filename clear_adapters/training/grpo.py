@@ -19,6 +19,7 @@ from clear_adapters.replay import CodeTargets, FlowTargets, pieces, restoration_
 from clear_adapters.rewards import Rewards, Scores, columns_of, read_terms
 from clear_adapters.sampling import LatentSampling, TextSampling
 from clear_adapters.training.objective import Draw, Objective, row_seed
+from clear_adapters.training.policy import advantages, clipped, k3
 from clear_adapters.transcript import Origin, TextSegment, Transcript
 
 if TYPE_CHECKING:
@@ -444,20 +445,20 @@ class GrpoObjective(Objective):
         flow_weight = batch["flow_weight"] / counts[1].clamp(min=1)
         text_advantage = batch["text_advantage"][packed.text_row]
         flow_advantage = batch["flow_advantage"][batch["flow_row"]]
-        policy, ratio, clipped = _clipped(text, batch["text_old"], text_advantage, settings.clip)
-        flow_policy, _, _ = _clipped(flow, batch["targets"].recorded, flow_advantage, settings.latent_clip)
+        policy, ratio, was_clipped = clipped(text, batch["text_old"], text_advantage, settings.clip)
+        flow_policy, _, _ = clipped(flow, batch["targets"].recorded, flow_advantage, settings.latent_clip)
         out = {
             "policy": (policy * text_weight).sum(),
             "flow": (flow_policy * flow_weight).sum(),
             "ratio": ((ratio - 1).abs() * text_weight).sum(),
-            "clipped": (clipped * text_weight).sum(),
+            "clipped": (was_clipped * text_weight).sum(),
             # Without steps these are empty sums that still hang on the graph, so that every process takes part.
             "kl": 0 * text.sum(),
             "flow_kl": 0 * flow.sum(),
         }
         if settings.beta > 0:
-            out["kl"] = (_k3(text, batch["text_reference"]) * text_weight).sum()
-            out["flow_kl"] = (_k3(flow, batch["flow_reference"]) * flow_weight).sum()
+            out["kl"] = (k3(text, batch["text_reference"]) * text_weight).sum()
+            out["flow_kl"] = (k3(flow, batch["flow_reference"]) * flow_weight).sum()
         restoration = out["flow"] + settings.beta * out["flow_kl"]
         out["loss"] = out["policy"] + settings.beta * out["kl"] + settings.image_weight * restoration
         return out
@@ -482,40 +483,6 @@ class GrpoObjective(Objective):
         """Means over rollouts (`unscored` and `equal`: over groups) of rewards and lengths; see `Objective.facts`."""
         found, self._sums = self._sums, {}
         return found
-
-
-def advantages(totals: Tensor, scale: Literal["group", "none"]) -> Tensor:
-    """`(R - mean) / std` in each group, or `R - mean`.
-
-    Args:
-        totals: (P, G) rewards; NaN is a rollout without one, which takes no part.
-        scale: whether to divide by the standard deviation. A group of equal rewards has advantage 0 either way.
-
-    Returns:
-        (P, G) float32, 0 where there is no reward.
-    """
-    known = ~totals.isnan()
-    count = known.sum(1, keepdim=True).clamp(min=1)
-    centred = torch.where(known, totals - totals.nansum(1, keepdim=True) / count, 0.0)
-    # A mean of equal numbers need not be that number, and the deviation would make much of the difference.
-    lowest, highest = totals.nan_to_num(float("inf")).amin(1), totals.nan_to_num(-float("inf")).amax(1)
-    centred = torch.where((lowest < highest)[:, None], centred, 0.0)
-    if scale == "none":
-        return centred
-    deviation = (centred.pow(2).sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return centred / (deviation + 1e-4)
-
-
-def _clipped(logprob: Tensor, old: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, ratio, and whether the clipped form was the one that counted."""
-    ratio = (logprob - old).exp()
-    plain, bounded = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
-    return -torch.minimum(plain, bounded), ratio.detach(), (bounded < plain).float()
-
-
-def _k3(logprob: Tensor, reference: Tensor) -> Tensor:
-    difference = reference - logprob
-    return difference.exp() - difference - 1
 
 
 def _table(values: Sequence[float | None], group: int) -> Tensor:

@@ -148,7 +148,7 @@ def _draw(axis: Any, rows: Sequence[dict[str, Any]], panel: _Panel) -> None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Means over a twentieth of the run on either side of each point; less, and evenly, at the ends."""
-    count = len(values)
-    reach = [min(count // 20, i, count - 1 - i) for i in range(count)]
-    return [sum(values[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]
+    """Means over a twentieth of the run on either side of each point, and over what there is of it at the ends."""
+    reach = len(values) // 20
+    around = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(own) / len(own) for own in around]
