@@ -46,6 +46,19 @@ ADAPTED = {
             ]
         },
     },
+    "janus": {
+        "understanding": {
+            f"model.language_model.layers.{i}.{m}"
+            for i in (0, 1)
+            for m in [*BAGEL_PROJECTIONS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        },
+        "generation": {
+            "model.generation_aligner.fc1",
+            "model.generation_aligner.hidden_layers.0",
+            "model.generation_head.proj_out",
+            "model.generation_head.vision_head",
+        },
+    },
 }
 """Every module that each group adapts in the toy of each family, written out and not derived from its spec."""
 
@@ -439,7 +452,7 @@ def test_a_batch_gives_what_its_rows_give(backbone, attached, text, latent):
     """Invariant 5, with pictures and questions of different lengths."""
     together = run(backbone, attached.bridge, [0, 1, 2], latent, text)
     alone = [run(backbone, attached.bridge, [r], latent, text)[0] for r in range(3)]
-    assert len({t["restoration"].grid for t in together}) > 1
+    assert len({t["restoration"].size for t in together}) > 1
     same(together, alone, exact=False)
     for t, a in zip(together, alone, strict=True):
         if latent.sde_sigma and t["restoration"].trace is not None:
@@ -491,7 +504,8 @@ def test_reencode(backbone, attached):
     (together, found), alone = path([0, 1]), [path([r])[0][0] for r in (0, 1)]
     for a, b in zip(together, alone, strict=True):
         assert a.ids.tolist() == b.ids.tolist()
-        torch.testing.assert_close(a.logprobs, b.logprobs, atol=TOLERANCE, rtol=0)
+        # A pixel that lies between two levels may be rounded either way (seen: 1e-4).
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-3, rtol=0)
     images = [backbone.decode(r)[0] for r in found]
     assert [i.size for i in images] == [(r.size[1], r.size[0]) for r in found]
 
@@ -550,7 +564,7 @@ def test_the_limit_of_a_turn(backbone, attached):
     cut, segments = backbone.write_text(context.fork(), one)
     assert [len(s.ids) for s in segments] == [1, 1]
     assert [len(s.logprobs) for s in segments] == [1, 1]
-    given = backbone.read_text(context, [s.ids for s in segments])
+    given = backbone.read_text(context, [s.ids for s in segments], own=True)
     assert cut.position.tolist() == given.position.tolist()
     for a, b in zip(backbone.write_text(cut, GREEDY)[1], backbone.write_text(given, GREEDY)[1], strict=True):
         assert a.ids.tolist() == b.ids.tolist()
@@ -562,8 +576,10 @@ def test_the_end_token_ends_a_turn(backbone, attached, monkeypatch):
     encoded = backbone.encode_text("ab")
     assert backbone.decode_text(torch.cat((encoded, torch.tensor([backbone.end_id])))) == "ab"
     assert backbone.end_id not in encoded.tolist()
-    family = type(backbone).__module__.rpartition(".")[0]
-    modules = [m for n, m in sys.modules.items() if n.startswith(family) and hasattr(m, "choose_token")]
+    families = {"clear_adapters.backbones", type(backbone).__module__.rpartition(".")[0]}
+    modules = [
+        m for n, m in sys.modules.items() if n.startswith(tuple(families)) and hasattr(m, "choose_token")
+    ]
     steps = []
 
     def ends_first_row_at_third(logits, *args, **kwargs):
@@ -581,7 +597,7 @@ def test_the_end_token_ends_a_turn(backbone, attached, monkeypatch):
     assert first.text == "aa"
     assert second.ids.tolist() == [int(encoded[1])] * GREEDY.max_new_tokens
     monkeypatch.undo()
-    given = backbone.read_text(ask(backbone, [0, 1])[0], [first.ids, second.ids])
+    given = backbone.read_text(ask(backbone, [0, 1])[0], [first.ids, second.ids], own=True)
     assert after.position.tolist() == given.position.tolist()
     for a, b in zip(
         backbone.write_text(after, GREEDY)[1], backbone.write_text(given, GREEDY)[1], strict=True
@@ -593,7 +609,7 @@ def test_the_end_token_ends_a_turn(backbone, attached, monkeypatch):
 
 
 def pieces(backbone, row, first, restoration, second, *, step=None):
-    """A path as pieces; with `step` a noised copy of the restoration stands in a branch of its own."""
+    """A path as pieces; with `step` a copy of the restoration that is scored stands in a branch of its own."""
     out = [
         TextPiece(backbone.encode_text("Look.")),
         ImagePiece(pictures(backbone)[row]),
@@ -602,26 +618,18 @@ def pieces(backbone, row, first, restoration, second, *, step=None):
     ]
     if step is not None:
         trace = restoration.trace
-        out.append(
-            LatentPiece(
-                trace.x[0, step],
-                grid=restoration.grid,
-                time=float(trace.t[step]),
-                noised=True,
-                velocity=True,
-                branch=1,
-            )
-        )
-    final = LatentPiece(restoration.latent[0], grid=restoration.grid, bridged=True)
+        copy = LatentPiece(restoration.tokens[0], grid=restoration.grid, scored=True, branch=1)
+        if trace is not None:
+            copy = replace(copy, latent=trace.x[0, step], time=float(trace.t[step]), noised=True)
+        out.append(copy)
+    final = LatentPiece(restoration.tokens[0], grid=restoration.grid, bridged=True)
     return [*out, final, TextPiece(second, scored=True)]
 
 
 def test_the_uncached_forward_equals_the_cached_verbs(backbone, attached):
-    """Invariant 4 at the level of verbs: text before and after a restoration, and every flow step."""
-    if backbone.spec.kind != "flow":
-        pytest.skip("velocities are those of flow latents")
+    """Invariant 4 at the level of verbs: text before and after a restoration, and every flow step or code."""
     rows = run(backbone, attached.bridge, [0, 1, 2])
-    for step in range(SDE.steps - 1):
+    for step in range(SDE.steps - 1 if backbone.spec.kind == "flow" else 1):
         packed = backbone.pack(
             [
                 pieces(
@@ -641,17 +649,20 @@ def test_the_uncached_forward_equals_the_cached_verbs(backbone, attached):
         for i, r in enumerate(rows):
             mine = logprobs[packed.text_row == i]
             torch.testing.assert_close(mine, torch.cat(r["logprobs"]), atol=TOLERANCE, rtol=0)
-            trace, velocity = r["restoration"].trace, out.velocity[packed.velocity_row == i]
+            trace, scored = r["restoration"].trace, out.scored[packed.scored_row == i]
+            if trace is None:
+                codes, recorded = r["restoration"].codes[0], r["restoration"].code_logprobs[0]
+                score = scored.float().log_softmax(-1).gather(1, codes[:, None])[:, 0]
+                torch.testing.assert_close(score, recorded, atol=TOLERANCE, rtol=0)
+                continue
             t, dt = float(trace.t[step]), float(trace.dt[step])
-            mean = sde_mean(trace.x[0, step], velocity, t, dt, trace.sigma)
+            mean = sde_mean(trace.x[0, step], scored, t, dt, trace.sigma)
             score = sde_logprob(trace.x_next[0, step], mean, dt, trace.sigma, SDE.logprob)
             torch.testing.assert_close(score, trace.logprobs[0, step], atol=TOLERANCE, rtol=0)
 
 
 def test_gradients_reach_every_adapter_weight_and_nothing_else(backbone):
     """Invariant 11, in a batch in which one row restores and another does not."""
-    if backbone.spec.kind != "flow":
-        pytest.skip("the mixed batch is one of flow latents")
     attached = randomise(attach(backbone, lora=replace(SMALL, whole=backbone.spec.extras)))
     try:
         row = run(backbone, attached.bridge, [0])[0]
@@ -664,7 +675,9 @@ def test_gradients_reach_every_adapter_weight_and_nothing_else(backbone):
         )
         attached.module.train()
         out = attached.module(backbone.encode(packed))
-        (out.text_logits.float().log_softmax(-1).square().mean() + out.velocity.square().mean()).backward()
+        (
+            out.text_logits.float().log_softmax(-1).square().mean() + out.scored.float().square().mean()
+        ).backward()
         own = dict(attached.named_parameters())
         for name, parameter in own.items():
             assert parameter.grad is not None, name
@@ -681,11 +694,9 @@ def test_gradients_reach_every_adapter_weight_and_nothing_else(backbone):
 
 def test_the_module_is_plain_while_disabled(backbone):
     """Without LoRA in the way: the bridge alone is left out, and read when the skill is on."""
-    if backbone.spec.kind != "flow":
-        pytest.skip("the batch is one of flow latents")
     attached = randomise(attach(backbone, lora=False))
     own = backbone.encode_images(pictures(backbone)[:1])[0]
-    bridged = LatentPiece(own.latent[0], grid=own.grid, bridged=True)
+    bridged = LatentPiece(own.tokens[0], grid=own.grid, bridged=True)
     batch = backbone.encode(backbone.pack([[bridged, TextPiece(torch.tensor([5, 6]), scored=True)]]))
     with torch.no_grad():
         on = attached.module(batch).text_logits

@@ -16,6 +16,8 @@ LAYERS = {
     3: ["backbones/*/", "hub/"],
     2: [
         *("backbones/__init__", "backbones/base", "backbones/packed", "backbones/attention"),
+        *("backbones/cache", "backbones/writer", "backbones/layout", "backbones/byte_tokenizer"),
+        *("backbones/codes", "backbones/code_writer", "backbones/codes_packing", "backbones/decoder"),
         *("lora", "bridge", "store"),
     ],
     1: [

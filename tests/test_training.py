@@ -114,12 +114,12 @@ def test_scored_tokens_are_the_sampled_ones(examples):
         assert scored[-1].endswith("</answer>")
         assert others[:2] == ["Look. Restore if needed. Answer.", examples[seed % len(examples)].question]
         # Two noised copies on branches of their own, then the clean one, which the text reads.
-        kinds = [(p.velocity, p.bridged, p.branch) for p in latents]
+        kinds = [(p.scored, p.bridged, p.branch) for p in latents]
         assert kinds in ([], [(True, False, 1), (True, False, 2), (False, True, 0)])
         if latents:
             assert len({p.time for p in latents}) == 3
             assert latents[-1].time == 0
-            assert len(batch.velocity_at) == 2 * len(batch.latents) // 4
+            assert len(batch.scored_at) == 2 * len(batch.latents) // 4
         seen.add((len(scored), len(others), bool(latents)))
     assert seen == {(1, 2, False), (2, 2, True), (1, 3, False), (1, 3, True)}
 

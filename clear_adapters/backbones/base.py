@@ -86,6 +86,11 @@ class BackboneSpec:
     stages: tuple[str, ...] = ("sft",)
     sources: tuple[str, ...] = ()
 
+    @property
+    def loss(self) -> str:
+        """The name of the restorations' loss in logs."""
+        return "mse" if self.kind == "flow" else "code_ce"
+
 
 # ------------------------------------------------------------------------------------------------- restorations
 
@@ -128,7 +133,7 @@ class Restoration:
         latent: (B, N, C) float32, of kind flow.
         codes: (B, N) int64, of kind codes.
         trace: how it was sampled; of kind flow only when the sampler was stochastic.
-        code_logprobs: (B, N) float32, of kind codes.
+        code_logprobs: (B, N) float32, of kind codes; only when they were sampled from the model itself, without guidance.
         image: of a restoration of one row, its pixels once they were decoded by `Backbone.decode_each`.
     """
 
@@ -142,6 +147,21 @@ class Restoration:
     image: Image | None = None
 
     @property
+    def tokens(self) -> Tensor:
+        """The latent (B, N, C), or the codes (B, N).
+
+        Raises:
+            ClearValueError: it holds neither.
+        """
+        found = self.latent if self.kind == "flow" else self.codes
+        if found is None:
+            raise ClearValueError(
+                f"a restoration of kind {self.kind!r} has no {'latent' if self.kind == 'flow' else 'codes'}: make it by "
+                "`restore` or `encode_images`"
+            )
+        return found
+
+    @property
     def rows(self) -> int:
         """B."""
         tensor = self.latent if self.latent is not None else self.codes
@@ -149,7 +169,7 @@ class Restoration:
 
     @classmethod
     def joined(cls, parts: Sequence[Restoration]) -> Restoration:
-        """Restorations of one kind and grid as the rows of one, without their traces."""
+        """Restorations of one kind, grid and size as the rows of one, without their traces."""
 
         def together(found: list[Tensor | None]) -> Tensor | None:
             known = [x for x in found if x is not None]
@@ -292,6 +312,11 @@ class Backbone(ABC):
         """The longest row that the model was made for, in positions; None when that is not known."""
         return None
 
+    @property
+    def picture_positions(self) -> int:
+        """How many positions a picture or a restoration takes, for families that number each of its tokens; else 0."""
+        return 0
+
     @classmethod
     @abstractmethod
     def accepts(cls, model: Any) -> bool:
@@ -313,6 +338,11 @@ class Backbone(ABC):
     def recognises(cls, folder: Path) -> bool:
         """Whether a checkpoint folder is of this family, by its files' names and small JSON files alone."""
         return False
+
+    @classmethod
+    def near_miss(cls, what: Any) -> str | None:
+        """What to load instead, of an object or a folder (a `Path`) that is a part or another form of this family."""
+        return None
 
     @classmethod
     def wrap(cls, model: nn.Module, processor: Any) -> Backbone:
@@ -363,14 +393,14 @@ class Backbone(ABC):
         """Pixels, one PIL image a row; None for a family that cannot."""
 
     def decode_each(self, restorations: Sequence[Restoration]) -> list[Image | None]:
-        """Pixels of restorations of one row each, equal grids at once; None for each where a family has none.
+        """Pixels of restorations of one row each, equal grids and sizes at once; None for each where a family has none.
 
         They stay with the restoration: pixels depend on the batch by a rounding, and what is read again in a replay has to
         be what was read in the rollout.
         """
         missing = [r for r in restorations if r.image is None]
-        for grid in dict.fromkeys(r.grid for r in missing):
-            own = [r for r in missing if r.grid == grid]
+        for shape in dict.fromkeys((r.grid, r.size) for r in missing):
+            own = [r for r in missing if (r.grid, r.size) == shape]
             for restoration, image in zip(own, self.decode(Restoration.joined(own)) or [], strict=False):
                 restoration.image = image
         return [r.image for r in restorations]
@@ -383,9 +413,16 @@ class Backbone(ABC):
 
     @abstractmethod
     def read_text(
-        self, context: Context, ids: Sequence[Tensor], rows: Sequence[int] | None = None
+        self,
+        context: Context,
+        ids: Sequence[Tensor],
+        rows: Sequence[int] | None = None,
+        own: bool = False,
     ) -> Context:
-        """Appends a block of text to some rows (all when None); the others get holes."""
+        """Appends a block of text to some rows (all when None); the others get holes.
+
+        `own` is text that stands as the model's own, for families whose chat format tells speakers apart.
+        """
 
     @abstractmethod
     def read_image(
@@ -448,6 +485,20 @@ class Backbone(ABC):
     def forward(self, batch: PackedBatch, bridge: LatentBridge | None = None) -> ModelOutputs:
         """One uncached parallel forward; the only path of training."""
 
+    def estimate(self, batch: PackedBatch, outputs: ModelOutputs) -> Tensor:
+        """(M, C): what the scored latent tokens would become in one step, with gradient to the generator.
+
+        For a flow the clean latent `x_t - t v`; a family of codes gives embeddings of the codes it would take.
+        """
+        at = batch.scored_at
+        return batch.latents[at] - batch.latent_time[at][:, None] * outputs.scored.float()
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Lets the decoder recompute activations in the backward pass of `forward`, or not."""
+        for module in self.model.modules():
+            if hasattr(module, "checkpointing"):
+                module.checkpointing = enabled  # type: ignore[assignment]  # a plain attribute
+
     # -- shared by all families
 
     def write_text(
@@ -505,3 +556,15 @@ def drain(steps: Generator[Any, None, Any]) -> Any:
             next(steps)
         except StopIteration as end:
             return end.value
+
+
+def named_rows(context: Context, rows: Sequence[int] | None, given: int | None = None) -> list[int]:
+    """The rows that a verb is for, all when None.
+
+    Raises:
+        ClearValueError: `given` blocks are not one for each of them.
+    """
+    names = list(range(context.rows)) if rows is None else list(rows)
+    if given is not None and given != len(names):
+        raise ClearValueError(f"{given} blocks for {len(names)} rows: give one for each row")
+    return names
