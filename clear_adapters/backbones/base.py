@@ -339,6 +339,14 @@ class Backbone(ABC):
         """Whether a checkpoint folder is of this family, by its files' names and small JSON files alone."""
         return False
 
+    def save(self, folder: Path) -> None:
+        """Writes the model with all that belongs to it, as `load` reads it.
+
+        Raises:
+            ClearValueError: the family does not write checkpoints.
+        """
+        raise ClearValueError(f"backbone {self.spec.name!r} does not write checkpoints")
+
     @classmethod
     def near_miss(cls, what: Any) -> str | None:
         """What to load instead, of an object or a folder (a `Path`) that is a part or another form of this family."""
@@ -484,6 +492,10 @@ class Backbone(ABC):
     @abstractmethod
     def forward(self, batch: PackedBatch, bridge: LatentBridge | None = None) -> ModelOutputs:
         """One uncached parallel forward; the only path of training."""
+
+    def latents(self, restoration: Restoration) -> Tensor:
+        """(B, N, C) of a restoration: its latent, or the embeddings of its codes."""
+        return restoration.tokens
 
     def estimate(self, batch: PackedBatch, outputs: ModelOutputs) -> Tensor:
         """(M, C): what the scored latent tokens would become in one step, with gradient to the generator.

@@ -418,6 +418,10 @@ class CodesBackbone(Backbone):
             hidden=hidden,
         )
 
+    @torch.no_grad()
+    def latents(self, restoration: Restoration) -> Tensor:
+        return self.embed_codes(restoration.tokens.to(self.device)).float()
+
     def estimate(self, batch: PackedBatch, outputs: ModelOutputs) -> Tensor:
         """The most likely codes' embeddings; their gradient is that of the mean embedding (straight-through)."""
         logits = outputs.scored.float()

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from clear_adapters.backbones.bagel.autoencoder import decode_tokens, encode_pixels
-from clear_adapters.backbones.bagel.checkpoint import load_checkpoint
+from clear_adapters.backbones.bagel.checkpoint import load_checkpoint, save_checkpoint
 from clear_adapters.backbones.bagel.images import prepare_image, to_pil
 from clear_adapters.backbones.bagel.model import BagelModel, Frame
 from clear_adapters.backbones.bagel.packing import Marks, Packer, grid_places, pad_patches
@@ -120,6 +120,9 @@ class BagelBackbone(Backbone):
             ) from error
         model, autoencoder = load_checkpoint(Path(folder), dtype, where)
         return cls(model, autoencoder, tokenizer)
+
+    def save(self, folder: Path) -> None:
+        save_checkpoint(folder, self.model, self.autoencoder, self.tokenizer)
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:

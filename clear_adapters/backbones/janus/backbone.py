@@ -152,6 +152,12 @@ class JanusBackbone(CodesBackbone):
         where = torch.device("cpu") if device is None else torch.device(device)
         return cls(model.to(where).eval().requires_grad_(False), tokenizer, images)
 
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        JanusProcessor(
+            self._images.processor, self.tokenizer, num_image_tokens=self._cells**2
+        ).save_pretrained(folder)
+
     @classmethod
     def wrap(cls, model: Any, processor: Any) -> JanusBackbone:
         """The verbs over a `JanusForConditionalGeneration`.
