@@ -46,6 +46,14 @@ ADAPTED = {
             ]
         },
     },
+    "emu3": {
+        "understanding": {
+            f"model.text_model.layers.{i}.{m}"
+            for i in (0, 1)
+            for m in [*BAGEL_PROJECTIONS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        },
+        "generation": {"lm_head"},
+    },
     "janus": {
         "understanding": {
             f"model.language_model.layers.{i}.{m}"
@@ -303,6 +311,8 @@ def break_at(monkeypatch, owner, name, call):
     ],
 )
 def test_a_failed_attach_leaves_no_trace(backbone, monkeypatch, tmp_path, owner, name, call):
+    if name == "_take_over" and not backbone.spec.extras:
+        pytest.skip("this family offers no module to be trained whole")
     settings = replace(SMALL, whole=backbone.spec.extras)
     first = randomise(attach(backbone, lora=settings))
     first.save_pretrained(tmp_path / "a")
@@ -675,9 +685,8 @@ def test_gradients_reach_every_adapter_weight_and_nothing_else(backbone):
         )
         attached.module.train()
         out = attached.module(backbone.encode(packed))
-        (
-            out.text_logits.float().log_softmax(-1).square().mean() + out.scored.float().square().mean()
-        ).backward()
+        text = out.text_logits.float().log_softmax(-1).gather(1, packed.text_targets[:, None])
+        (text.square().mean() + out.scored.float().square().mean()).backward()
         own = dict(attached.named_parameters())
         for name, parameter in own.items():
             assert parameter.grad is not None, name

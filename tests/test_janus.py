@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from clear_adapters.adapter import attach
 from clear_adapters.backbones.janus.tiny import build, small_processor
 from clear_adapters.backbones.packed import ImagePiece, TextPiece
+from clear_adapters.backbones.pixels import standardise
 from clear_adapters.engine import Engine
 from clear_adapters.errors import CheckpointError, ClearTypeError, ClearValueError
 from clear_adapters.sampling import LatentSampling, TextSampling
@@ -108,7 +109,7 @@ def test_a_picture_stands_in_a_square_and_comes_out_of_it(backbone, processor, s
     image = picture(0, size)
     prepared = backbone.prepare(image)
     assert torch.equal(
-        backbone._images.normalise(prepared.patches[None]),
+        standardise(prepared.patches[None], processor.image_processor),
         processor.image_processor(image, return_tensors="pt")["pixel_values"],
     )
     assert max(prepared.size) == 64

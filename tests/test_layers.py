@@ -18,6 +18,7 @@ LAYERS = {
         *("backbones/__init__", "backbones/base", "backbones/packed", "backbones/attention"),
         *("backbones/cache", "backbones/writer", "backbones/layout", "backbones/byte_tokenizer"),
         *("backbones/codes", "backbones/code_writer", "backbones/codes_packing", "backbones/decoder"),
+        *("backbones/pixels", "backbones/checkpoints"),
         *("lora", "bridge", "store"),
     ],
     1: [

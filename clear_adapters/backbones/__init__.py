@@ -24,6 +24,7 @@ BACKBONES: Registry[BackboneSpec] = Registry(
     "backbone", instance_of="clear_adapters.backbones.base:BackboneSpec", group=GROUP
 )
 BACKBONES.register("bagel", "clear_adapters.backbones.bagel.spec:SPEC")
+BACKBONES.register("emu3", "clear_adapters.backbones.emu3.spec:SPEC")
 BACKBONES.register("janus", "clear_adapters.backbones.janus.spec:SPEC")
 
 

@@ -24,6 +24,7 @@ from clear_adapters.backbones.codes_packing import CodesPacker
 from clear_adapters.backbones.decoder import run_layers
 from clear_adapters.backbones.layout import SLOT, Frames
 from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
+from clear_adapters.backbones.pixels import to_pil
 from clear_adapters.backbones.writer import Writer, can_capture, write_turn
 from clear_adapters.errors import ClearValueError
 from clear_adapters.sampling import LatentSampling, RowRandom, TextSampling, guide
@@ -144,11 +145,8 @@ class CodesBackbone(Backbone):
     @any_shape()
     def decode(self, restoration: Restoration) -> list[Image]:
         pixels = self.code_pixels(restoration.tokens.to(self.device), restoration.grid)
-        return self.crop(pixels, restoration.size)
-
-    @abstractmethod
-    def crop(self, pixels: Tensor, size: tuple[int, int]) -> list[Image]:
-        """PIL images of (height, width) of decoded pixels (n, 3, H, W): without what the family padded."""
+        # Without what the family padded.
+        return to_pil(pixels, restoration.size)
 
     # -- the cached path
 
@@ -158,7 +156,14 @@ class CodesBackbone(Backbone):
         config = self.decoder.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         empty = Context(
-            cache=Cache.empty(self.layers, rows, config.num_key_value_heads, head, self.dtype, self.device),
+            cache=Cache.empty(
+                self.layers,
+                rows,
+                config.num_key_value_heads or config.num_attention_heads,
+                head,
+                self.dtype,
+                self.device,
+            ),
             length=0,
             valid=torch.zeros(rows, 0, dtype=torch.bool, device=self.device),
             position=torch.zeros(rows, dtype=torch.int64, device=self.device),
@@ -376,7 +381,7 @@ class CodesBackbone(Backbone):
     # -- the uncached path
 
     def pack(self, rows: Sequence[Sequence[Piece]], hidden_layers: tuple[int, ...] = ()) -> PackedBatch:
-        return CodesPacker(self.frames, self.latent_grid, self.latent_width).pack(rows, hidden_layers)
+        return CodesPacker(self.frames, self.latent_grid).pack(rows, hidden_layers)
 
     @torch.no_grad()
     @any_shape()

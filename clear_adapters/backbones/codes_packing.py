@@ -28,17 +28,15 @@ class CodesPacker:
     token before it.
     """
 
-    def __init__(self, frames: Frames, grid_of: Callable[[Grid], Grid], width: int) -> None:
+    def __init__(self, frames: Frames, grid_of: Callable[[Grid], Grid]) -> None:
         """Gets ready.
 
         Args:
             frames: what stands around blocks.
             grid_of: the grid of codes of a picture of (height, width).
-            width: of a code's embedding.
         """
         self._frames = frames
         self._grid_of = grid_of
-        self._width = width
         self._rows: list[Row] = []
         self._text: list[tuple[int, int, int, float]] = []  # row, place, target, weight
         self._features: list[Tensor] = []
@@ -182,7 +180,7 @@ class CodesPacker:
             patch_source=feature_source,
             patch_index=None if features is None else flat("patches"),
             pictures=pictures,
-            latents=torch.zeros(self._tokens, self._width),
+            latents=torch.zeros(self._tokens, 0),  # embedded by `encode`
             latent_source=source,
             latent_positions=torch.cat(places) if places else nothing,
             latent_time=torch.zeros(self._tokens),

@@ -191,7 +191,11 @@ class GrpoObjective(Objective):
             sde_sigma=settings.sigma,
         )
         # What a rollout was sampled without is left out of its score too, in training mode.
-        self._dropouts = [m for m in attached.module.modules() if isinstance(m, nn.Dropout)]
+        self._dropouts = [
+            m
+            for m in attached.module.modules()
+            if isinstance(m, nn.Dropout) or getattr(m, "attention_dropout", False)
+        ]
         self._held: _Rollouts | None = None
         self._sums: dict[str, tuple[float, float]] = {}
 

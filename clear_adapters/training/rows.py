@@ -121,8 +121,8 @@ class NoisePlan:
     def draw(self, batch: PackedBatch) -> Tensor:
         """(G, C) float32 like `batch.latents`: noise at the noised copies, zero elsewhere."""
         noise = torch.zeros_like(batch.latents)
-        if self.lanes:
-            width = noise.shape[-1]
+        width = noise.shape[-1]  # 0 for codes, which take none
+        if self.lanes and width:
             drawn = RowRandom(self.seeds).normal(self.lanes * width).view(len(self.seeds), -1, width)
             noise[batch.scored_at] = drawn[batch.scored_row, self.places]
         return noise

@@ -17,13 +17,14 @@ from transformers import AutoTokenizer
 
 from clear_adapters.backbones.bagel.autoencoder import decode_tokens, encode_pixels
 from clear_adapters.backbones.bagel.checkpoint import load_checkpoint, save_checkpoint
-from clear_adapters.backbones.bagel.images import prepare_image, to_pil
+from clear_adapters.backbones.bagel.images import prepare_image
 from clear_adapters.backbones.bagel.model import BagelModel, Frame
 from clear_adapters.backbones.bagel.packing import Marks, Packer, grid_places, pad_patches
 from clear_adapters.backbones.bagel.spec import SPEC
 from clear_adapters.backbones.base import Backbone, Context, FlowTrace, Restoration, named_rows
 from clear_adapters.backbones.cache import Cache, Slots, stack
 from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
+from clear_adapters.backbones.pixels import to_pil
 from clear_adapters.backbones.writer import Writer, can_capture, write_turn
 from clear_adapters.errors import CheckpointError, ClearValueError
 from clear_adapters.sampling import (

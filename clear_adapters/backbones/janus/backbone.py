@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,14 @@ from transformers import AutoTokenizer, JanusForConditionalGeneration, JanusProc
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.janus.modeling_janus import JanusModel, JanusVisionModel, JanusVQVAE
 
+from clear_adapters.backbones.checkpoints import check_attention, folder_config, load_transformers
 from clear_adapters.backbones.codes import CodesBackbone
 from clear_adapters.backbones.janus.frames import JanusFrames
-from clear_adapters.backbones.janus.images import JanusImages, to_pil, to_unit
+from clear_adapters.backbones.janus.images import JanusImages
 from clear_adapters.backbones.janus.spec import SPEC
 from clear_adapters.backbones.packed import PreparedImage
-from clear_adapters.errors import CheckpointError, ClearValueError
+from clear_adapters.backbones.pixels import standardise
+from clear_adapters.errors import ClearValueError
 
 _WHOLE = (
     "load the whole model: JanusForConditionalGeneration.from_pretrained('deepseek-community/Janus-Pro-1B')"
@@ -33,6 +34,7 @@ class JanusBackbone(CodesBackbone):
 
     spec = SPEC
     model: JanusForConditionalGeneration
+    frames: JanusFrames
 
     def __init__(
         self, model: JanusForConditionalGeneration, tokenizer: Any, images: JanusImageProcessorPil
@@ -50,14 +52,9 @@ class JanusBackbone(CodesBackbone):
         """
         self.model = model
         self.tokenizer = tokenizer
-        self.frames: JanusFrames = JanusFrames.of(tokenizer)
+        self.frames = JanusFrames.of(tokenizer)
         config = model.config
-        used = model.model.language_model.config._attn_implementation
-        if used not in ("sdpa", "eager"):
-            raise ClearValueError(
-                f"attn_implementation={used!r}: rows of different lengths and branches need explicit masks; load the model "
-                "with attn_implementation='sdpa'"
-            )
+        check_attention(model.model.language_model.config)
         self._images = JanusImages(images, int(config.vision_config.patch_size))
         if self._images.side != config.vision_config.image_size:
             raise ClearValueError(
@@ -87,12 +84,12 @@ class JanusBackbone(CodesBackbone):
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
-        return _config(folder).get("model_type") == "janus"
+        return folder_config(folder).get("model_type") == "janus"
 
     @classmethod
     def near_miss(cls, what: Any) -> str | None:
         if isinstance(what, Path):
-            kind = _config(what).get("model_type")
+            kind = folder_config(what).get("model_type")
             if kind == "multi_modality":
                 return (
                     f"{what} is a Janus in the layout of the deepseek-ai repositories, which needs remote code: load the "
@@ -126,31 +123,15 @@ class JanusBackbone(CodesBackbone):
             raise ClearValueError(
                 f"quantization={quantization!r}: backbone 'janus' has no quantized loading; leave it out"
             )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            images = JanusImageProcessorPil.from_pretrained(folder, local_files_only=True)
-            model, report = JanusForConditionalGeneration.from_pretrained(
-                folder,
-                dtype="auto" if dtype is None else dtype,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{folder} is no complete Janus: {error}. It needs config.json and model.safetensors, and what the processor "
-                "saves (tokenizer.json, processor_config.json or preprocessor_config.json); download it again if files are "
-                "missing"
-            ) from error
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} weights of a Janus, such as {missing[0]}: it is a part of the model, or "
-                f"another one; {_WHOLE}"
-            )
-        where = torch.device("cpu") if device is None else torch.device(device)
-        return cls(model.to(where).eval().requires_grad_(False), tokenizer, images)
+        model, (tokenizer, images) = load_transformers(
+            folder,
+            JanusForConditionalGeneration,
+            (AutoTokenizer, JanusImageProcessorPil),
+            dtype,
+            device,
+            _WHOLE,
+        )
+        return cls(model, tokenizer, images)
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -203,7 +184,7 @@ class JanusBackbone(CodesBackbone):
         return self._cells, self._cells
 
     def see(self, patches: Tensor) -> Tensor:
-        pixels = self._images.normalise(patches).to(self.dtype)
+        pixels = standardise(patches, self._images.processor).to(self.dtype)
         return self.model.model.get_image_features(pixels).pooler_output
 
     def tokenise(self, pixels: Tensor) -> Tensor:
@@ -213,15 +194,12 @@ class JanusBackbone(CodesBackbone):
         """
         vq = self.model.model.vqmodel
         weight = vq.quantize.embedding.weight
-        z = vq.quant_conv(vq.encoder(to_unit(pixels).to(weight.dtype)))
+        z = vq.quant_conv(vq.encoder((pixels.float() / 127.5 - 1).to(weight.dtype)))
         z = F.normalize(z.permute(0, 2, 3, 1).flatten(1, 2).float(), dim=-1)
         return (z @ F.normalize(weight.float(), dim=-1).T).argmax(-1)
 
     def code_pixels(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.model.model.vqmodel.decode(codes).float()
-
-    def crop(self, pixels: Tensor, size: tuple[int, int]) -> list[Image]:
-        return to_pil(pixels, size)
 
     # -- codes
 
@@ -237,12 +215,3 @@ class JanusBackbone(CodesBackbone):
 
     def mix_codes(self, weights: Tensor) -> Tensor:
         return weights @ self.model.model.generation_embeddings.weight.float()
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """What `config.json` says, or nothing."""
-    try:
-        found = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
