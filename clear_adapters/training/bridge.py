@@ -307,7 +307,7 @@ class BridgeObjective(Objective):
         ce = F.cross_entropy(outputs.text_logits.float(), packed.text_targets, reduction="none")
         ce = (ce * packed.text_weight).sum() / counts[0].clamp(min=1)
         # Zeros that hang on the graph, so that every process takes part in everything.
-        distill = 0 * (outputs.text_logits.float().sum() + outputs.scored.float().sum())
+        distill = 0 * (ce + outputs.scored.float().sum())
         for pairs in batch["pairs"]:
             distill = distill + self._distance(outputs, pairs)
         distill = distill / counts[1].clamp(min=1)
