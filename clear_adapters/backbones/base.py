@@ -58,6 +58,10 @@ class BackboneSpec:
         kind: `flow` restores continuous latents, `codes` restores discrete ones.
         backbone: `module:NAME` of the `Backbone` class.
         groups: LoRA groups by name; `understanding` and `generation` at least.
+        roots: names of the root modules, of a family whose generator is a module of its own (a language model beside a
+            diffusion transformer). Its `Backbone.model` is then a `torch.nn.ModuleDict` with these keys, so that every path
+            begins with one of them, and `attach` takes the modules as a dict with the same keys, which `accepts` knows and
+            `detach` gives back. Empty where one module holds everything.
         extras: modules that a recipe may train whole, by path.
         never: path prefixes that must never be adapted (vision towers, picture tokenizers).
         restoration_reader: the expert that reads a restoration back, `generation` or `understanding`.
@@ -76,6 +80,7 @@ class BackboneSpec:
     backbone: str
     groups: dict[str, LoraGroup]
     tiny: str
+    roots: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     restoration_reader: Literal["generation", "understanding"] = "generation"
@@ -543,7 +548,11 @@ class Backbone(ABC):
                     f"LoRA group {group!r} is unknown to backbone {self.spec.name!r}; it has "
                     f"{', '.join(self.spec.groups)}"
                 )
-            for name in self.spec.groups[group].names(self.layers):
+            own = self.spec.groups[group]
+            # Roots may differ in depth, so each group counts its own layers.
+            stack = modules.get(own.prefix) if own.modules else None
+            count = self.layers if stack is None else len(list(stack.children()))
+            for name in own.names(count):
                 module = modules.get(name)
                 base = getattr(module, "base_layer", module)
                 if not isinstance(base, nn.Linear):

@@ -74,9 +74,9 @@ class CodesBackbone(Backbone):
     def tokenise(self, pixels: Tensor) -> Tensor:
         """(n, N) int64 codes of pictures (n, 3, H, W) of one size."""
 
-    @abstractmethod
     def see(self, patches: Tensor) -> Tensor:
         """(n, P, D) tokens of the understanding encoder; only asked for where `frames.picture` gives a frame."""
+        raise ClearValueError(f"backbone {self.spec.name!r} has no understanding encoder: it reads codes")
 
     @abstractmethod
     def code_pixels(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:

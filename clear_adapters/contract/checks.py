@@ -91,7 +91,13 @@ def facts(backbone: Backbone) -> None:
                 backbone.model.get_submodule(path)
             except AttributeError as error:
                 raise ContractError(f"spec.{kind} names {path!r}, which the model does not have") from error
-    need(type(backbone).accepts(backbone.model), "`accepts` refuses the family's own model")
+    held = [n for n, _ in backbone.model.named_children()]
+    need(
+        not spec.roots or list(spec.roots) == held,
+        f"the spec's roots are {list(spec.roots)}, but the model holds {held}",
+    )
+    given = dict(backbone.model.named_children()) if spec.roots else backbone.model
+    need(type(backbone).accepts(given), "`accepts` refuses the family's own model")
     need(not type(backbone).accepts(nn.Linear(1, 1)), "`accepts` takes a torch.nn.Linear for its model")
     with tempfile.TemporaryDirectory() as empty:
         need(not type(backbone).recognises(Path(empty)), "`recognises` takes an empty folder for its own")

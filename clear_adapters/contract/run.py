@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from clear_adapters.backbones import backbone_class, get_backbone, list_backbones, resolve
+from clear_adapters.backbones import BACKBONES, backbone_class, get_backbone, list_backbones, resolve
 from clear_adapters.backbones.base import Backbone, BackboneSpec
 from clear_adapters.contract.checks import CHECKS, ContractError
 from clear_adapters.errors import BrokenEntryError, ClearTypeError, ClearValueError, unknown_name
@@ -65,6 +66,7 @@ def validate(spec: BackboneSpec, names: Sequence[str] | None = None) -> Iterator
         UnknownNameError: no such check.
         ClearTypeError: the spec's class is no `Backbone`, or `tiny` does not build one.
         BrokenEntryError: class or builder cannot be imported.
+        ClearValueError: another spec has the name; as the others, at the first result.
     """
     chosen = list(CHECKS) if names is None else list(names)
     for name in chosen:
@@ -73,7 +75,29 @@ def validate(spec: BackboneSpec, names: Sequence[str] | None = None) -> Iterator
     return _results(spec, chosen)
 
 
+@contextmanager
+def _registered(spec: BackboneSpec) -> Iterator[None]:
+    """The spec under its name, for as long as it is checked, where nothing has that name yet."""
+    known = spec.name in BACKBONES
+    if not known:
+        BACKBONES.register(spec.name, spec)
+    elif BACKBONES.get(spec.name) is not spec:
+        raise ClearValueError(
+            f"the name {spec.name!r} is taken by {BACKBONES.origin(spec.name)}: give the spec another one"
+        )
+    try:
+        yield
+    finally:
+        if not known:
+            BACKBONES.unregister(spec.name)
+
+
 def _results(spec: BackboneSpec, names: Sequence[str]) -> Iterator[Result]:
+    with _registered(spec):
+        yield from _checked(spec, names)
+
+
+def _checked(spec: BackboneSpec, names: Sequence[str]) -> Iterator[Result]:
     for name in names:
         check, begin = CHECKS[name], time.perf_counter()
         what = str(check.__doc__).strip().splitlines()[0]

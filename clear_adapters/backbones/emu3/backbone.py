@@ -186,9 +186,6 @@ class Emu3Backbone(CodesBackbone):
     def latent_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         return size[0] // self._cell, size[1] // self._cell
 
-    def see(self, patches: Tensor) -> Tensor:
-        raise ClearValueError("Emu3 has no understanding encoder: it reads a picture's codes")
-
     def tokenise(self, pixels: Tensor) -> Tensor:
         values = standardise(pixels, self._images).to(self.dtype)
         sizes = [tuple(pixels.shape[-2:])] * len(pixels)
