@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import nn
 from clear_adapters.adapter import attach
 from clear_adapters.attached import AttachedModel
 from clear_adapters.backbones.base import Backbone
+from clear_adapters.backbones.packed import ImagePiece, LatentPiece, PackedBatch, Piece, TextPiece
 from clear_adapters.config import LoraSettings
 from clear_adapters.contract.paths import (
     GREEDY,
@@ -381,6 +383,31 @@ def folder(backbone: Backbone) -> None:
                 raise ContractError(f"loaded in {dtype} it cannot answer: {error}") from error
 
 
+def workers(backbone: Backbone) -> None:
+    """A copy without weights, pickled as for a spawned data worker, prepares and packs the same."""
+    from clear_adapters.training.rows import without_weights
+
+    light = pickle.loads(pickle.dumps(without_weights(backbone)))
+    need(light.end_id == backbone.end_id, "end_id is another without weights")
+
+    def packed(verbs: Backbone) -> PackedBatch:
+        (own, *_), ids = pictures(verbs), verbs.encode_text(QUESTIONS[0])
+        row: list[Piece] = [
+            ImagePiece(own),
+            LatentPiece(image=own, time=0.5, scored=True, branch=1),
+            TextPiece(ids, scored=True),
+        ]
+        return verbs.pack([row])
+
+    one, other = packed(backbone), packed(light)
+    for name, value in vars(one).items():
+        found = getattr(other, name)
+        need(
+            not isinstance(value, torch.Tensor) or torch.equal(value, found),
+            f"pack gives other {name} without weights",
+        )
+
+
 def stages(backbone: Backbone) -> None:
     """Every stage that the spec names takes two optimizer steps, in which rows restore, and writes its adapter."""
     from clear_adapters.datasets.world import build as build_world
@@ -432,6 +459,7 @@ CHECKS: Final[dict[str, Check]] = {
         forward,
         replay,
         gradients,
+        workers,
         folder,
         stages,
     )
