@@ -36,7 +36,7 @@ def test_a_prompt_is_that_of_the_chat_template(backbone, processor, size):
     inputs = processor(text=PROMPT, images=picture(0, size), return_tensors="pt")
     (found,) = backbone.encode_images([backbone.prepare(picture(0, size))])
     frame = backbone.frames.condition(found.grid)
-    codes = iter(backbone._ids[found.codes[0]].tolist())
+    codes = iter(backbone._ids.host[found.codes[0]].tolist())
     block = [next(codes) if i < 0 else i for i in frame]
     own = [*backbone.frames.start, *block, *backbone.encode_text(QUESTION).tolist()]
     own += [*backbone.frames.text(own=False)[1], *backbone.frames.text(own=True)[0]]
@@ -63,7 +63,7 @@ def test_understanding_equals_transformers_bit_for_bit(backbone, processor):
         row = [ImagePiece(image, as_condition=False), question, TextPiece(answer, scored=True)]
         found = backbone.forward(backbone.encode(backbone.pack([row]))).text_logits
     allowed = torch.ones(expected.shape[-1], dtype=torch.bool)
-    allowed[backbone._banned] = False
+    allowed[backbone._banned.host] = False
     assert torch.equal(found[:, allowed], expected[:, allowed])
     assert bool((found[:, ~allowed] == -torch.inf).all())
 
@@ -76,14 +76,14 @@ def test_greedy_codes_equal_those_of_generate(backbone, processor, size, scale):
     prepared = backbone.prepare(picture(0, size))
     (own,) = backbone.encode_images([prepared])
     height, width = own.grid
-    codes = backbone._ids.tolist()
+    codes = backbone._ids.host.tolist()
 
     def prompt(block):
         head = [*frames.start, *block, *backbone.encode_text("clean").tolist(), *frames.text(own=False)[1]]
         lead = frames.restoration(own.grid)
         return torch.tensor([[*head, *lead[: lead.index(-1)]]])
 
-    given = iter(backbone._ids[own.codes[0]].tolist())
+    given = iter(backbone._ids.host[own.codes[0]].tolist())
     with_picture = prompt([next(given) if i < 0 else i for i in frames.condition(own.grid)])
     without = prompt([])
 
@@ -142,12 +142,12 @@ def test_text_never_holds_picture_tokens(backbone):
     """Though their logits are the highest."""
     own = build(0)
     with torch.no_grad():
-        own.model.lm_head.weight[own._banned] *= 50
+        own.model.lm_head.weight[own._banned.host] *= 50
     context = own.read_image(own.start(8, list(range(8))), [own.prepare(picture(i)) for i in range(8)])
     _, segments = own.write_text(context, TextSampling(max_new_tokens=40, temperature=3.0))
     written = {int(i) for s in segments for i in s.ids}
     assert len(written) > 50
-    assert not written & set(own._banned.tolist())
+    assert not written & set(own._banned.host.tolist())
     assert all(bool(s.logprobs.isfinite().all()) for s in segments)
 
 
@@ -161,15 +161,15 @@ def test_the_head_of_codes_is_the_head_of_the_vocabulary(backbone):
         for kept in (backbone._range, None):
             backbone._range = kept
             for _ in range(2):
-                full = backbone.model.lm_head(states)[:, backbone._ids]
+                full = backbone.model.lm_head(states)[:, backbone._ids.host]
                 torch.testing.assert_close(backbone.code_logits(states), full, atol=1e-5, rtol=1e-5)
                 with attached.disabled():
-                    plain = backbone.model.lm_head(states)[:, backbone._ids]
+                    plain = backbone.model.lm_head(states)[:, backbone._ids.host]
                     torch.testing.assert_close(backbone.code_logits(states), plain, atol=1e-5, rtol=1e-5)
                 assert not torch.allclose(full, plain, atol=1e-2)
     finally:
         attached.detach()
-        backbone._range = slice(int(backbone._ids[0]), int(backbone._ids[-1]) + 1)
+        backbone._range = slice(int(backbone._ids.host[0]), int(backbone._ids.host[-1]) + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

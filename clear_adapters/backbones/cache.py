@@ -77,10 +77,10 @@ class Pass:
         self._storage.used = self.stop if length is None else length
         return Cache(self._storage)
 
-    def release(self) -> None:
-        """Gives committed room back, as long as nobody has read behind it."""
+    def release(self, length: int) -> None:
+        """Gives everything from a length on back, as long as nobody has read behind it."""
         if self._storage.used == self.stop:
-            self._storage.used = self.start
+            self._storage.used = length
 
     def slots(self) -> Tensor:
         """(layers, 2, B, H, stop, d), a view: what is read, and the room."""
@@ -116,9 +116,9 @@ class Slots:
         """The cache with what was written below a length."""
         return self._room.commit(length)
 
-    def release(self) -> None:
-        """Gives all of the room back, as long as nobody has read behind it."""
-        self._room.release()
+    def release(self, length: int) -> None:
+        """Gives everything from a length on back, as long as nobody has read behind it."""
+        self._room.release(length)
 
 
 def stack(contexts: list[Context]) -> Context:

@@ -58,6 +58,7 @@ class CodeWriter(Writer):
         self._random = context.random.clone()
         self._places = [(row == SLOT).nonzero()[:, 0].to(device) for row in table]
         self.chooses = (table == SLOT).any(0).tolist()
+        self._plain = bool((table == SLOT).all())
 
     def _choose(self, logits: Tensor) -> None:
         script = self._script.index_select(1, self._place)[:, 0]
@@ -71,9 +72,10 @@ class CodeWriter(Writer):
     @property
     def codes(self) -> list[Tensor]:
         """(1, N) int64 codes of each row on the device; those that are not chosen yet are 0. Copies."""
-        return [
-            t.index_select(0, at).clamp(min=0)[None] for t, at in zip(self.tokens, self._places, strict=True)
-        ]
+        chosen = self.tokens.clamp(min=0)
+        if self._plain:
+            return list(chosen.split(1))
+        return [t.index_select(0, at)[None] for t, at in zip(chosen, self._places, strict=True)]
 
     @property
     def code_logprobs(self) -> list[Tensor]:
@@ -85,6 +87,6 @@ class CodeWriter(Writer):
         """(R,) int64, draws that the rows have taken."""
         return self._random.counts
 
-    def release(self) -> None:
-        """Gives the room back: nothing of it was read for good."""
-        self._slots.release()
+    def release(self, length: int) -> None:
+        """Gives the room behind a length back: nothing there was read for good."""
+        self._slots.release(length)

@@ -111,8 +111,8 @@ class CodesBackbone(Backbone):
         return self.frames.end
 
     def set_checkpointing(self, enabled: bool) -> None:
-        switch = "activation_checkpointing_enable" if enabled else "gradient_checkpointing_disable"
-        getattr(self.decoder, switch)()
+        switch = "enable" if enabled else "disable"
+        getattr(self.decoder, f"activation_checkpointing_{switch}")()
 
     # -- pictures
 
@@ -150,6 +150,7 @@ class CodesBackbone(Backbone):
 
     # -- the cached path
 
+    @torch.no_grad()
     def start(self, rows: int, seeds: Sequence[int]) -> Context:
         if len(seeds) != rows:
             raise ClearValueError(f"{len(seeds)} seeds for {rows} rows: give one seed a row")
@@ -311,7 +312,7 @@ class CodesBackbone(Backbone):
                     Restoration("codes", grid, size, codes=codes)
                     for codes, (grid, size) in zip(writer.codes, places, strict=True)
                 ]
-        writer.release()
+        writer.release(own.length)
         # A guided choice is not one of the policy that a replay scores.
         logprobs = [None] * own.rows if branches else writer.code_logprobs
         done = [

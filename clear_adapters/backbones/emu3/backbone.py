@@ -27,6 +27,24 @@ _WHOLE = "load the whole model: Emu3ForConditionalGeneration.from_pretrained('BA
 _PARTS = ("emu3_text_model", "emu3_vqgan")
 
 
+class _Index:
+    """Token ids where they are used, copied there once: a copy for each token would stall the device."""
+
+    def __init__(self, values: Sequence[int]) -> None:
+        self.host = torch.tensor(values)
+        self._placed = self.host
+
+    def on(self, device: torch.device) -> Tensor:
+        """(n,) int64 on a device."""
+        if self._placed.device != device:
+            self._placed = self.host.to(device)
+        return self._placed
+
+    def __reduce__(self) -> tuple[type[_Index], tuple[list[int]]]:
+        """For data workers: without what lies on a device."""
+        return _Index, (self.host.tolist(),)
+
+
 class Emu3Backbone(CodesBackbone):
     """A loaded Emu3: model, tokenizer, picture processor."""
 
@@ -67,10 +85,10 @@ class Emu3Backbone(CodesBackbone):
                 f"config.vocabulary_map names {len(own)} visual tokens for a codebook of {config.vq_config.codebook_size}: it "
                 "is damaged, or of another checkpoint"
             )
-        self._ids = torch.tensor(own)
+        self._ids = _Index(own)
         # In the released vocabulary they stand in a row: their weights are then a view.
         self._range = slice(own[0], own[-1] + 1) if own == list(range(own[0], own[-1] + 1)) else None
-        self._banned = torch.tensor(sorted({*own, *self.frames.grammar}))
+        self._banned = _Index(sorted({*own, *self.frames.grammar}))
         self._latent_width = int(config.text_config.hidden_size)
 
     # -- facts
@@ -171,10 +189,7 @@ class Emu3Backbone(CodesBackbone):
     def text_logits(self, states: Tensor) -> Tensor:
         """Codes and the tokens between them are no text."""
         logits: Tensor = self.model.lm_head(states)
-        return logits.index_fill(-1, self._on(self._banned), float("-inf"))
-
-    def _on(self, index: Tensor) -> Tensor:
-        return index.to(self.device)
+        return logits.index_fill(-1, self._banned.on(self.device), float("-inf"))
 
     # -- pictures
 
@@ -199,14 +214,18 @@ class Emu3Backbone(CodesBackbone):
     # -- codes
 
     def embed_codes(self, codes: Tensor) -> Tensor:
-        return self.decoder.embed_tokens(self._on(self._ids)[codes])
+        return self.decoder.embed_tokens(self._ids.on(self.device)[codes])
 
     def embed_latents(self, latents: Tensor) -> Tensor:
         return latents.to(self.dtype)
 
     def _of_codes(self, weight: Tensor) -> Tensor:
         """The rows of a table over the vocabulary that belong to codes."""
-        return weight[self._range] if self._range is not None else weight.index_select(0, self._on(self._ids))
+        return (
+            weight[self._range]
+            if self._range is not None
+            else weight.index_select(0, self._ids.on(self.device))
+        )
 
     def code_logits(self, states: Tensor) -> Tensor:
         """Of the codes alone: over the whole vocabulary a picture's logits would be several times as large."""
