@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,12 @@ def not_recognised(patch):
     patch.setattr(JanusBackbone, "recognises", classmethod(lambda cls, folder: False))
 
 
+def tokenizer_in_training(patch):
+    from clear_adapters.backbones.emu3 import backbone as emu3
+
+    patch.setattr(emu3, "inference", lambda module: nullcontext())
+
+
 def one_storage(patch):
     def never_copies(self, length, more):
         storage = self._storage
@@ -109,12 +116,13 @@ def one_storage(patch):
         (no_gradient, "gradients", "get no gradient"),
         (not_recognised, "folder", "no model of a known backbone"),
         (one_storage, "forks", "fork"),
+        (tokenizer_in_training, "frozen", "inference mode"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_fault_is_found_and_named(monkeypatch, fault, check, told):
     fault(monkeypatch)
-    found = problem(check)
+    found = problem(check, get_backbone("emu3") if fault is tokenizer_in_training else SPEC)
     assert found is not None
     assert told in found
 

@@ -18,7 +18,7 @@ LAYERS = {
         *("backbones/__init__", "backbones/base", "backbones/packed", "backbones/attention"),
         *("backbones/cache", "backbones/writer", "backbones/layout", "backbones/byte_tokenizer"),
         *("backbones/codes", "backbones/code_writer", "backbones/codes_packing", "backbones/decoder"),
-        *("backbones/pixels", "backbones/checkpoints"),
+        *("backbones/pixels", "backbones/checkpoints", "backbones/facts", "backbones/state"),
         *("lora", "bridge", "store"),
     ],
     1: [

@@ -1,13 +1,15 @@
-"""Folders of transformers' models: what their config says, and loading them whole or not at all."""
+"""Models of transformers: their folders, loading them whole or not at all, and using their frozen parts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from clear_adapters.errors import CheckpointError, ClearValueError
 
@@ -66,6 +68,23 @@ def load_transformers(
         )
     where = torch.device("cpu") if device is None else torch.device(device)
     return model.to(where).eval().requires_grad_(False), others
+
+
+@contextmanager
+def inference(module: nn.Module) -> Iterator[None]:
+    """A frozen part of a model as it is used, whatever mode the whole is in.
+
+    In training mode a picture tokenizer's batch normalisation would read other codes in another batch, and overwrite its
+    statistics for good.
+    """
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
 
 
 def check_attention(config: Any) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -140,6 +141,29 @@ def widths(backbone: Backbone) -> None:
             drawn[0].size == (own.size[1], own.size[0]),
             f"decode gives {drawn[0].size} of a restoration of height and width {own.size}",
         )
+
+
+def frozen(backbone: Backbone) -> None:
+    """Training mode changes nothing about how pictures are read and drawn, and no buffer of the model."""
+
+    def seen() -> list[torch.Tensor]:
+        prepared = pictures(backbone)
+        own = backbone.encode_images(prepared)
+        drawn = [np.asarray(image) for image in backbone.decode_each(own) if image is not None]
+        found = [r.tokens for r in own] + backbone.understand(prepared)
+        return found + [torch.from_numpy(image.copy()) for image in drawn]
+
+    buffers = {n: b.clone() for n, b in backbone.model.named_buffers()}
+    expected = seen()
+    backbone.model.train()
+    found = seen()
+    backbone.model.eval()
+    equal = all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    need(
+        equal, "in training mode pictures are read or drawn as others: use the frozen parts in inference mode"
+    )
+    moved = [n for n, b in backbone.model.named_buffers() if not torch.equal(b, buffers[n])]
+    need(not moved, f"reading pictures in training mode changes buffers, such as {moved[:1]}")
 
 
 def targets(backbone: Backbone) -> None:
@@ -450,6 +474,7 @@ CHECKS: Final[dict[str, Check]] = {
     for c in (
         facts,
         widths,
+        frozen,
         targets,
         tags,
         detach,

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Emu3ForConditionalGeneration, Emu3Proces
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from transformers.models.emu3.modeling_emu3 import Emu3ForCausalLM, Emu3Model, Emu3TextModel, Emu3VQVAE
 
-from clear_adapters.backbones.checkpoints import check_attention, folder_config, load_transformers
+from clear_adapters.backbones.checkpoints import check_attention, folder_config, inference, load_transformers
 from clear_adapters.backbones.codes import CodesBackbone
 from clear_adapters.backbones.emu3.frames import Emu3Frames
 from clear_adapters.backbones.emu3.spec import SPEC
@@ -204,11 +204,13 @@ class Emu3Backbone(CodesBackbone):
     def tokenise(self, pixels: Tensor) -> Tensor:
         values = standardise(pixels, self._images).to(self.dtype)
         sizes = [tuple(pixels.shape[-2:])] * len(pixels)
-        codes = self.model.model.vqmodel.encode(values, sizes, return_dict=True).image_tokens
+        with inference(self.model.model.vqmodel):
+            codes = self.model.model.vqmodel.encode(values, sizes, return_dict=True).image_tokens
         return torch.stack(list(codes)).flatten(1)
 
     def code_pixels(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
-        pixels = self.model.model.vqmodel.decode(codes.view(-1, *grid))
+        with inference(self.model.model.vqmodel):
+            pixels = self.model.model.vqmodel.decode(codes.view(-1, *grid))
         return from_standard(pixels, self._images)
 
     # -- codes

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, JanusForConditionalGeneration, JanusProc
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.janus.modeling_janus import JanusModel, JanusVisionModel, JanusVQVAE
 
-from clear_adapters.backbones.checkpoints import check_attention, folder_config, load_transformers
+from clear_adapters.backbones.checkpoints import check_attention, folder_config, inference, load_transformers
 from clear_adapters.backbones.codes import CodesBackbone
 from clear_adapters.backbones.janus.frames import JanusFrames
 from clear_adapters.backbones.janus.images import JanusImages
@@ -185,7 +185,8 @@ class JanusBackbone(CodesBackbone):
 
     def see(self, patches: Tensor) -> Tensor:
         pixels = standardise(patches, self._images.processor).to(self.dtype)
-        return self.model.model.get_image_features(pixels).pooler_output
+        with inference(self.model.model.vision_model):
+            return self.model.model.get_image_features(pixels).pooler_output
 
     def tokenise(self, pixels: Tensor) -> Tensor:
         """The nearest codes by angle, as the tokenizer was trained and as `decode` reads them.
@@ -194,12 +195,14 @@ class JanusBackbone(CodesBackbone):
         """
         vq = self.model.model.vqmodel
         weight = vq.quantize.embedding.weight
-        z = vq.quant_conv(vq.encoder((pixels.float() / 127.5 - 1).to(weight.dtype)))
+        with inference(vq):
+            z = vq.quant_conv(vq.encoder((pixels.float() / 127.5 - 1).to(weight.dtype)))
         z = F.normalize(z.permute(0, 2, 3, 1).flatten(1, 2).float(), dim=-1)
         return (z @ F.normalize(weight.float(), dim=-1).T).argmax(-1)
 
     def code_pixels(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.model.model.vqmodel.decode(codes).float()
+        with inference(self.model.model.vqmodel):
+            return self.model.model.vqmodel.decode(codes).float()
 
     # -- codes
 
