@@ -12,6 +12,7 @@ from clear_adapters import store
 from clear_adapters.attached import ATTACHED, AdapterSize, AttachedModel, ClearModule
 from clear_adapters.backbones import (
     backbone_class,
+    explain_unknown,
     find_for_folder,
     find_for_model,
     get_backbone,
@@ -193,10 +194,7 @@ def _load(
     folder = store.resolve(name, "model", revision=revision, token=token)
     spec = find_for_folder(folder)
     if spec is None:
-        raise CheckpointError(
-            f"{folder} is no model of a known backbone ({', '.join(list_backbones())}): attach works on unified "
-            "models of these families"
-        )
+        raise CheckpointError(f"{folder} is no model of a known backbone: {explain_unknown(folder)}")
     if stored is not None and spec.name != stored.config.backbone:
         raise BackboneMismatchError(
             f"the adapter in {stored.folder} was made for backbone {stored.config.backbone!r}, but {name} is a model of "
@@ -253,8 +251,8 @@ def _as_backbone(model: Any, processor: Any) -> Backbone:
     spec = find_for_model(model)
     if spec is None:
         raise ClearTypeError(
-            f"an object of type {type(model).__name__} is no model of a known backbone ({', '.join(list_backbones())}); "
-            "pass a model of these families, its name, or a Backbone of your own"
+            f"an object of type {type(model).__name__} is no model of a known backbone: {explain_unknown(model)}; or pass a "
+            "Backbone of your own"
         )
     return backbone_class(spec).wrap(model, processor)
 

@@ -279,13 +279,57 @@ def degrade(
 @main.command()
 def backbones() -> None:
     """List the families of models that adapters can be attached to."""
-    from clear_adapters.backbones import get_backbone, list_backbones
+    from clear_adapters.backbones import BACKBONES, get_backbone, list_backbones
+    from clear_adapters.errors import BrokenEntryError, ClearTypeError
 
-    table = Table("name", "family", "restores as", "stages", "checkpoints", title="Backbones")
+    table = Table("name", "", title="Backbones", show_header=False, show_lines=True)
     for name in list_backbones():
-        spec = get_backbone(name)
-        table.add_row(name, spec.title, spec.kind, ", ".join(spec.stages), "\n".join(spec.checkpoints))
+        try:
+            spec = get_backbone(name)
+        except (BrokenEntryError, ClearTypeError) as error:
+            table.add_row(name, f"cannot be used: {escape(str(error))}")
+            continue
+        restores = "flow latents" if spec.kind == "flow" else "codes"
+        can = ["answer", f"restore ({restores})", *(["decode"] if spec.decodes else [])]
+        facts = {
+            "family": spec.title,
+            "can": ", ".join([*can, *(f"train {s}" for s in spec.stages)]),
+            "checkpoints": ", ".join(spec.checkpoints),
+            "tested": spec.tested_with,
+            "licence": spec.license,
+            "from": BACKBONES.origin(name),
+        }
+        told = "\n".join(f"[dim]{key}[/] {escape(value)}" for key, value in facts.items() if value)
+        table.add_row(f"[bold]{escape(name)}[/]", told)
     Console().print(table)
+
+
+@main.command()
+def validate(
+    backbone: Annotated[
+        str, typer.Argument(help="A name, or module:NAME of a BackboneSpec that is not registered yet.")
+    ],
+    check: Annotated[
+        list[str] | None, typer.Option(help="Only this check; repeat for more. All by default.")
+    ] = None,
+) -> None:
+    """Check on a tiny model that a backbone does all that it has to; tell what fails and why. Exit code 1 if something does."""
+    from clear_adapters.contract import find_spec
+    from clear_adapters.contract import validate as checked
+
+    console, failed = Console(soft_wrap=True), 0
+    for result in checked(find_spec(backbone), check):
+        mark = "[green]ok[/]  " if result.problem is None else "[bold red]FAIL[/]"
+        console.print(
+            f"{mark} {result.name}: {escape(result.what)} ({result.seconds:.1f} s)", highlight=False
+        )
+        if result.problem is not None:
+            failed += 1
+            console.print(f"     {escape(' '.join(result.problem.split()))}", highlight=False)
+    if failed:
+        console.print(f"[bold red]{failed} of the checks failed.[/]")
+        raise typer.Exit(1)
+    console.print("All checks passed.")
 
 
 def _run_options(

@@ -344,7 +344,7 @@ class Engine:
         text = text or self.text
         system = "" if plain else self.protocol.system
         asked = [self.protocol.ask_plainly(q) for q in asked] if plain else asked
-        self._check_length(system, asked, text)
+        self._check_length(system, asked, text, 1 if plain else 2 + self.max_restores)
         return Task(
             images=pictures,
             questions=asked,
@@ -370,16 +370,17 @@ class Engine:
             )
         return [load_image(image) for image in listed]
 
-    def _check_length(self, system: str, questions: list[str], text: TextSampling) -> None:
+    def _check_length(self, system: str, questions: list[str], text: TextSampling, pictures: int) -> None:
         limit = self.backbone.max_positions
         if limit is None:
             return
         shared = len(self.backbone.encode_text(system)) + _MARKS + text.max_new_tokens
+        shared += pictures * self.backbone.picture_positions
         for place, question in enumerate(questions):
             needed = shared + len(self.backbone.encode_text(question))
             if needed > limit:
                 raise ClearValueError(
-                    f"question {place} needs {needed} positions (system prompt, question and max_new_tokens="
+                    f"question {place} needs {needed} positions (system prompt, pictures, question and max_new_tokens="
                     f"{text.max_new_tokens}), and backbone {self.backbone.spec.name!r} has {limit}: shorten the "
                     "question or lower max_new_tokens"
                 )

@@ -198,7 +198,7 @@ class Registry(Generic[T]):
 
     def _import(self, name: str, target: str, origin: str) -> Any:
         try:
-            return _load(target)
+            return load_target(target)
         except Exception as error:
             raise self._broken(name, origin, error) from error
 
@@ -224,13 +224,14 @@ class Registry(Generic[T]):
                 )
 
 
-def _load(target: str) -> Any:
+def load_target(target: str) -> Any:
+    """What a `module:NAME` stands for."""
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def _class(given: type | str) -> type:
-    return cast(type, _load(given)) if isinstance(given, str) else given
+    return cast(type, load_target(given)) if isinstance(given, str) else given
 
 
 def _describe(plugin: metadata.EntryPoint) -> str:

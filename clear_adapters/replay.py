@@ -87,7 +87,7 @@ class _Builder:
             ids = self.encode_text(segment.text)
             if sampled and self.end_id is not None:
                 ids = torch.cat((ids, torch.tensor([self.end_id])))
-        self.pieces.append(TextPiece(ids, scored=sampled))
+        self.pieces.append(TextPiece(ids, scored=sampled, own=segment.origin is not Origin.PROMPT))
 
     def image(self, segment: ImageSegment) -> None:
         self.pieces.append(
@@ -113,18 +113,16 @@ class _Builder:
                 time = next(self.times)
             except StopIteration:
                 raise ClearValueError("times has fewer entries than there are restorations") from None
-            self.pieces.append(LatentPiece(image=prepared, time=time, velocity=True, branch=self._branch()))
+            self.pieces.append(LatentPiece(image=prepared, time=time, scored=True, branch=self._branch()))
         if segment.reencoded:
             self.pieces.append(ImagePiece(prepared, as_condition=False))
         else:
             self.pieces.append(LatentPiece(image=prepared, bridged=True))
 
     def _sampled(self, segment: RestorationSegment, restoration: Restoration) -> None:
-        if restoration.latent is None:
-            raise ClearValueError(
-                f"a restoration of kind {restoration.kind!r} has no latent to stand in a row"
-            )
-        trace = restoration.trace
+        tokens, trace = restoration.tokens[0], restoration.trace
+        if restoration.code_logprobs is not None and segment.origin is Origin.SAMPLED:
+            self.pieces.append(LatentPiece(tokens, grid=restoration.grid, scored=True, branch=self._branch()))
         if trace is not None and segment.origin is Origin.SAMPLED:
             chosen = range(len(trace.t)) if self.steps is None else next(self.steps, ())
             for k in chosen:
@@ -134,7 +132,7 @@ class _Builder:
                         grid=restoration.grid,
                         time=float(trace.t[k]),
                         noised=True,
-                        velocity=True,
+                        scored=True,
                         branch=self._branch(),
                     )
                 )
@@ -144,7 +142,7 @@ class _Builder:
                 raise ClearValueError("a re-encoded restoration needs decode, which gives its pixels")
             self.pieces.append(ImagePiece(self.prepare(image), as_condition=False))
         else:
-            self.pieces.append(LatentPiece(restoration.latent[0], grid=restoration.grid, bridged=True))
+            self.pieces.append(LatentPiece(tokens, grid=restoration.grid, bridged=True))
 
 
 def pieces(
@@ -160,8 +158,9 @@ def pieces(
     """One row's segments as the pieces of a packed row. Runs on the CPU, in data workers too.
 
     SAMPLED text is scored, all other text is not. A rollout's restoration stands as one noised copy for each scored
-    step of its trace, each on a branch of its own, and then as its final latent through the bridge; a recorded one as
-    the noised clean picture at a time, and then the clean picture through the bridge.
+    step of its trace, each on a branch of its own, or as one copy of all its codes, and then as its final latent through
+    the bridge; a recorded one as the noised clean picture at a time, or its codes, and then the clean picture through the
+    bridge.
 
     Args:
         segments: a transcript, or its segments.
@@ -324,7 +323,7 @@ class FlowTargets:
 
     def score(self, outputs: ModelOutputs, sampling: LatentSampling) -> Tensor:
         """(S,) float32 log-probabilities of the steps as the model sees them now; see `sampling.sde_logprob`."""
-        velocity = outputs.velocity
+        velocity = outputs.scored
         if not len(self.step):
             return velocity.new_zeros(0) + velocity.sum()
         mean = sde_mean(self.x, velocity, self.t, self.dt, self.sigma)
@@ -349,19 +348,11 @@ class CodeTargets:
 
     @classmethod
     def of(cls, transcripts: Sequence[Transcript], device: torch.device) -> CodeTargets:
-        """Collects them.
-
-        Raises:
-            ClearValueError: a restoration that was sampled without log-probabilities.
-        """
+        """Collects them; those of restorations that were sampled with guidance have no log-probabilities and are left out."""
         codes, recorded, per_row = [], [], []
         for transcript in transcripts:
             own = [s.restoration for s in transcript.restorations if s.origin is Origin.SAMPLED]
-            found = [r for r in own if r is not None and r.codes is not None]
-            if any(r.code_logprobs is None for r in found):
-                raise ClearValueError(
-                    "a restoration without log-probabilities cannot be trained on: roll it out again"
-                )
+            found = [r for r in own if r is not None and r.code_logprobs is not None]
             codes += [r.codes[0] for r in found]
             recorded += [r.code_logprobs[0] for r in found]
             per_row.append(sum(r.codes.shape[1] for r in found))
@@ -372,11 +363,7 @@ class CodeTargets:
 
     def score(self, outputs: ModelOutputs, sampling: LatentSampling) -> Tensor:
         """(S,) float32 log-probabilities of the codes as the model sees them now, at the sampling temperature."""
-        if outputs.code_logits is None:
-            raise ClearValueError(
-                "this backbone's forward gave no code logits: its restorations cannot be scored"
-            )
-        logits = outputs.code_logits.float() / (sampling.temperature or 1.0)
+        logits = outputs.scored.float() / (sampling.temperature or 1.0)
         return -torch.nn.functional.cross_entropy(logits, self.codes, reduction="none")
 
 

@@ -287,7 +287,7 @@ class Rollout:
 
     def _read_forced(self, batch: _Batch, texts: list[str]) -> list[TextSegment]:
         segments = [self._text(text, Origin.FORCED) for text in texts]
-        batch.context = self._backbone.read_text(batch.context, [s.ids for s in segments])
+        batch.context = self._backbone.read_text(batch.context, [s.ids for s in segments], own=True)
         self._append(batch.rows, segments)
         return segments
 
@@ -355,10 +355,11 @@ class Rollout:
         if latent.guidance_image <= 1:
             return text, None
         # Only built for rows that restore, so it costs nothing where none does. All rows have the same blocks.
-        blocks = [[s.ids for s in self.transcripts[row] if isinstance(s, TextSegment)] for row in batch.rows]
+        blocks = [[s for s in self.transcripts[row] if isinstance(s, TextSegment)] for row in batch.rows]
         image = backbone.start(len(batch.rows), [0] * len(batch.rows))
         for block in zip(*blocks, strict=True):
-            image = backbone.read_text(image, block)
+            own = block[0].origin is not Origin.PROMPT
+            image = backbone.read_text(image, [s.ids for s in block], own=own)
         return text, image
 
 

@@ -509,9 +509,9 @@ def test_push_to_hub(backbone, monkeypatch):
 
 
 def test_the_registry():
-    assert list_backbones() == ["bagel"]
+    assert list_backbones() == ["bagel", "emu3", "janus"]
     assert get_backbone("bagel") is SPEC
-    assert clear_adapters.list_backbones() == ["bagel"]
+    assert clear_adapters.list_backbones() == ["bagel", "emu3", "janus"]
     with pytest.raises(UnknownNameError, match="Did you mean 'bagel'"):
         get_backbone("bagle")
     with pytest.raises(ClearValueError, match="already registered"):

@@ -7,27 +7,37 @@ filled with random weights wherever an update of zero would prove nothing.
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image
 from torch import nn
 
 from clear_adapters import adapter as adapter_module
 from clear_adapters.adapter import attach
 from clear_adapters.attached import AttachedModel
 from clear_adapters.backbones import backbone_class, find_for_model, get_backbone, list_backbones, resolve
-from clear_adapters.backbones.packed import ImagePiece, LatentPiece, TextPiece
+from clear_adapters.backbones.packed import LatentPiece, TextPiece
 from clear_adapters.bridge import BridgeConfig
 from clear_adapters.config import LoraSettings
+from clear_adapters.contract import CHECKS, validate
+from clear_adapters.contract.paths import (
+    GREEDY,
+    ODE,
+    SMALL,
+    TOLERANCE,
+    WARM,
+    ask,
+    describe,
+    difference,
+    pictures,
+    randomise,
+    run,
+)
 from clear_adapters.errors import AttachError, BackboneMismatchError
 from clear_adapters.lora import ADAPTER_NAME, Lora
-from clear_adapters.sampling import LatentSampling, TextSampling, choose_token, sde_logprob, sde_mean
-
-TOLERANCE = 1e-4  # float32 on a CPU; batches and masks change the order of summation (seen: 3e-6)
+from clear_adapters.sampling import TextSampling, choose_token
 
 BAGEL_PROJECTIONS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 ADAPTED = {
@@ -46,17 +56,29 @@ ADAPTED = {
             ]
         },
     },
+    "emu3": {
+        "understanding": {
+            f"model.text_model.layers.{i}.{m}"
+            for i in (0, 1)
+            for m in [*BAGEL_PROJECTIONS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        },
+        "generation": {"lm_head"},
+    },
+    "janus": {
+        "understanding": {
+            f"model.language_model.layers.{i}.{m}"
+            for i in (0, 1)
+            for m in [*BAGEL_PROJECTIONS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+        },
+        "generation": {
+            "model.generation_aligner.fc1",
+            "model.generation_aligner.hidden_layers.0",
+            "model.generation_head.proj_out",
+            "model.generation_head.vision_head",
+        },
+    },
 }
 """Every module that each group adapts in the toy of each family, written out and not derived from its spec."""
-
-GREEDY = TextSampling(max_new_tokens=6)
-WARM = TextSampling(max_new_tokens=6, temperature=1.0)
-ODE = LatentSampling(steps=4, guidance_text=1, guidance_image=1)
-SDE = replace(ODE, sde_sigma=0.3)
-GUIDED = LatentSampling(steps=4)
-SIZES = [(64, 48), (40, 64), (64, 64)]
-QUESTIONS = ["What is it?", "Which colour, and why so?", "é?"]
-SMALL = LoraSettings({"understanding": 3, "generation": 2})
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -82,83 +104,28 @@ def attached(backbone):
         model.detach()
 
 
-def randomise(attached: AttachedModel, seed: int = 0) -> AttachedModel:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in attached.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return attached
-
-
-def pictures(backbone):
-    out = []
-    for seed, (width, height) in enumerate(SIZES):
-        values = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-        out.append(backbone.prepare(Image.fromarray(values)))
-    return out
-
-
-def ask(backbone, rows, seeds=None):
-    """Contexts of some of the three rows, before the first turn, and without the picture."""
-    images = [pictures(backbone)[r] for r in rows]
-    questions = [backbone.encode_text(QUESTIONS[r]) for r in rows]
-    context = backbone.start(len(rows), [10 + r for r in rows] if seeds is None else seeds)
-    context = backbone.read_text(context, [backbone.encode_text("Look.")] * len(rows))
-    blind = backbone.read_text(context.fork(), questions)
-    return backbone.read_text(backbone.read_image(context, images), questions), blind
-
-
-def run(backbone, bridge, rows, latent=SDE, text=WARM):
-    """A whole path: write, restore, read back, write; everything that came out, a dict a row."""
-    context, blind = ask(backbone, rows)
-    unthought = context.fork()
-    context, first = backbone.write_text(context, text)
-    context, restorations = backbone.restore(context, latent, [unthought, blind])
-    context = backbone.read_restoration(context, restorations, bridge)
-    _, second = backbone.write_text(context, text)
-    return [
-        {"ids": (f.ids.tolist(), s.ids.tolist()), "logprobs": (f.logprobs, s.logprobs), "restoration": r}
-        for f, s, r in zip(first, second, restorations, strict=True)
-    ]
-
-
-def same(a, b, *, exact=True):
-    tolerance = 0 if exact else TOLERANCE
-    for x, y in zip(a, b, strict=True):
-        assert x["ids"] == y["ids"]
-        for p, q in zip(x["logprobs"], y["logprobs"], strict=True):
-            torch.testing.assert_close(p, q, atol=tolerance, rtol=0)
-        left, right = x["restoration"], y["restoration"]
-        assert (left.grid, left.size, left.codes is None) == (right.grid, right.size, right.codes is None)
-        if left.latent is not None:
-            torch.testing.assert_close(left.latent, right.latent, atol=tolerance, rtol=0)
-        else:
-            assert torch.equal(left.codes, right.codes)
-
-
-def differ(a, b):
-    with pytest.raises(AssertionError):
-        same(a, b, exact=False)
-
-
-def describe(backbone):
-    """Everything about a model that attach could change, by identity."""
-    model = backbone.model
-    return {
-        "modules": [(n, id(m), m.training, sorted(vars(m))) for n, m in model.named_modules()],
-        "order": [list(m._modules) for m in model.modules()],
-        "parameters": [
-            (n, id(p), p.data_ptr(), p.requires_grad, p.dtype) for n, p in model.named_parameters()
-        ],
-        "sum": [float(p.detach().double().sum()) for p in model.parameters()],
-    }
-
-
 # ------------------------------------------------------------------------------------------------------- facts
+
+
+@pytest.mark.parametrize("name", list_backbones())
+@pytest.mark.parametrize("check", CHECKS)
+def test_check(name, check):
+    """The checks that `clear-adapters validate` runs."""
+    for result in validate(get_backbone(name), [check]):
+        assert result.problem is None, result.problem
 
 
 def test_every_backbone_states_its_modules():
     assert set(ADAPTED) == set(list_backbones())
+
+
+def same(a, b, *, exact=True):
+    found = difference(a, b, 0 if exact else TOLERANCE)
+    assert found is None, found
+
+
+def differ(a, b):
+    assert difference(a, b, TOLERANCE) is not None
 
 
 def test_spec(backbone):
@@ -290,6 +257,8 @@ def break_at(monkeypatch, owner, name, call):
     ],
 )
 def test_a_failed_attach_leaves_no_trace(backbone, monkeypatch, tmp_path, owner, name, call):
+    if name == "_take_over" and not backbone.spec.extras:
+        pytest.skip("this family offers no module to be trained whole")
     settings = replace(SMALL, whole=backbone.spec.extras)
     first = randomise(attach(backbone, lora=settings))
     first.save_pretrained(tmp_path / "a")
@@ -365,17 +334,6 @@ def test_merge(backbone, tmp_path):
 # --------------------------------------------------------------------------------------------- bridge and files
 
 
-def test_an_untrained_bridge_is_the_own_way_back_in(backbone):
-    """Invariant 6, bit for bit; and a trained one is read."""
-    attached = attach(backbone, lora=False)
-    try:
-        native = run(backbone, None, [0, 1, 2])
-        same(native, run(backbone, attached.bridge, [0, 1, 2]))
-        differ(native, run(backbone, randomise(attached).bridge, [0, 1, 2]))
-    finally:
-        attached.detach()
-
-
 def test_saved_and_loaded_it_does_the_same(backbone, tmp_path):
     """Invariant 9."""
     attached = randomise(attach(backbone, lora=replace(SMALL, whole=backbone.spec.extras)))
@@ -433,40 +391,6 @@ def test_a_bridge_of_other_widths_is_refused(backbone):
 # ------------------------------------------------------------------------------------------------------- verbs
 
 
-@pytest.mark.parametrize("latent", [ODE, SDE, GUIDED], ids=["ode", "sde", "guided"])
-@pytest.mark.parametrize("text", [GREEDY, WARM], ids=["greedy", "sampled"])
-def test_a_batch_gives_what_its_rows_give(backbone, attached, text, latent):
-    """Invariant 5, with pictures and questions of different lengths."""
-    together = run(backbone, attached.bridge, [0, 1, 2], latent, text)
-    alone = [run(backbone, attached.bridge, [r], latent, text)[0] for r in range(3)]
-    assert len({t["restoration"].grid for t in together}) > 1
-    same(together, alone, exact=False)
-    for t, a in zip(together, alone, strict=True):
-        if latent.sde_sigma and t["restoration"].trace is not None:
-            left, right = t["restoration"].trace, a["restoration"].trace
-            torch.testing.assert_close(left.logprobs, right.logprobs, atol=TOLERANCE, rtol=0)
-            torch.testing.assert_close(left.x, right.x, atol=TOLERANCE, rtol=0)
-
-
-def test_some_rows_restore_and_the_others_wait(backbone, attached):
-    """A row with holes goes on as one that was never in a batch, and draws its own random numbers."""
-
-    def path(rows, restoring):
-        context, blind = ask(backbone, rows)
-        some = [i for i, r in enumerate(rows) if r in restoring]
-        if some:
-            context, found = backbone.restore(context, GUIDED, [context.fork(), blind], rows=some)
-            context = backbone.read_restoration(context, found, attached.bridge, rows=some)
-        _, written = backbone.write_text(context, WARM)
-        return written
-
-    together = path([0, 1, 2], {1})
-    for r in range(3):
-        alone = path([r], {1})[0]
-        assert together[r].ids.tolist() == alone.ids.tolist()
-        torch.testing.assert_close(together[r].logprobs, alone.logprobs, atol=TOLERANCE, rtol=0)
-
-
 def test_writing_for_some_rows(backbone, attached):
     context, _ = ask(backbone, [0, 1, 2])
     all_rows, _ = backbone.write_text(context.fork(), WARM)
@@ -491,7 +415,8 @@ def test_reencode(backbone, attached):
     (together, found), alone = path([0, 1]), [path([r])[0][0] for r in (0, 1)]
     for a, b in zip(together, alone, strict=True):
         assert a.ids.tolist() == b.ids.tolist()
-        torch.testing.assert_close(a.logprobs, b.logprobs, atol=TOLERANCE, rtol=0)
+        # A pixel that lies between two levels may be rounded either way (seen: 1e-4).
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-3, rtol=0)
     images = [backbone.decode(r)[0] for r in found]
     assert [i.size for i in images] == [(r.size[1], r.size[0]) for r in found]
 
@@ -550,7 +475,7 @@ def test_the_limit_of_a_turn(backbone, attached):
     cut, segments = backbone.write_text(context.fork(), one)
     assert [len(s.ids) for s in segments] == [1, 1]
     assert [len(s.logprobs) for s in segments] == [1, 1]
-    given = backbone.read_text(context, [s.ids for s in segments])
+    given = backbone.read_text(context, [s.ids for s in segments], own=True)
     assert cut.position.tolist() == given.position.tolist()
     for a, b in zip(backbone.write_text(cut, GREEDY)[1], backbone.write_text(given, GREEDY)[1], strict=True):
         assert a.ids.tolist() == b.ids.tolist()
@@ -562,8 +487,10 @@ def test_the_end_token_ends_a_turn(backbone, attached, monkeypatch):
     encoded = backbone.encode_text("ab")
     assert backbone.decode_text(torch.cat((encoded, torch.tensor([backbone.end_id])))) == "ab"
     assert backbone.end_id not in encoded.tolist()
-    family = type(backbone).__module__.rpartition(".")[0]
-    modules = [m for n, m in sys.modules.items() if n.startswith(family) and hasattr(m, "choose_token")]
+    families = {"clear_adapters.backbones", type(backbone).__module__.rpartition(".")[0]}
+    modules = [
+        m for n, m in sys.modules.items() if n.startswith(tuple(families)) and hasattr(m, "choose_token")
+    ]
     steps = []
 
     def ends_first_row_at_third(logits, *args, **kwargs):
@@ -581,7 +508,7 @@ def test_the_end_token_ends_a_turn(backbone, attached, monkeypatch):
     assert first.text == "aa"
     assert second.ids.tolist() == [int(encoded[1])] * GREEDY.max_new_tokens
     monkeypatch.undo()
-    given = backbone.read_text(ask(backbone, [0, 1])[0], [first.ids, second.ids])
+    given = backbone.read_text(ask(backbone, [0, 1])[0], [first.ids, second.ids], own=True)
     assert after.position.tolist() == given.position.tolist()
     for a, b in zip(
         backbone.write_text(after, GREEDY)[1], backbone.write_text(given, GREEDY)[1], strict=True
@@ -592,100 +519,11 @@ def test_the_end_token_ends_a_turn(backbone, attached, monkeypatch):
 # ------------------------------------------------------------------------------------------ the uncached path
 
 
-def pieces(backbone, row, first, restoration, second, *, step=None):
-    """A path as pieces; with `step` a noised copy of the restoration stands in a branch of its own."""
-    out = [
-        TextPiece(backbone.encode_text("Look.")),
-        ImagePiece(pictures(backbone)[row]),
-        TextPiece(backbone.encode_text(QUESTIONS[row])),
-        TextPiece(first, scored=True),
-    ]
-    if step is not None:
-        trace = restoration.trace
-        out.append(
-            LatentPiece(
-                trace.x[0, step],
-                grid=restoration.grid,
-                time=float(trace.t[step]),
-                noised=True,
-                velocity=True,
-                branch=1,
-            )
-        )
-    final = LatentPiece(restoration.latent[0], grid=restoration.grid, bridged=True)
-    return [*out, final, TextPiece(second, scored=True)]
-
-
-def test_the_uncached_forward_equals_the_cached_verbs(backbone, attached):
-    """Invariant 4 at the level of verbs: text before and after a restoration, and every flow step."""
-    if backbone.spec.kind != "flow":
-        pytest.skip("velocities are those of flow latents")
-    rows = run(backbone, attached.bridge, [0, 1, 2])
-    for step in range(SDE.steps - 1):
-        packed = backbone.pack(
-            [
-                pieces(
-                    backbone,
-                    i,
-                    torch.tensor(r["ids"][0]),
-                    r["restoration"],
-                    torch.tensor(r["ids"][1]),
-                    step=step,
-                )
-                for i, r in enumerate(rows)
-            ]
-        )
-        with torch.no_grad():
-            out = attached.module(backbone.encode(packed))
-        logprobs = out.text_logits.float().log_softmax(-1).gather(1, packed.text_targets[:, None])[:, 0]
-        for i, r in enumerate(rows):
-            mine = logprobs[packed.text_row == i]
-            torch.testing.assert_close(mine, torch.cat(r["logprobs"]), atol=TOLERANCE, rtol=0)
-            trace, velocity = r["restoration"].trace, out.velocity[packed.velocity_row == i]
-            t, dt = float(trace.t[step]), float(trace.dt[step])
-            mean = sde_mean(trace.x[0, step], velocity, t, dt, trace.sigma)
-            score = sde_logprob(trace.x_next[0, step], mean, dt, trace.sigma, SDE.logprob)
-            torch.testing.assert_close(score, trace.logprobs[0, step], atol=TOLERANCE, rtol=0)
-
-
-def test_gradients_reach_every_adapter_weight_and_nothing_else(backbone):
-    """Invariant 11, in a batch in which one row restores and another does not."""
-    if backbone.spec.kind != "flow":
-        pytest.skip("the mixed batch is one of flow latents")
-    attached = randomise(attach(backbone, lora=replace(SMALL, whole=backbone.spec.extras)))
-    try:
-        row = run(backbone, attached.bridge, [0])[0]
-        ids = [torch.tensor(i) for i in row["ids"]]
-        packed = backbone.pack(
-            [
-                pieces(backbone, 0, ids[0], row["restoration"], ids[1], step=1),
-                [ImagePiece(pictures(backbone)[1]), TextPiece(ids[0], scored=True)],
-            ]
-        )
-        attached.module.train()
-        out = attached.module(backbone.encode(packed))
-        (out.text_logits.float().log_softmax(-1).square().mean() + out.velocity.square().mean()).backward()
-        own = dict(attached.named_parameters())
-        for name, parameter in own.items():
-            assert parameter.grad is not None, name
-            assert bool(parameter.grad.any()), name
-        ids_of_own = {id(p) for p in own.values()}
-        assert not [
-            n
-            for n, p in attached.module.named_parameters()
-            if id(p) not in ids_of_own and (p.requires_grad or p.grad is not None)
-        ]
-    finally:
-        attached.detach()
-
-
 def test_the_module_is_plain_while_disabled(backbone):
     """Without LoRA in the way: the bridge alone is left out, and read when the skill is on."""
-    if backbone.spec.kind != "flow":
-        pytest.skip("the batch is one of flow latents")
     attached = randomise(attach(backbone, lora=False))
     own = backbone.encode_images(pictures(backbone)[:1])[0]
-    bridged = LatentPiece(own.latent[0], grid=own.grid, bridged=True)
+    bridged = LatentPiece(own.tokens[0], grid=own.grid, bridged=True)
     batch = backbone.encode(backbone.pack([[bridged, TextPiece(torch.tensor([5, 6]), scored=True)]]))
     with torch.no_grad():
         on = attached.module(batch).text_logits

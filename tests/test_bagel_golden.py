@@ -17,6 +17,7 @@ from clear_adapters.backbones.bagel.images import to_patches
 from clear_adapters.backbones.bagel.packing import Marks
 from clear_adapters.backbones.base import Context, Restoration
 from clear_adapters.backbones.packed import PreparedImage
+from clear_adapters.backbones.writer import Writer
 from clear_adapters.sampling import LatentSampling, TextSampling, flow_schedule, guide, sde_mean
 
 FOLDER = Path(__file__).parent / "data" / "bagel"
@@ -55,11 +56,16 @@ def ids(name: str) -> list[torch.Tensor]:
 
 
 def next_logits(backbone: BagelBackbone, context: Context) -> torch.Tensor:
-    feed = torch.full((context.rows,), backbone.marks.start)
+    seen = []
+
+    def step(*token):
+        seen.append(backbone._token_step(*token))
+        return seen[0]
+
+    marks = (backbone.marks.start, backbone.marks.end)
     with torch.no_grad():
-        return backbone.model.logits(
-            backbone._feed(context, feed, torch.ones(context.rows, dtype=torch.bool)).und
-        )
+        Writer(step, context.fork(), TextSampling(max_new_tokens=1), range(context.rows), marks).advance()
+    return seen[0]
 
 
 def greedy(backbone: BagelBackbone, context: Context, n: int) -> list[int]:
@@ -147,14 +153,14 @@ def test_uncached_forward_equals_the_cached_velocity_and_logits(backbone, image,
         ImagePiece(image),
         TextPiece(ids("question_ids")[0]),
         TextPiece(ids("think_ids")[0]),
-        LatentPiece(latent=x, grid=(4, 3), time=0.7, noised=True, velocity=True, branch=1),
+        LatentPiece(latent=x, grid=(4, 3), time=0.7, noised=True, scored=True, branch=1),
         LatentPiece(latent=expected["ode6_latent_tokens"], grid=(4, 3)),
         TextPiece(torch.tensor(CASE["greedy_after_bridge"]), scored=True),
     ]
     with torch.no_grad():
         out = backbone.forward(backbone.encode(backbone.pack([row, row[:-1]])))
-    close(out.velocity[:12], expected["velocity_t0.7"])
-    close(out.velocity[12:], expected["velocity_t0.7"])
+    close(out.scored[:12], expected["velocity_t0.7"])
+    close(out.scored[12:], expected["velocity_t0.7"])
     close(out.text_logits[0], expected["after_bridge.next_logits"])
     assert out.text_logits.argmax(-1).tolist() == CASE["greedy_after_bridge"]
     assert Restoration("flow", (4, 3), (64, 48), latent=x[None]).rows == 1

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from clear_adapters.backbones.bagel import autoencoder, writer
+from clear_adapters.backbones import writer
+from clear_adapters.backbones.bagel import autoencoder
 from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.backbones.base import Restoration
 from clear_adapters.replay import pieces

@@ -272,8 +272,8 @@ def test_an_estimate_takes_the_place_of_the_final_latent(attached, examples):
     packed = made["batch"]
     with torch.no_grad():
         changed, _ = own._estimate(attached.module, packed, made["counts"])
-        velocity = attached.module(packed).velocity
-    at = packed.velocity_at
+        velocity = attached.module(packed).scored
+    at = packed.scored_at
     expected = packed.latents[at] - packed.latent_time[at][:, None] * velocity
     final = packed.latent_bridged.nonzero()[:, 0]
     assert len(final) == len(at)
@@ -377,10 +377,10 @@ def test_own_latents_are_those_of_the_layout_that_is_trained(attached, examples)
             .view_as(restoration.latent[0])
         )
         for t, after in pairwise(flow_schedule(SAMPLING.steps, SAMPLING.shift)):
-            copy = LatentPiece(x, grid=restoration.grid, time=t, noised=True, velocity=True, branch=1)
+            copy = LatentPiece(x, grid=restoration.grid, time=t, noised=True, scored=True, branch=1)
             packed = backbone.encode(backbone.pack([[*built[:place], copy]]))
             with torch.no_grad():
-                x = x - (t - after) * attached.module(packed).velocity
+                x = x - (t - after) * attached.module(packed).scored
         assert torch.allclose(x, restoration.latent[0], atol=1e-4)
         request = [s for s in row.transcript if isinstance(s, TextSegment)][2]
         seen = next(p for p in built if isinstance(p, ImagePiece)).understanding
@@ -417,7 +417,7 @@ def test_every_teacher_token_weighs_the_same_in_the_mean(attached):
 def test_an_estimate_has_no_teacher(attached, examples):
     (made,) = batches(objective(attached, estimate=1.0), examples[:3])
     assert (made["counts"][1], made["pairs"], made["batch"].watch_index) == (0, [], None)
-    assert made["counts"][2] == len(made["batch"].velocity_at) > 0
+    assert made["counts"][2] == len(made["batch"].scored_at) > 0
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 1), (0.5, 2)])

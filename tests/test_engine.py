@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from clear_adapters.backbones.bagel import writer as bagel
+from clear_adapters.backbones import writer as bagel
 from clear_adapters.bridge import BridgeConfig, LatentBridge
 from clear_adapters.errors import ClearTypeError, ClearValueError, ImageError
 from clear_adapters.prompts import FORCED_DECLINE, get_protocol

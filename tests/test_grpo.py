@@ -385,7 +385,7 @@ def test_a_request_past_the_limit_is_answered_and_scored(attached, examples, mon
     """The model asks three times; two are granted, and the sentence that the engine writes then is no one's doing."""
     seeds = [row_seed(0, f"rollout {g}", 0) for g in range(2)]
     script = Script(attached.backbone, {seeds[0]: [ASK, ASK, ASK, ANSWER], seeds[1]: [ANSWER]})
-    monkeypatch.setattr("clear_adapters.backbones.bagel.writer.choose_token", script)
+    monkeypatch.setattr("clear_adapters.backbones.writer.choose_token", script)
     own = GrpoObjective(
         attached,
         GrpoSettings(group=2, flow_steps=4, rewards={"accuracy": 1.0, "format": 0.1}),

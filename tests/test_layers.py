@@ -9,13 +9,16 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "clear_adapters"
 
 LAYERS = {
-    7: ["cli", "cli_bench", "quickstart", "ui"],
+    7: ["cli", "cli_bench", "quickstart", "ui", "contract/"],
     6: ["training/", "mmd_bench/"],
     5: ["datasets/", "rewards/"],
     4: ["adapter", "attached", "engine", "rollout", "reply", "replay"],
     3: ["backbones/*/", "hub/"],
     2: [
         *("backbones/__init__", "backbones/base", "backbones/packed", "backbones/attention"),
+        *("backbones/cache", "backbones/writer", "backbones/layout", "backbones/byte_tokenizer"),
+        *("backbones/codes", "backbones/code_writer", "backbones/codes_packing", "backbones/decoder"),
+        *("backbones/pixels", "backbones/checkpoints", "backbones/facts", "backbones/state"),
         *("lora", "bridge", "store"),
     ],
     1: [

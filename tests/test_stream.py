@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from clear_adapters.backbones.bagel import writer as bagel
+from clear_adapters.backbones import writer as bagel
 from clear_adapters.prompts import FORCED_DECLINE
 from clear_adapters.reply import BlockText, Decision, DenoisingStep, TextDelta
 from tests.scripted import ANSWER, ASK, Script, make_engine, picture, toy

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from clear_adapters.adapter import attach
+from clear_adapters.backbones import get_backbone, list_backbones, resolve
 from clear_adapters.backbones.bagel.checkpoint import save_checkpoint
 from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.backbones.packed import ImagePiece, LatentPiece, TextPiece
@@ -114,12 +115,12 @@ def test_scored_tokens_are_the_sampled_ones(examples):
         assert scored[-1].endswith("</answer>")
         assert others[:2] == ["Look. Restore if needed. Answer.", examples[seed % len(examples)].question]
         # Two noised copies on branches of their own, then the clean one, which the text reads.
-        kinds = [(p.velocity, p.bridged, p.branch) for p in latents]
+        kinds = [(p.scored, p.bridged, p.branch) for p in latents]
         assert kinds in ([], [(True, False, 1), (True, False, 2), (False, True, 0)])
         if latents:
             assert len({p.time for p in latents}) == 3
             assert latents[-1].time == 0
-            assert len(batch.velocity_at) == 2 * len(batch.latents) // 4
+            assert len(batch.scored_at) == 2 * len(batch.latents) // 4
         seen.add((len(scored), len(others), bool(latents)))
     assert seen == {(1, 2, False), (2, 2, True), (1, 3, False), (1, 3, True)}
 
@@ -418,20 +419,25 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters.backbones import get_backbone, resolve
 from clear_adapters.training.run import train
-data, out, *overrides = sys.argv[1:]
-train("tiny", data, out, model=build(0), device="cpu", overrides=overrides, progress=False)
+family, data, out, *overrides = sys.argv[1:]
+spec = get_backbone(family)
+model = resolve(spec.tiny, spec)(0)
+train("tiny", data, out, model=model, device="cpu", overrides=overrides, progress=False)
 torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_equal_one(data, examples, tmp_path):
+@pytest.mark.parametrize("family", list_backbones())
+def test_two_processes_equal_one(data, examples, tmp_path, family):
     # The second process has no restoration in its half of the first step.
     seed = seed_where(examples, [True, True, False, False])
     overrides = [*BASE, "steps=2", f"seed={seed}", "save_dtype=float32"]
+    spec = get_backbone(family)
+    model = resolve(spec.tiny, spec)(0)
     one = train_stage(
-        "tiny", data, tmp_path / "one", model=build(0), device="cpu", overrides=overrides, progress=False
+        "tiny", data, tmp_path / "one", model=model, device="cpu", overrides=overrides, progress=False
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -447,7 +453,7 @@ def test_two_processes_equal_one(data, examples, tmp_path):
             "PYTHONPATH": str(Path(__file__).parents[1]),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-c", SCRIPT, str(data), str(tmp_path / "two"), *overrides]
+        command = [sys.executable, "-c", SCRIPT, family, str(data), str(tmp_path / "two"), *overrides]
         running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     told = [process.communicate(timeout=100)[0].decode() for process in running]
     assert [process.returncode for process in running] == [0, 0], told
@@ -458,7 +464,7 @@ def test_two_processes_equal_one(data, examples, tmp_path):
         for n in ("one", "two")
     ]
     for first, second in zip(*lines, strict=True):
-        for key in ("loss", "ce", "mse"):
+        for key in ("loss", "ce", spec.loss):
             assert first.get(key) == pytest.approx(second.get(key), abs=1e-4)
 
 

@@ -53,7 +53,7 @@ from clear_adapters.backbones.bagel.autoencoder import encode_pixels
 from clear_adapters.backbones.bagel.backbone import BagelBackbone
 from clear_adapters.backbones.bagel.checkpoint import save_checkpoint
 from clear_adapters.backbones.bagel.packing import grid_places
-from clear_adapters.backbones.bagel.tiny import builtin_config, byte_tokenizer, initialise
+from clear_adapters.backbones.bagel.tiny import builtin_config, initialise, tokenizer
 from clear_adapters.backbones.packed import PackedBatch
 from clear_adapters.world.questions import KINDS
 
@@ -273,11 +273,11 @@ class Layouts:
         )
         asked = [k for k, g in enumerate(gen) if g[3]]
         per_row = len(gen) * N
-        velocity_at = self.constant(
+        scored_at = self.constant(
             (key, "velocity"),
             lambda: torch.tensor([k * N + i for k in asked for i in range(N)], dtype=torch.int64),
         )
-        velocity_at = (torch.arange(b, device=self.device)[:, None] * per_row + velocity_at).flatten()
+        scored_at = (torch.arange(b, device=self.device)[:, None] * per_row + scored_at).flatten()
         flat = torch.zeros(0, device=self.device)
         pixels = patches[1] if patches is not None else None
         return PackedBatch(
@@ -296,8 +296,8 @@ class Layouts:
             latent_time=time_.flatten(),
             latent_noised=flat.bool(),
             latent_bridged=torch.zeros(b * per_row, dtype=torch.bool, device=self.device),
-            velocity_at=velocity_at,
-            velocity_row=flat.long(),
+            scored_at=scored_at,
+            scored_row=flat.long(),
             text_at=text_at,
             text_targets=targets,
             text_row=flat.long(),
@@ -550,7 +550,7 @@ def main() -> None:
 
     model, autoencoder = initialise(builtin_config(), args.seed)
     model, autoencoder = model.to(device), autoencoder.to(device)
-    backbone = BagelBackbone(model, autoencoder, byte_tokenizer())
+    backbone = BagelBackbone(model, autoencoder, tokenizer())
     notes: dict[str, object] = {}
     while min(scenes.ready / args.scenes, edits.ready / args.edits) < 0.05:
         time.sleep(0.2)
@@ -623,7 +623,7 @@ def train(
         batch = layouts.drawing(scenes.table, scenes.pick(d_rows), args.copies)
         with autocast:
             out = backbone.forward(batch)
-        draw = F.mse_loss(out.velocity, batch.target)
+        draw = F.mse_loss(out.scored, batch.target)
         (draw * (d_rows / (d_rows + e_rows))).backward()
         half = e_rows // 2
         with autocast:
@@ -636,7 +636,7 @@ def train(
                 lambda x: encode_pixels(backbone.autoencoder, x, 2),
             )
             out = backbone.forward(batch)
-        edit = F.mse_loss(out.velocity, batch.target)
+        edit = F.mse_loss(out.scored, batch.target)
         (edit * (e_rows / (d_rows + e_rows))).backward()
         norm = nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

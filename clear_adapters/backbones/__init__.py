@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ BACKBONES: Registry[BackboneSpec] = Registry(
     "backbone", instance_of="clear_adapters.backbones.base:BackboneSpec", group=GROUP
 )
 BACKBONES.register("bagel", "clear_adapters.backbones.bagel.spec:SPEC")
+BACKBONES.register("emu3", "clear_adapters.backbones.emu3.spec:SPEC")
+BACKBONES.register("janus", "clear_adapters.backbones.janus.spec:SPEC")
 
 
 def list_backbones() -> list[str]:
@@ -104,12 +106,36 @@ def find_for_folder(folder: Path) -> BackboneSpec | None:
     return _find(lambda family: family.recognises(folder), str(folder))
 
 
+def explain_unknown(what: Any) -> str:
+    """What to do about a model (an object, or a folder as a `Path`) that no family takes.
+
+    A part or another form of a supported family is named with what to load instead; otherwise the families are listed, and
+    how to add one.
+    """
+    hints = [
+        hint
+        for _, family in _families("a model that no family takes")
+        if (hint := family.near_miss(what)) is not None
+    ]
+    return "; ".join(
+        [
+            *hints,
+            f"attach works on unified models of the families {', '.join(list_backbones())}",
+            "another family is added by register_backbone or an entry point (docs/backbones.md)",
+        ]
+    )
+
+
 def _find(accepts: Callable[[type[Backbone]], bool], what: str) -> BackboneSpec | None:
+    return next((spec for spec, family in _families(what) if accepts(family)), None)
+
+
+def _families(what: str) -> Iterator[tuple[BackboneSpec, type[Backbone]]]:
     for name in list_backbones():
         try:
             spec = get_backbone(name)
-            if accepts(backbone_class(spec)):
-                return spec
+            family = backbone_class(spec)
         except (BrokenEntryError, ClearTypeError) as error:
-            warnings.warn(f"backbone {name!r} was not asked about {what}: {error}", stacklevel=3)
-    return None
+            warnings.warn(f"backbone {name!r} was not asked about {what}: {error}", stacklevel=4)
+            continue
+        yield spec, family

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from clear_adapters.errors import ClearValueError
 
 
 @dataclass
@@ -19,12 +22,14 @@ class TextPiece:
     Attributes:
         ids: (T,) int64, without start token; the end token is appended when it is missing.
         scored: whether its log-probabilities are asked for (an appended end token never is).
+        own: whether the model is the speaker, for families whose chat format tells speakers apart; scored text is its own.
         weight: weight of each of its tokens in a loss.
         branch: 0 is seen by all that follows; another number only by pieces of the same branch.
     """
 
     ids: Tensor
     scored: bool = False
+    own: bool = False
     weight: float = 1.0
     branch: int = 0
 
@@ -48,14 +53,15 @@ class LatentPiece:
     """A restoration in a row, in one of its three ways of standing (paper, section 3.2).
 
     Attributes:
-        latent: (N, C) float32, or None when it is to be encoded from `image`.
+        latent: (N, C) float32, or (N,) int64 codes, or None when it is to be encoded from `image`.
         image: the picture whose encoding is the latent.
         grid: (h, w); taken from the image when None.
         time: 0 is the final latent, which the text reads through the bridge; above 0 a noised copy, whose
-            velocity is asked for and which nothing later may see: give it a branch of its own.
+            velocity is asked for and which nothing later may see: give it a branch of its own. Codes have no time.
         noised: whether `latent` is already x_t (replay) and not to be mixed with noise (training).
         bridged: whether the bridge's residual is added.
-        velocity: whether the velocity is asked for.
+        scored: whether the velocity is asked for, or of codes the logits that each was chosen from: a copy as the
+            generator reads it, on a branch of its own too.
         branch: as in `TextPiece`.
         watched: as in `ImagePiece`.
     """
@@ -66,7 +72,7 @@ class LatentPiece:
     time: float = 0.0
     noised: bool = False
     bridged: bool = False
-    velocity: bool = False
+    scored: bool = False
     branch: int = 0
     watched: int = -1
 
@@ -82,16 +88,25 @@ class PreparedImage:
         pixels: (3, H, W) uint8, or floating in [-1, 1], for the autoencoder.
         patches: (P, patch_dim) of the same type for the understanding encoder, or the family's own form.
         patch_grid: (h, w) of the patches.
+        content: (height, width) of the picture in the middle of `pixels`, of a family that pads; None is all of them.
     """
 
     pixels: Tensor
     patches: Tensor
     patch_grid: tuple[int, int]
+    content: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return int(self.pixels.shape[-2]), int(self.pixels.shape[-1])
+        """(height, width) in pixels, without what was padded."""
+        return self.content or (int(self.pixels.shape[-2]), int(self.pixels.shape[-1]))
+
+    @property
+    def picture(self) -> Tensor:
+        """(3, height, width) of `size`, a view: `pixels` without what was padded."""
+        height, width = self.size
+        top, left = (self.pixels.shape[-2] - height) // 2, (self.pixels.shape[-1] - width) // 2
+        return self.pixels[:, top : top + height, left : left + width]
 
 
 @dataclass
@@ -116,14 +131,15 @@ class PackedBatch:
         patch_source: (K,) int64, flat places in I x P of the patches that stand at `patch_index`; rows may share a picture.
         patch_index: (K,) int64, flat places in B x L where they stand.
         pictures: pixel groups (n, 3, H, W), uint8 or floating, to encode; equal sizes together.
-        latents: (G, C) float32, latent tokens at `gen_index`; rows from pictures are filled by `Backbone.encode`.
+        latents: (G, C) float32, latent tokens at `gen_index`, or the codes' embeddings; what comes from pictures, and every
+            embedding, is filled in by `Backbone.encode`.
         latent_source: (G,) int64, row of the pictures' flattened latents that stands there; -1 given in `latents`.
         latent_positions: (G,) int64, place in the latent grid.
         latent_time: (G,) float32.
         latent_noised: (G,) bool, to be mixed with noise as `(1 - t) x + t e`.
         latent_bridged: (G,) bool.
-        velocity_at: (M,) int64, places in `latents` whose velocity is asked for.
-        velocity_row: (M,) int64, their row.
+        scored_at: (M,) int64, places in `latents` whose velocity, or whose code's logits, are asked for.
+        scored_row: (M,) int64, their row.
         text_at: (T,) int64, flat places whose next-token logits are asked for.
         text_targets: (T,) int64, the tokens that followed.
         text_row: (T,) int64.
@@ -131,7 +147,8 @@ class PackedBatch:
         hidden_layers: layers whose output is asked for.
         watch_index: (W,) int64, flat places in B x L of the watched pieces' tokens, in order; None without any.
         watch_piece: (W,) int64, the number that each is watched under.
-        target: (G, C) float32 or None, velocity targets, filled by `Backbone.encode`.
+        target: velocity targets (G, C) float32, or the codes (G,) int64; filled in by `Backbone.encode`.
+        codes: (G,) int64, of a family that restores codes; those of pictures are filled in by `Backbone.encode`.
     """
 
     ids: Tensor
@@ -153,8 +170,8 @@ class PackedBatch:
     latent_time: Tensor
     latent_noised: Tensor
     latent_bridged: Tensor
-    velocity_at: Tensor
-    velocity_row: Tensor
+    scored_at: Tensor
+    scored_row: Tensor
     text_at: Tensor
     text_targets: Tensor
     text_row: Tensor
@@ -163,6 +180,7 @@ class PackedBatch:
     watch_index: Tensor | None = None
     watch_piece: Tensor | None = None
     target: Tensor | None = None
+    codes: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The batch on a device."""
@@ -205,12 +223,31 @@ class ModelOutputs:
 
     Attributes:
         text_logits: (T, V) at `text_at`.
-        velocity: (M, C) float32 at `velocity_at`.
+        scored: (M, C) float32 velocities at `scored_at`, or (M, K) logits of the codes there.
         hidden: layer -> (B, L, D) output of the layer before the final norm.
-        code_logits: (S, K) of the scored codes, in order; None for a family that restores flow latents.
     """
 
     text_logits: Tensor
-    velocity: Tensor
+    scored: Tensor
     hidden: dict[int, Tensor] = field(default_factory=dict)
-    code_logits: Tensor | None = None
+
+
+def restoration_loss(outputs: ModelOutputs, batch: PackedBatch) -> Tensor:
+    """(M,) float32: how far each scored latent token is from its target.
+
+    For velocities the mean squared error over their numbers, for codes the cross-entropy. Without any it is empty and still
+    hangs on the graph.
+
+    Args:
+        outputs: of the forward.
+        batch: the same that the forward got, encoded.
+
+    Raises:
+        ClearValueError: the batch was not encoded, so that it has no targets.
+    """
+    if batch.target is None:
+        raise ClearValueError("this batch has no targets yet: call encode(batch) first")
+    target = batch.target.index_select(0, batch.scored_at)
+    if target.is_floating_point():
+        return (outputs.scored.float() - target).pow(2).mean(-1)
+    return F.cross_entropy(outputs.scored.float(), target, reduction="none")

@@ -28,6 +28,7 @@ from clear_adapters.backbones.packed import (
     PackedBatch,
     Piece,
     PreparedImage,
+    restoration_loss,
 )
 from clear_adapters.datasets.traces import TraceSettings
 from clear_adapters.errors import ClearValueError
@@ -36,7 +37,7 @@ from clear_adapters.replay import pieces
 from clear_adapters.sampling import LatentSampling
 from clear_adapters.training.objective import Draw, Objective
 from clear_adapters.training.rows import NoisePlan, draw_time, draw_transcript, prepared, without_weights
-from clear_adapters.transcript import ImageSegment, RestorationSegment, TextSegment, Transcript
+from clear_adapters.transcript import ImageSegment, Origin, RestorationSegment, TextSegment, Transcript
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class BridgeSettings:
 
     Attributes:
         own: share of rows that read a latent which the model itself generates.
-        estimate: share of rows that read the one-step estimate `x_t - t v` of the clean latent, through which the
-            answer's gradient reaches the generator. The remaining rows read the true clean latent.
+        estimate: share of rows that read the one-step estimate of the clean latent (`x_t - t v`, or the codes that would
+            be taken next to the true ones), through which the answer's gradient reaches the generator. The remaining rows
+            read the true clean latent.
         own_steps: points of the flow schedule for the rows of `own`.
         own_rows: latents of the model's own that are generated side by side; None is all of a step.
         vit_drop: probability with which a row's understanding tokens of the degraded picture are left out.
@@ -59,7 +61,7 @@ class BridgeSettings:
         layer_stride: every so many layers, and the last, are compared.
         ce_weight: of the cross-entropy of all SAMPLED text, that after the restoration and the decision before it.
         distill_weight: of the distillation.
-        mse_weight: of the flow loss on the estimates' velocities.
+        mse_weight: of the restorations' loss on the estimates: the flow loss, or the cross-entropy of codes.
         traces: how paths are chosen, as in stage 1: rows that do not restore keep the decision as it is.
 
     Raises:
@@ -155,7 +157,6 @@ class _Pairs:
 class BridgeObjective(Objective):
     """Stage 2's latents, batches and loss."""
 
-    parts = ("ce", "distill", "mse")
     counts = ("text_tokens", "pairs", "latent_tokens")
 
     def __init__(
@@ -173,6 +174,7 @@ class BridgeObjective(Objective):
             settings: of the stage.
             latent: for the shift of the model's own latents; they are sampled without guidance and noise.
         """
+        self.parts = ("ce", "distill", backbone.spec.loss)
         self.backbone = backbone
         self.protocol = protocol
         self.settings = settings
@@ -253,7 +255,7 @@ class BridgeObjective(Objective):
         packed = backbone.pack(laid, self._layers)
         plan = NoisePlan.of(packed, [row.seed for row in rows])
         pairs = _pairs(packed, grids)
-        counts = [float(packed.text_weight.sum()), float(len(grids)), float(len(packed.velocity_at))]
+        counts = [float(packed.text_weight.sum()), float(len(grids)), float(len(packed.scored_at))]
         packed = packed.to(device)
         return {
             "batch": backbone.encode(packed, plan.to(device).draw(packed)),
@@ -276,14 +278,13 @@ class BridgeObjective(Objective):
         done: list[Piece] = []
         branch = 1 + max((p.branch for p in built), default=0)
         for piece in built:
-            if not isinstance(piece, LatentPiece) or piece.velocity:
+            if not isinstance(piece, LatentPiece) or piece.scored:
                 done.append(piece)
                 continue
             teacher = piece.image if row.source == "true" else None
             if own is not None:
                 found, teacher = own
-                assert found.latent is not None
-                piece = replace(piece, latent=found.latent[0], image=None, grid=found.grid)
+                piece = replace(piece, latent=found.tokens[0], image=None, grid=found.grid)
             if teacher is not None and self._layers:
                 number = 2 * len(grids)
                 done.append(ImagePiece(teacher, as_condition=False, branch=branch, watched=number))
@@ -296,37 +297,35 @@ class BridgeObjective(Objective):
     # -- loss
 
     def loss(self, module: nn.Module, batch: dict[str, Any], counts: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy, distillation and flow loss; see `Objective.loss`."""
+        """Cross-entropy, distillation and the restorations' loss; see `Objective.loss`."""
         settings, packed = self.settings, batch["batch"]
-        mse = counts.new_zeros(())
+        restored = counts.new_zeros(())
         # Asked of the settings and not of the batch, so that every process takes the same forwards.
         if settings.estimate > 0:
-            packed, mse = self._estimate(module, packed, counts)
+            packed, restored = self._estimate(module, packed, counts)
         outputs = module(packed)
         ce = F.cross_entropy(outputs.text_logits.float(), packed.text_targets, reduction="none")
         ce = (ce * packed.text_weight).sum() / counts[0].clamp(min=1)
         # Zeros that hang on the graph, so that every process takes part in everything.
-        distill = 0 * (outputs.text_logits.float().sum() + outputs.velocity.sum())
+        distill = 0 * (ce + outputs.scored.float().sum())
         for pairs in batch["pairs"]:
             distill = distill + self._distance(outputs, pairs)
         distill = distill / counts[1].clamp(min=1)
-        loss = settings.ce_weight * ce + settings.distill_weight * distill + settings.mse_weight * mse
-        return {"loss": loss, "ce": ce, "distill": distill, "mse": mse}
+        loss = settings.ce_weight * ce + settings.distill_weight * distill + settings.mse_weight * restored
+        return {"loss": loss, "ce": ce, "distill": distill, self.parts[2]: restored}
 
     def _estimate(self, module: nn.Module, packed: PackedBatch, counts: Tensor) -> tuple[PackedBatch, Tensor]:
-        """The batch with `x_t - t v` in the place of final latents that are estimated, and the flow loss of their v."""
-        velocity = module(replace(packed, hidden_layers=())).velocity.float()
-        at = packed.velocity_at
-        time = packed.latent_time[at][:, None]
-        clean = packed.latents[at] - time * velocity
+        """The batch with estimates in the place of final latents, and the restorations' loss."""
+        outputs = module(replace(packed, hidden_layers=()))
+        at = packed.scored_at
+        clean = self.backbone.estimate(packed, outputs)
         # A copy's final latent stands right behind it, and is as long; a row has one restoration that is estimated.
         # Rows are sorted. Counting them by `bincount` would wait for the device.
-        row = packed.velocity_row
+        row = packed.scored_row
         length = torch.searchsorted(row, row, right=True) - torch.searchsorted(row, row)
         latents = packed.latents.index_copy(0, at + length, clean)
-        assert packed.target is not None
-        mse = (velocity - packed.target[at]).pow(2).mean(-1).sum() / counts[2].clamp(min=1)
-        return replace(packed, latents=latents), mse
+        restored = restoration_loss(outputs, packed).sum() / counts[2].clamp(min=1)
+        return replace(packed, latents=latents), restored
 
     def _distance(self, outputs: ModelOutputs, pairs: _Pairs) -> Tensor:
         """Sum over pairs of the distance between teacher and student, over layers that weigh more the higher they are."""
@@ -397,10 +396,7 @@ def own_latents(
                     context, [images[i] for i in seen], as_condition=False, understanding=True, rows=seen
                 )
         else:
-            texts = [
-                s.ids if len(s.ids) else backbone.encode_text(s.text)
-                for s in block
-                if isinstance(s, TextSegment)
-            ]
-            context = backbone.read_text(context, texts)
+            texts = [s for s in block if isinstance(s, TextSegment)]
+            ids = [s.ids if len(s.ids) else backbone.encode_text(s.text) for s in texts]
+            context = backbone.read_text(context, ids, own=texts[0].origin is not Origin.PROMPT)
     return list(backbone.restore(context, sampling)[1])

@@ -123,10 +123,7 @@ def trainer_for(
         )
     set_trainable(attached, recipe)
     if loop.checkpointing:
-        # The one attribute that every family's decoder is switched by.
-        for module in backbone.model.modules():
-            if hasattr(module, "checkpointing"):
-                module.checkpointing = True  # type: ignore[assignment]  # a plain attribute
+        backbone.set_checkpointing(True)
     if loop.compile:
         compile_layers(decoder_layers(attached))
     objective = objective_for(attached, recipe)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clear_adapters.backbones.base import Restoration
 from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, PreparedImage
 from clear_adapters.datasets.example import Example
 from clear_adapters.errors import ClearError, ClearValueError
@@ -192,7 +191,11 @@ class GrpoObjective(Objective):
             sde_sigma=settings.sigma,
         )
         # What a rollout was sampled without is left out of its score too, in training mode.
-        self._dropouts = [m for m in attached.module.modules() if isinstance(m, nn.Dropout)]
+        self._dropouts = [
+            m
+            for m in attached.module.modules()
+            if isinstance(m, nn.Dropout) or getattr(m, "attention_dropout", False)
+        ]
         self._held: _Rollouts | None = None
         self._sums: dict[str, tuple[float, float]] = {}
 
@@ -302,11 +305,12 @@ class GrpoObjective(Objective):
         known = [i for i, c in enumerate(clean) if c is not None]
         if "clean_latent" in wanted or "restored_latent" in wanted:
             encoded = self.backbone.encode_images([c for c in clean if c is not None]) if known else []
-            latents = dict(zip(known, (r.latent for r in encoded), strict=True))
-            pairs = [(r, latents.get(i // group)) for i, r in enumerate(last)]
-            found["restored_latent"] = [None if r is None else r.latent for r in last]
+            latents = dict(zip(known, (self.backbone.latents(r) for r in encoded), strict=True))
+            own = [None if r is None else self.backbone.latents(r) for r in last]
+            pairs = [(r, latents.get(i // group)) for i, r in enumerate(own)]
+            found["restored_latent"] = own
             found["clean_latent"] = [
-                c if r is not None and c is not None and _fit(r, c) else None for r, c in pairs
+                c if r is not None and c is not None and r.shape == c.shape else None for r, c in pairs
             ]
         if "clean_features" in wanted or "restored_features" in wanted:
             features = self.backbone.understand([c for c in clean if c is not None]) if known else []
@@ -492,7 +496,3 @@ def _table(values: Sequence[float | None], group: int) -> Tensor:
 
 def _sampled(transcript: Transcript) -> list[TextSegment]:
     return [s for s in transcript if isinstance(s, TextSegment) and s.origin is Origin.SAMPLED]
-
-
-def _fit(restored: Restoration, clean: Tensor) -> bool:
-    return restored.latent is not None and restored.latent.shape == clean.shape

@@ -82,7 +82,7 @@ class Objective(ABC):
         counts: names of what the parts are averaged over; they stand in `batch["counts"]` before `loss`.
     """
 
-    parts: ClassVar[tuple[str, ...]]
+    parts: tuple[str, ...]
     counts: ClassVar[tuple[str, ...]]
 
     @abstractmethod

@@ -78,9 +78,7 @@ def prepared_psnr(image: PreparedImage, clean: PreparedImage) -> float | None:
     """PSNR in dB of two prepared pictures at the model's resolution; None where their sizes differ."""
     if image.size != clean.size:
         return None
-    a, b = (
-        p.pixels.float() if p.pixels.dtype == torch.uint8 else (p.pixels + 1) * 127.5 for p in (image, clean)
-    )
+    a, b = (p.float() if p.dtype == torch.uint8 else (p + 1) * 127.5 for p in (image.picture, clean.picture))
     return decibels(float((a - b).pow(2).mean()))
 
 
@@ -101,7 +99,7 @@ class NoisePlan:
     @classmethod
     def of(cls, batch: PackedBatch, seeds: Sequence[int]) -> NoisePlan:
         """The plan of a packed batch on the CPU."""
-        rows = batch.velocity_row
+        rows = batch.scored_row
         places = torch.arange(len(rows))
         if len(rows):
             places = places - torch.searchsorted(rows, rows, right=False)
@@ -123,10 +121,10 @@ class NoisePlan:
     def draw(self, batch: PackedBatch) -> Tensor:
         """(G, C) float32 like `batch.latents`: noise at the noised copies, zero elsewhere."""
         noise = torch.zeros_like(batch.latents)
-        if self.lanes:
-            width = noise.shape[-1]
+        width = noise.shape[-1]  # 0 for codes, which take none
+        if self.lanes and width:
             drawn = RowRandom(self.seeds).normal(self.lanes * width).view(len(self.seeds), -1, width)
-            noise[batch.velocity_at] = drawn[batch.velocity_row, self.places]
+            noise[batch.scored_at] = drawn[batch.scored_row, self.places]
         return noise
 
 

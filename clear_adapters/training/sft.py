@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clear_adapters.backbones.base import Backbone
-from clear_adapters.backbones.packed import LatentPiece, Piece
+from clear_adapters.backbones.packed import LatentPiece, Piece, restoration_loss
 from clear_adapters.datasets.traces import TraceSettings, build_transcript
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import Protocol
@@ -34,10 +34,10 @@ class SftSettings:
         mode: `clear` trains the whole protocol; `direct` is the plain rival: understanding tokens of the degraded
             picture, the question, the answer, in the family's own chat, with no protocol and no latent.
         vit_drop: probability with which a row's understanding tokens of the degraded picture are left out.
-        noised_copies: noised copies of each restoration, each at its own time.
+        noised_copies: noised copies of each restoration, each at its own time. Codes have no noise and one copy.
         timestep_shift: s of `t = s u / (1 + (s - 1) u)` with `u = sigmoid(N(0, 1))`.
         ce_weight: of the cross-entropy.
-        mse_weight: of the flow loss.
+        mse_weight: of the restorations' loss: the flow loss, or the cross-entropy of codes.
         traces: how paths are chosen.
 
     Raises:
@@ -69,10 +69,10 @@ class SftSettings:
 class SftObjective(Objective):
     """Stage 1's batches and loss."""
 
-    parts = ("ce", "mse")
     counts = ("text_tokens", "latent_tokens")
 
     def __init__(self, backbone: Backbone, protocol: Protocol, settings: SftSettings) -> None:
+        self.parts = ("ce", backbone.spec.loss)
         self.backbone = backbone
         self.protocol = protocol
         self.settings = settings
@@ -98,7 +98,7 @@ class SftObjective(Objective):
             transcript = draw_transcript(
                 backbone, self.protocol, draw, rng, settings.traces, settings.vit_drop
             )
-        copies = settings.noised_copies
+        copies = settings.noised_copies if backbone.spec.kind == "flow" else 1
         times = [
             [draw_time(rng, settings.timestep_shift) for _ in range(copies)] for _ in transcript.restorations
         ]
@@ -117,35 +117,34 @@ class SftObjective(Objective):
         return {
             "batch": batch,
             "noise": NoisePlan.of(batch, [draw.seed for draw in draws]),
-            "counts": torch.tensor([float(batch.text_weight.sum()), float(len(batch.velocity_at))]),
+            "counts": torch.tensor([float(batch.text_weight.sum()), float(len(batch.scored_at))]),
         }
 
     # -- loss
 
     def loss(self, module: nn.Module, batch: dict[str, Any], counts: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy and flow loss; see `Objective.loss`."""
+        """Cross-entropy and the restorations' loss; see `Objective.loss`."""
         packed = batch["batch"]
         packed = self.backbone.encode(packed, batch["noise"].draw(packed))
         outputs = module(packed)
         ce = F.cross_entropy(outputs.text_logits.float(), packed.text_targets, reduction="none")
         ce = (ce * packed.text_weight).sum() / counts[0].clamp(min=1)
         # Without a restoration these are empty: a zero that still hangs on the graph, so that every process takes part.
-        assert packed.target is not None
-        target = packed.target.index_select(0, packed.velocity_at)
-        mse = (outputs.velocity.float() - target).pow(2).mean(-1).sum() / counts[1].clamp(min=1)
+        restored = restoration_loss(outputs, packed).sum() / counts[1].clamp(min=1)
         settings = self.settings
-        return {"loss": settings.ce_weight * ce + settings.mse_weight * mse, "ce": ce, "mse": mse}
+        loss = settings.ce_weight * ce + settings.mse_weight * restored
+        return {"loss": loss, "ce": ce, self.parts[1]: restored}
 
 
 def _with_copies(built: list[Piece], times: list[list[float]]) -> list[Piece]:
     """Puts further noised copies behind the first one of each restoration, each on a branch of its own."""
-    noised = [p for p in built if isinstance(p, LatentPiece) and p.velocity]
+    noised = [p for p in built if isinstance(p, LatentPiece) and p.scored]
     branch = max((p.branch for p in noised), default=0)
     own = iter(times)
     done: list[Piece] = []
     for piece in built:
         done.append(piece)
-        if isinstance(piece, LatentPiece) and piece.velocity:
+        if isinstance(piece, LatentPiece) and piece.scored:
             for time in next(own):
                 branch += 1
                 done.append(replace(piece, time=time, branch=branch))

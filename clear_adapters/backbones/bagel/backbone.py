@@ -16,15 +16,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from clear_adapters.backbones.bagel.autoencoder import decode_tokens, encode_pixels
-from clear_adapters.backbones.bagel.cache import Cache, stack
-from clear_adapters.backbones.bagel.checkpoint import load_checkpoint
-from clear_adapters.backbones.bagel.images import prepare_image, to_pil
+from clear_adapters.backbones.bagel.checkpoint import load_checkpoint, save_checkpoint
+from clear_adapters.backbones.bagel.images import prepare_image
 from clear_adapters.backbones.bagel.model import BagelModel, Frame
 from clear_adapters.backbones.bagel.packing import Marks, Packer, grid_places, pad_patches
 from clear_adapters.backbones.bagel.spec import SPEC
-from clear_adapters.backbones.bagel.writer import Writer
-from clear_adapters.backbones.base import Backbone, Context, FlowTrace, Restoration
+from clear_adapters.backbones.base import Backbone, Context, FlowTrace, Restoration, named_rows
+from clear_adapters.backbones.cache import Cache, Slots, stack
 from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
+from clear_adapters.backbones.pixels import to_pil
+from clear_adapters.backbones.writer import Writer, can_capture, write_turn
 from clear_adapters.errors import CheckpointError, ClearValueError
 from clear_adapters.sampling import (
     LatentSampling,
@@ -36,7 +37,7 @@ from clear_adapters.sampling import (
     sde_logprob,
     sde_mean,
 )
-from clear_adapters.transcript import Origin, TextSegment
+from clear_adapters.transcript import TextSegment
 
 if TYPE_CHECKING:
     from clear_adapters.bridge import LatentBridge
@@ -120,6 +121,9 @@ class BagelBackbone(Backbone):
             ) from error
         model, autoencoder = load_checkpoint(Path(folder), dtype, where)
         return cls(model, autoencoder, tokenizer)
+
+    def save(self, folder: Path) -> None:
+        save_checkpoint(folder, self.model, self.autoencoder, self.tokenizer)
 
     @classmethod
     def recognises(cls, folder: Path) -> bool:
@@ -214,12 +218,16 @@ class BagelBackbone(Backbone):
 
     @torch.no_grad()
     def read_text(
-        self, context: Context, ids: Sequence[Tensor], rows: Sequence[int] | None = None
+        self,
+        context: Context,
+        ids: Sequence[Tensor],
+        rows: Sequence[int] | None = None,
+        own: bool = False,
     ) -> Context:
-        names = _named(context, rows, len(ids))
+        names = named_rows(context, rows, len(ids))
         blocks = []
-        for own in ids:
-            tokens = own.tolist()
+        for given in ids:
+            tokens = given.tolist()
             closed = bool(tokens) and tokens[-1] == self.marks.end
             blocks.append([self.marks.start, *tokens] + ([] if closed else [self.marks.end]))
         length = max(len(b) for b in blocks)
@@ -243,7 +251,7 @@ class BagelBackbone(Backbone):
         understanding: bool = True,
         rows: Sequence[int] | None = None,
     ) -> Context:
-        names = _named(context, rows, len(images))
+        names = named_rows(context, rows, len(images))
         if as_condition:
             context = self._read_latents(context, self.encode_images(images), None, names)
         if understanding:
@@ -265,7 +273,7 @@ class BagelBackbone(Backbone):
         bridge: LatentBridge | None,
         rows: Sequence[int] | None = None,
     ) -> Context:
-        return self._read_latents(context, restorations, bridge, _named(context, rows, len(restorations)))
+        return self._read_latents(context, restorations, bridge, named_rows(context, rows, len(restorations)))
 
     @torch.no_grad()
     def reencode(
@@ -273,42 +281,35 @@ class BagelBackbone(Backbone):
     ) -> Context:
         drawn = self.decode_each(restorations)
         images = [self.prepare(image) for image in drawn if image is not None]
-        return self.read_image(context, images, as_condition=False, rows=_named(context, rows, len(images)))
+        return self.read_image(
+            context, images, as_condition=False, rows=named_rows(context, rows, len(images))
+        )
 
-    @torch.no_grad()  # as a decorator it holds inside each step only, not in the caller between steps
     def write_text_steps(
         self, context: Context, sampling: TextSampling, rows: Sequence[int] | None = None
     ) -> Generator[Tensor, None, tuple[Context, list[TextSegment]]]:
-        names = _named(context, rows)
-        named = torch.tensor(names, dtype=torch.int64).to(self.device)
-        writer = Writer(self.model, context, sampling, names, (self.marks.start, self.marks.end))
-        # Asking a GPU whether all rows are finished stalls it, so it is asked now and then only.
-        check = 1 if self.device.type == "cpu" else 16
-        while writer.steps < sampling.max_new_tokens:
-            ids = writer.advance()
-            yield ids if len(names) == context.rows else ids[named]
-            if writer.steps % check == 0 and not bool(writer.drawing.any()):
-                break
-        context = self._feed(writer.context, writer.feed, writer.reading).context
-        if bool(writer.drawing.any()):
-            # Cut off at the limit: the block is closed, but nobody chose that token.
-            end = torch.full_like(writer.feed, self.marks.end)
-            context = self._feed(context, end, writer.drawing).context
-        table, scores = writer.tokens.cpu(), writer.logprobs.cpu()
-        segments = []
-        for row in names:
-            own = table[row] >= 0
-            ids = table[row][own]
-            segments.append(
-                TextSegment(ids, Origin.SAMPLED, self.decode_text(ids), logprobs=scores[row][own])
-            )
-        return context, segments
+        names = named_rows(context, rows)
+        marks = (self.marks.start, self.marks.end)
+        writer = Writer(
+            self._token_step, context, sampling, names, marks, captures=can_capture(self.model, self.device)
+        )
+        return write_turn(writer, names, self._feed, self.marks.end, self.decode_text)
 
-    def _feed(self, context: Context, token: Tensor, active: Tensor) -> _Step:
+    def _token_step(self, token: Tensor, positions: Tensor, mask: Tensor, slots: Slots) -> Tensor:
+        """A step of `Writer`."""
+        decoder = self.model.language_model.model
+        und = decoder.embed_tokens(token)
+        cos, sin = decoder.rotary(positions)
+        frame = Frame(
+            (len(token), 1), torch.arange(len(token), device=token.device), token[:0], cos, sin, mask
+        )
+        und, _, _ = decoder(und, und.new_zeros(0, und.shape[-1]), frame, slots)
+        return self.model.logits(und)
+
+    def _feed(self, context: Context, token: Tensor, active: Tensor) -> Context:
         und = self.model.language_model.model.embed_tokens(token)
         step = self._pass(context, active[:, None], context.position[:, None], und, None, full=False)
-        step.context = replace(step.context, position=context.position + active)
-        return step
+        return replace(step.context, position=context.position + active)
 
     @torch.no_grad()  # as a decorator it holds inside each step only, not in the caller between steps
     def restore_steps(
@@ -318,7 +319,7 @@ class BagelBackbone(Backbone):
         guidance: Sequence[Context | None] = (),
         rows: Sequence[int] | None = None,
     ) -> Generator[list[Restoration], None, tuple[Context, list[Restoration]]]:
-        names = _named(context, rows)
+        names = named_rows(context, rows)
         own = context if len(names) == context.rows else context.select(names)
         sizes = [s for s in own.sizes if s is not None]
         if len(sizes) != own.rows:
@@ -533,7 +534,7 @@ class BagelBackbone(Backbone):
         states = spread(und, gen[:0])
         return ModelOutputs(
             text_logits=model.logits(states.index_select(0, batch.text_at)),
-            velocity=model.velocity(gen.index_select(0, batch.velocity_at)),
+            scored=model.velocity(gen.index_select(0, batch.scored_at)),
             hidden={i: spread(*k).view(b, length, -1) for i, k in kept.items()},
         )
 
@@ -561,21 +562,10 @@ class _Step:
             )
         return self._after
 
-    @context.setter
-    def context(self, value: Context) -> None:
-        self._after = value
-
     @property
     def scratch(self) -> Cache:
         """The cache without the block, where the next pass finds room."""
         return self._room.again()
-
-
-def _named(context: Context, rows: Sequence[int] | None, given: int | None = None) -> list[int]:
-    names = list(range(context.rows)) if rows is None else list(rows)
-    if given is not None and given != len(names):
-        raise ClearValueError(f"{given} blocks for {len(names)} rows: give one for each row")
-    return names
 
 
 def _split(x: Tensor, grids: list[tuple[int, int]], sizes: list[tuple[int, int]]) -> list[Restoration]:

@@ -63,9 +63,3 @@ def prepare_image(image: Image.Image, config: BagelConfig) -> PreparedImage:
         patches=to_patches(to_pixels(for_vit), config.patch),
         patch_grid=(height // config.patch, width // config.patch),
     )
-
-
-def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """(n, 3, H, W) in [-1, 1] to PIL images."""
-    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(a) for a in array]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from clear_adapters.backbones.bagel.config import BagelConfig
+from clear_adapters.backbones.layout import Row
 from clear_adapters.backbones.packed import (
     ImagePiece,
     LatentPiece,
@@ -34,36 +35,6 @@ def grid_places(grid: tuple[int, int], side: int) -> Tensor:
     return (torch.arange(grid[0])[:, None] * side + torch.arange(grid[1])[None]).flatten()
 
 
-@dataclass
-class _Row:
-    """One row under construction; places count inside the row."""
-
-    ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    block: list[int] = field(default_factory=list)
-    full: list[bool] = field(default_factory=list)
-    branch: list[int] = field(default_factory=list)
-    gen: list[int] = field(default_factory=list)
-    patches: list[int] = field(default_factory=list)
-    next_position: dict[int, int] = field(default_factory=lambda: {0: 0})
-    blocks: int = 0
-
-    def open(self, branch: int) -> int:
-        """The position at which a block of a branch starts: a branch goes on from where the trunk was."""
-        return self.next_position.setdefault(branch, self.next_position[0])
-
-    def add(self, ids: list[int], positions: list[int], full: bool, branch: int) -> int:
-        """Adds a block; returns the place of its first token."""
-        first = len(self.ids)
-        self.ids += ids
-        self.positions += positions
-        self.block += [self.blocks] * len(ids)
-        self.full += [full] * len(ids)
-        self.branch += [branch] * len(ids)
-        self.blocks += 1
-        return first
-
-
 class Packer:
     """Collects rows and turns them into tensors once."""
 
@@ -73,7 +44,7 @@ class Packer:
 
     def pack(self, rows: Sequence[Sequence[Piece]], hidden_layers: tuple[int, ...]) -> PackedBatch:
         """Lays out rows; see `PackedBatch`."""
-        built: list[_Row] = []
+        built: list[Row] = []
         self._text: list[tuple[int, int, int, float]] = []  # row, place, target, weight
         self._velocity: list[tuple[int, int, int]] = []  # row, first latent token, count
         self._patches: list[tuple[Tensor, tuple[int, int]]] = []
@@ -85,7 +56,7 @@ class Packer:
         self._watched: list[tuple[int, int, int, int]] = []  # row, place, count, number
         self._tokens = 0
         for number, pieces in enumerate(rows):
-            row = _Row()
+            row = Row()
             for piece in pieces:
                 if isinstance(piece, TextPiece):
                     self._add_text(row, number, piece)
@@ -99,7 +70,7 @@ class Packer:
             built.append(row)
         return self._finish(built, hidden_layers)
 
-    def _add_text(self, row: _Row, number: int, piece: TextPiece) -> None:
+    def _add_text(self, row: Row, number: int, piece: TextPiece) -> None:
         ids = piece.ids.tolist()
         closed = bool(ids) and ids[-1] == self._marks.end
         tokens = [self._marks.start, *ids] + ([] if closed else [self._marks.end])
@@ -109,14 +80,14 @@ class Packer:
         if piece.scored:
             self._text += [(number, first + i, token, piece.weight) for i, token in enumerate(ids)]
 
-    def _add_image_block(self, row: _Row, count: int, branch: int) -> int:
+    def _add_image_block(self, row: Row, count: int, branch: int) -> int:
         start = row.open(branch)
         tokens = [self._marks.image_start] + [0] * count + [self._marks.image_end]
         first = row.add(tokens, [start] * len(tokens), True, branch)
         row.next_position[branch] = start + 1
         return first + 1
 
-    def _add_patches(self, row: _Row, number: int, piece: ImagePiece) -> None:
+    def _add_patches(self, row: Row, number: int, piece: ImagePiece) -> None:
         patches, grid = piece.image.patches, piece.image.patch_grid
         first = self._add_image_block(row, len(patches), piece.branch)
         if piece.watched >= 0:
@@ -128,7 +99,7 @@ class Packer:
             self._patches.append((patches, grid))
         self._patch_uses.append(place)
 
-    def _add_latent(self, row: _Row, number: int, piece: LatentPiece) -> None:
+    def _add_latent(self, row: Row, number: int, piece: LatentPiece) -> None:
         source: Tensor | int
         if piece.latent is None:
             if piece.image is None:
@@ -148,12 +119,12 @@ class Packer:
         row.gen += range(first, first + count)
         if piece.watched >= 0:
             self._watched.append((number, first, count, piece.watched))
-        if piece.velocity:
+        if piece.scored:
             self._velocity.append((number, self._tokens, count))
         self._latents.append((source, grid, piece))
         self._tokens += count
 
-    def _finish(self, rows: list[_Row], hidden_layers: tuple[int, ...]) -> PackedBatch:
+    def _finish(self, rows: list[Row], hidden_layers: tuple[int, ...]) -> PackedBatch:
         length = -(-max(len(r.ids) for r in rows) // 8) * 8
 
         def table(name: str, fill: int, dtype: torch.dtype) -> Tensor:
@@ -200,10 +171,8 @@ class Packer:
             latent_time=per_token([p.time for _, p in pieces], torch.float32),
             latent_noised=per_token([p.time > 0 and not p.noised for _, p in pieces], torch.bool),
             latent_bridged=per_token([p.bridged for _, p in pieces], torch.bool),
-            velocity_at=torch.cat([v for _, v in velocity])
-            if velocity
-            else torch.zeros(0, dtype=torch.int64),
-            velocity_row=torch.tensor([n for n, v in velocity for _ in range(len(v))], dtype=torch.int64),
+            scored_at=torch.cat([v for _, v in velocity]) if velocity else torch.zeros(0, dtype=torch.int64),
+            scored_row=torch.tensor([n for n, v in velocity for _ in range(len(v))], dtype=torch.int64),
             text_at=torch.tensor(
                 [r * length + p for r, p in zip(text[0], text[1], strict=True)], dtype=torch.int64
             ),

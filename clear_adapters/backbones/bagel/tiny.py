@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from clear_adapters.backbones.bagel.autoencoder import build_autoencoder
 from clear_adapters.backbones.bagel.backbone import BagelBackbone
 from clear_adapters.backbones.bagel.config import AutoencoderConfig, BagelConfig, Resize
 from clear_adapters.backbones.bagel.model import BagelModel, sincos_table
+from clear_adapters.backbones.byte_tokenizer import byte_tokenizer
 
 _MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes and BAGEL's four marks: any text can be encoded, and nothing is ever unknown."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in _MARKS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", clean_up_tokenization_spaces=False
-    )
+def tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes and BAGEL's four marks."""
+    return byte_tokenizer(_MARKS, eos_token="<|im_end|>")
 
 
 def small_config(
@@ -123,4 +116,4 @@ def build(seed: int = 0, layers: int = 2) -> BagelBackbone:
         ae=AutoencoderConfig(ch=8, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=4, norm_groups=4),
     )
     model, autoencoder = initialise(config, seed)
-    return BagelBackbone(model, autoencoder, byte_tokenizer())
+    return BagelBackbone(model, autoencoder, tokenizer())

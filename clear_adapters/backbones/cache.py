@@ -77,6 +77,11 @@ class Pass:
         self._storage.used = self.stop if length is None else length
         return Cache(self._storage)
 
+    def release(self, length: int) -> None:
+        """Gives everything from a length on back, as long as nobody has read behind it."""
+        if self._storage.used == self.stop:
+            self._storage.used = length
+
     def slots(self) -> Tensor:
         """(layers, 2, B, H, stop, d), a view: what is read, and the room."""
         return self._storage.data[..., : self.stop, :]
@@ -110,6 +115,10 @@ class Slots:
     def commit(self, length: int) -> Cache:
         """The cache with what was written below a length."""
         return self._room.commit(length)
+
+    def release(self, length: int) -> None:
+        """Gives everything from a length on back, as long as nobody has read behind it."""
+        self._room.release(length)
 
 
 def stack(contexts: list[Context]) -> Context:

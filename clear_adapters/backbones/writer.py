@@ -7,19 +7,19 @@ On other devices the same step runs as it is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from clear_adapters.backbones.bagel.cache import Slots
-from clear_adapters.backbones.bagel.model import BagelModel, Frame
 from clear_adapters.backbones.base import Context
+from clear_adapters.backbones.cache import Slots
 from clear_adapters.sampling import RowRandom, TextSampling, choose_token
+from clear_adapters.transcript import Origin, TextSegment
 
 _PORTIONS = {"cuda": 256}
 """Tokens for which room is made at once: a graph is captured for each portion."""
@@ -61,7 +61,12 @@ def _tell(reason: str) -> None:
     )
 
 
-def can_capture(model: BagelModel, device: torch.device) -> bool:
+Step = Callable[[Tensor, Tensor, Tensor, Slots], Tensor]
+"""One token in every row: its ids (B,), positions (B, 1), mask (B, 1, 1, K) bool and the cache's room, to logits (B, V) of
+the next token. Nothing in it may wait for the device."""
+
+
+def can_capture(model: nn.Module, device: torch.device) -> bool:
     """Whether a step can be replayed as a graph: on a GPU, and not where hooks gather shards of the base.
 
     Shards are told by their modules: gathered ones are plain tensors.
@@ -83,22 +88,27 @@ class Writer:
 
     def __init__(
         self,
-        model: BagelModel,
+        step: Step,
         context: Context,
         sampling: TextSampling,
         rows: Sequence[int],
         marks: tuple[int, int],
+        *,
+        captures: bool = False,
+        room: int | None = None,
     ) -> None:
         """Makes ready; nothing is read yet.
 
         Args:
-            model: the network.
+            step: reads a token in every row.
             context: what the rows have read; it stays usable.
             sampling: of the tokens.
             rows: those that write.
-            marks: ids of the tokens that open and close a block.
+            marks: ids of the token that is read first, and of the one that ends a turn.
+            captures: whether the step may be captured, see `can_capture`.
+            room: tokens to make room for at once; None is in portions.
         """
-        self._model, self._context, self._sampling = model, context, sampling
+        self._read, self._context, self._sampling = step, context, sampling
         device, count = context.position.device, context.rows
         start, self._end = marks
         active = torch.zeros(count, dtype=torch.bool)
@@ -109,18 +119,19 @@ class Writer:
         self.tokens = torch.full((count, sampling.max_new_tokens), -1, device=device)
         self.logprobs = torch.zeros(count, sampling.max_new_tokens, device=device)
         self.steps = 0
+        self._limit = room or sampling.max_new_tokens
         self._position = context.position.clone()
         self._random = context.random.clone()
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
-        self._rows = torch.arange(count, device=device)
-        self._captures = can_capture(model, device)
+        self._captures = captures
+        self._room = room
         self._graph: torch.cuda.CUDAGraph | None = None
         self._open(context)
 
     def _open(self, context: Context) -> None:
         """Room behind a context for the next portion of tokens."""
-        portion = _PORTIONS.get(context.position.device.type, _PORTION)
-        room = context.cache.reserve(context.length, min(portion, self._sampling.max_new_tokens - self.steps))
+        portion = self._room or _PORTIONS.get(context.position.device.type, _PORTION)
+        room = context.cache.reserve(context.length, min(portion, self._limit - self.steps))
         # The room is taken at once: what is appended to a fork of the context meanwhile goes elsewhere.
         room.commit()
         self._slots = Slots(room, torch.full_like(self._place, room.start))
@@ -168,25 +179,30 @@ class Writer:
 
     def _step(self) -> None:
         """One token in every row, all of it in place."""
-        decoder, slots = self._model.language_model.model, self._slots
-        und = decoder.embed_tokens(self.feed)
+        slots = self._slots
         # A token sees itself also where it is a hole, against NaN.
         self._mask.index_fill_(3, slots.place, True)
-        cos, sin = decoder.rotary(self._position[:, None])
-        frame = Frame((len(self.feed), 1), self._rows, self._rows[:0], cos, sin, self._mask)
-        und, _, _ = decoder(und, und.new_zeros(0, und.shape[-1]), frame, slots)
+        logits = self._read(self.feed, self._position[:, None], self._mask, slots)
         self._mask.index_copy_(3, slots.place, self.reading[:, None, None, None])
         self._position += self.reading
-        random = RowRandom(self._random.seeds, self._random.counts)
-        token, logprob = choose_token(self._model.logits(und), self._sampling, random, self.drawing)
-        self._random.counts.copy_(random.counts)
+        self._choose(logits)
+        slots.place += 1
+        self._place += 1
+
+    def _choose(self, logits: Tensor) -> None:
+        """Takes the next token of each row, in place."""
+        token, logprob = self._draw(logits, self.drawing)
         self.tokens.index_copy_(1, self._place, torch.where(self.drawing, token, -1)[:, None])
         self.logprobs.index_copy_(1, self._place, logprob[:, None])
         self.feed.copy_(torch.where(self.drawing, token, self._end))
         self.reading.copy_(self.drawing)
         self.drawing &= token != self._end
-        slots.place += 1
-        self._place += 1
+
+    def _draw(self, logits: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        random = RowRandom(self._random.seeds, self._random.counts)
+        token, logprob = choose_token(logits, self._sampling, random, active)
+        self._random.counts.copy_(random.counts)
+        return token, logprob
 
     @property
     def context(self) -> Context:
@@ -199,3 +215,42 @@ class Writer:
             position=self._position.clone(),
             random=self._random.clone(),
         )
+
+
+@torch.no_grad()  # as a decorator it holds inside each step only, not in the caller between steps
+def write_turn(
+    writer: Writer,
+    rows: Sequence[int],
+    feed: Callable[[Context, Tensor, Tensor], Context],
+    end: int,
+    decode: Callable[[Tensor], str],
+) -> Generator[Tensor, None, tuple[Context, list[TextSegment]]]:
+    """Runs a writer to the end of all turns: what `Backbone.write_text_steps` gives.
+
+    Args:
+        writer: ready to write.
+        rows: those that write.
+        feed: reads one token (B,) where a mask (B,) is True.
+        end: the token that ends a turn.
+        decode: text of ids.
+    """
+    named = torch.tensor(rows, dtype=torch.int64).to(writer.tokens.device)
+    limit, every = writer.tokens.shape[1], len(rows) == len(writer.tokens)
+    # Asking a GPU whether all rows are finished stalls it, so it is asked now and then only.
+    check = 1 if writer.tokens.device.type == "cpu" else 16
+    while writer.steps < limit:
+        ids = writer.advance()
+        yield ids if every else ids[named]
+        if writer.steps % check == 0 and not bool(writer.drawing.any()):
+            break
+    context = feed(writer.context, writer.feed, writer.reading)
+    if bool(writer.drawing.any()):
+        # Cut off at the limit: the block is closed, but nobody chose that token.
+        context = feed(context, torch.full_like(writer.feed, end), writer.drawing)
+    table, scores = writer.tokens.cpu(), writer.logprobs.cpu()
+    segments = []
+    for row in rows:
+        own = table[row] >= 0
+        ids = table[row][own]
+        segments.append(TextSegment(ids, Origin.SAMPLED, decode(ids), logprobs=scores[row][own]))
+    return context, segments
