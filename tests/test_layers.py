@@ -16,7 +16,7 @@ LAYERS = {
     3: ["backbones/*/", "hub/"],
     2: [
         *("backbones/__init__", "backbones/base", "backbones/packed", "backbones/attention"),
-        *("lora", "bridge", "store"),
+        *("lora", "bridge", "store", "download", "safety"),
     ],
     1: [
         *(
