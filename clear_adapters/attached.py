@@ -397,6 +397,8 @@ class AttachedModel:
                 token=token,
                 commit_message=commit_message,
                 overwrite=overwrite,
+                results=results,
+                license=license,
             )
 
     # -- facts

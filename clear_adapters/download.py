@@ -66,21 +66,21 @@ def explain(error: BaseException, repo_id: str, revision: str | None, token: str
 
     cause = error
     wrappers = (errors.LocalEntryNotFoundError, RuntimeError)
-    while isinstance(cause, wrappers) and not isinstance(cause, errors.IncompleteSnapshotError) and cause.__cause__:
+    while (
+        isinstance(cause, wrappers)
+        and not isinstance(cause, errors.IncompleteSnapshotError)
+        and cause.__cause__
+    ):
         cause = cause.__cause__
     status = _status(cause)
     where = f"{repo_id!r}{f' at revision {revision!r}' if revision else ''}"
     said = hide(f"{type(cause).__name__}: {' '.join(str(cause).split())}", token)
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        words = (
-            f"HF_HUB_OFFLINE is set, and the cache does not hold {where} whole: load it once with a connection, or unset it"
-        )
+        words = f"HF_HUB_OFFLINE is set, and the cache does not hold {where} whole: load it once with a connection, or unset it"
     elif isinstance(cause, errors.IncompleteSnapshotError):
         words = f"the cache holds a part of {where} only, and the Hub cannot be reached: load it once with a connection"
     elif isinstance(cause, errors.GatedRepoError):
-        words = (
-            f"{where} is gated: ask for access on its page, and log in (`hf auth login`) with an account that has it"
-        )
+        words = f"{where} is gated: ask for access on its page, and log in (`hf auth login`) with an account that has it"
     elif isinstance(cause, errors.RevisionNotFoundError):
         words = f"the Hub has {repo_id!r}, but no revision {revision!r}: check the branch, tag or commit"
     elif isinstance(cause, errors.RepositoryNotFoundError):
@@ -89,11 +89,15 @@ def explain(error: BaseException, repo_id: str, revision: str | None, token: str
             "(`hf auth login`) or pass a token of someone who may read it"
         )
     elif status == 401:
-        words = "the Hub does not know this token (401): log in again with `hf auth login`, or set HF_TOKEN anew"
+        words = (
+            "the Hub does not know this token (401): log in again with `hf auth login`, or set HF_TOKEN anew"
+        )
     elif status == 403:
         words = f"the token may not do this with {where} (403): it needs the right to, of an account that owns or may write it"
     elif status in (409, 412):
-        words = f"{where} was changed at the same time ({status}): nothing was written; look at it and try again"
+        words = (
+            f"{where} was changed at the same time ({status}): nothing was written; look at it and try again"
+        )
     elif status == 429:
         words = "the Hub has had too many requests (429), and went on refusing after several tries: wait some minutes"
     elif status is not None and status >= 500:

@@ -9,13 +9,54 @@ from pathlib import Path, PurePosixPath
 from clear_adapters.errors import AdapterError
 
 PICKLES = frozenset(
-    ".bin .ckpt .dill .h5 .joblib .keras .npy .npz .pickle .pkl .pt .pth .pth.tar .t7".split()
+    [
+        ".bin",
+        ".ckpt",
+        ".dill",
+        ".h5",
+        ".joblib",
+        ".keras",
+        ".npy",
+        ".npz",
+        ".pickle",
+        ".pkl",
+        ".pt",
+        ".pth",
+        ".t7",
+    ]
 )
 """Endings of formats that can run code when they are loaded."""
 
 CODE = frozenset(
-    ".bash .bat .cmd .com .cu .dll .dylib .exe .ipynb .jar .js .lua .pl .ps1 .py .pyc .pyd .pyo .pyw .pyx .rb .sh .so "
-    ".vbs .wasm .whl .zsh".split()
+    [
+        ".bash",
+        ".bat",
+        ".cmd",
+        ".com",
+        ".cu",
+        ".dll",
+        ".dylib",
+        ".exe",
+        ".ipynb",
+        ".jar",
+        ".js",
+        ".lua",
+        ".pl",
+        ".ps1",
+        ".py",
+        ".pyc",
+        ".pyd",
+        ".pyo",
+        ".pyw",
+        ".pyx",
+        ".rb",
+        ".sh",
+        ".so",
+        ".vbs",
+        ".wasm",
+        ".whl",
+        ".zsh",
+    ]
 )
 """Endings of files that are programs."""
 
@@ -38,11 +79,17 @@ def check_names(names: Iterable[str], source: str) -> None:
         if not name or any(ord(c) < 32 or ord(c) == 127 for c in name):
             raise AdapterError(f"{source} holds a file named {shown}: a name is printable text")
         if path.is_absolute() or _DRIVE.match(name) or name.startswith(("\\", "~")):
-            raise AdapterError(f"{source} holds {shown}, an absolute path: it would be read or written elsewhere")
+            raise AdapterError(
+                f"{source} holds {shown}, an absolute path: it would be read or written elsewhere"
+            )
         if ".." in re.split(r"[/\\]", name):
-            raise AdapterError(f"{source} holds {shown}, which leads to a parent folder: it would be read or written elsewhere")
+            raise AdapterError(
+                f"{source} holds {shown}, which leads to a parent folder: it would be read or written elsewhere"
+            )
         if "\\" in name:
-            raise AdapterError(f"{source} holds {shown}: a backslash separates folders on one system and not on another")
+            raise AdapterError(
+                f"{source} holds {shown}: a backslash separates folders on one system and not on another"
+            )
         suffix = path.suffix.lower()
         if suffix in PICKLES:
             raise AdapterError(

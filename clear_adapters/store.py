@@ -132,7 +132,9 @@ def _no_place(text: str, kind: Kind) -> str:
 def _download(repo_id: str, kind: Kind, revision: str | None, token: str | None) -> Path:
     error = AdapterError if kind == "adapter" else CheckpointError
     try:
-        folder = download(repo_id, FILES if kind == "adapter" else _MODEL_FILES, revision=revision, token=token)
+        folder = download(
+            repo_id, FILES if kind == "adapter" else _MODEL_FILES, revision=revision, token=token
+        )
     except Exception as cause:  # the client raises its own errors and those of its transport
         refusal = error(
             f"{repo_id!r} is no folder on this machine, and the Hub does not give it"

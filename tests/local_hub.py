@@ -112,12 +112,16 @@ class LocalHub(ThreadingHTTPServer):
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
-    def fail(self, pattern: str, status: int | None = None, times: int = 1, after: int = 0, **headers: str) -> None:
+    def fail(
+        self, pattern: str, status: int | None = None, times: int = 1, after: int = 0, **headers: str
+    ) -> None:
         """Lets requests fail whose "METHOD path" matches."""
         named = {k.replace("_", "-"): v for k, v in headers.items()}
         self.failures.append(Failure(pattern, status, times, named, after))
 
-    def add(self, repo_id: str, files: Mapping[str, bytes], kind: str = "model", sha: str | None = None) -> Repo:
+    def add(
+        self, repo_id: str, files: Mapping[str, bytes], kind: str = "model", sha: str | None = None
+    ) -> Repo:
         """Makes a repository."""
         repo = self.repos[kind, repo_id] = Repo()
         repo.commit("main", dict(files), "initial commit", sha)
@@ -222,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         with hub.lock:
             self.route(body)
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
 
     def read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -243,7 +247,11 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "application/octet-stream" if isinstance(content, bytes) else "application/json"
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
@@ -316,7 +324,9 @@ class _Handler(BaseHTTPRequestHandler):
         name, _, role = self.user.partition(":")
         token = {"displayName": "t", "role": role or "write"}
         access = {"type": "access_token", "accessToken": token}
-        self.reply(200, {"type": "user", "id": "1", "name": name, "fullname": name, "orgs": [], "auth": access})
+        self.reply(
+            200, {"type": "user", "id": "1", "name": name, "fullname": name, "orgs": [], "auth": access}
+        )
 
     def create(self, told: dict[str, Any]) -> None:
         kind = told.get("type", "model")

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clear_adapters.config import is_hub_id
+from clear_adapters.config import ClearConfig, is_hub_id
 from clear_adapters.download import explain, hide
 from clear_adapters.errors import AdapterError, ClearError, ClearValueError
-from clear_adapters.store import CONFIG, FILES, read_adapter
+from clear_adapters.hub.card import EVAL_RESULTS, FIGURE, GENERATED, README, render_card, render_scores
+from clear_adapters.hub.facts import CardFacts, collect_facts
+from clear_adapters.hub.figure import draw_figure
+from clear_adapters.store import CONFIG, FILES
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-README = "README.md"
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,15 @@ def push_folder(
     token: str | None = None,
     commit_message: str = "Upload CLEAR adapter",
     overwrite: bool = False,
+    results: Sequence[str | Path] = (),
+    license: str | None = None,
+    replaces: Callable[[ClearConfig], bool] | None = None,
 ) -> Pushed:
     """Uploads an adapter folder to a model repository of the Hub, in one commit.
 
-    The folder is read and checked first. Only the adapter's own files go up, whatever else lies in the folder; files of an
-    adapter that was there before and that this one has not are deleted, others stay.
+    The folder is read and checked first. Only the adapter's own files and its card go up, whatever else lies in the folder;
+    files of an adapter that was there before and that this one has not are deleted, others stay. A README that is there keeps
+    its own text; where there is none, that of the folder goes up with the card in it.
 
     Args:
         folder: of the adapter.
@@ -64,9 +69,14 @@ def push_folder(
         token: None is the one of `hf auth login` or `HF_TOKEN`.
         commit_message: of the commit.
         overwrite: replace another adapter that is there. A pull request overwrites nothing and needs it not.
+        results: result files whose scores of this very adapter the card shows.
+        license: of the adapter, as the Hub writes it (`apache-2.0`); None leaves it open.
+        replaces: told what the adapter that is there says about itself, whether it may be replaced without `overwrite`.
 
     Raises:
-        ClearValueError: no Hub id; or a public repository where a private one is asked for.
+        ClearValueError: no Hub id; a result file that did not measure this adapter; or a public repository where a private
+            one is asked for.
+        BrokenEntryError: there are scores, and matplotlib, which draws them, is not installed.
         AdapterError: the folder is no adapter, another adapter is there, or the Hub does not take the files; nothing was
             changed then but that a repository or branch may have been made, as the message says.
     """
@@ -74,76 +84,111 @@ def push_folder(
         raise ClearValueError(f"repo_id={repo_id!r}: a repository of the Hub is named 'owner/name'")
     if not commit_message.strip():
         raise ClearValueError("commit_message is empty: the Hub wants one")
-    read_adapter(folder)
+    folder = Path(folder)
+    branch = revision if revision not in (None, "main") and not create_pr else None
+    facts = collect_facts(folder, repo_id, results=results, license=license, revision=branch)
+    if not results and (folder / EVAL_RESULTS).is_file():
+        raise ClearValueError(
+            f"{folder} has a card with scores ({EVAL_RESULTS}): pass the result files again (results=, --results), so that "
+            "they are checked against these weights, or delete that file"
+        )
+    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    files |= drawn_files(facts)
+    own = _text(folder / README) if (folder / README).is_file() else None
+    settings = _Settings(revision, create_pr, private, overwrite, commit_message, token, replaces)
     made: list[str] = []
     try:
-        return _push(
-            Path(folder), repo_id, made, private, revision, create_pr, token, commit_message, overwrite
-        )
+        return _push(repo_id, facts, files, own, made, settings)
     except ClearError:
         raise
     except Exception as cause:  # the client raises its own errors and those of its transport
-        left = f" {' and '.join(made)} was made before, and is empty." if made else ""
+        left = f" {' and '.join(made)} was made before, and has nothing of the adapter." if made else ""
         refusal = AdapterError(
             f"the adapter was not pushed to {repo_id!r}: {explain(cause, repo_id, revision, token)}.{left}"
         )
         raise refusal from (cause if hide(str(cause), token) == str(cause) else None)
 
 
+def drawn_files(facts: CardFacts) -> dict[str, bytes]:
+    """What stands beside a card, by name: figure and scores, where there are scores.
+
+    Raises:
+        BrokenEntryError: matplotlib is not installed.
+    """
+    figure, scores = draw_figure(facts), render_scores(facts)
+    return {
+        **({} if figure is None else {FIGURE: figure}),
+        **({} if scores is None else {EVAL_RESULTS: scores.encode()}),
+    }
+
+
+@dataclass(frozen=True)
+class _Settings:
+    revision: str | None
+    create_pr: bool
+    private: bool | None
+    overwrite: bool
+    commit_message: str
+    token: str | None
+    replaces: Callable[[ClearConfig], bool] | None
+
+
 def _push(
-    folder: Path,
     repo_id: str,
+    facts: CardFacts,
+    files: dict[str, bytes],
+    own: str | None,
     made: list[str],
-    private: bool | None,
-    revision: str | None,
-    create_pr: bool,
-    token: str | None,
-    commit_message: str,
-    overwrite: bool,
+    settings: _Settings,
 ) -> Pushed:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    api = HfApi(token=token)
-    head = _prepare(api, repo_id, made, private, revision, create_pr)
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-    there = _remote(api, repo_id, head, FILES)
-    differing = [n for n in FILES if n in there and (n not in files or there[n] != _oid(n, files[n], there[n]))]
-    if differing and not overwrite and not create_pr:
+    api, revision = HfApi(token=settings.token), settings.revision
+    head = _prepare(api, repo_id, made, settings)
+    there = _remote(api, repo_id, head)
+    differing = [n for n in FILES if n in there and (n not in files or there[n] != _oid(files[n], there[n]))]
+    allowed = not differing or settings.overwrite or settings.create_pr
+    if not allowed and settings.replaces is not None and CONFIG in there:
+        config = ClearConfig.from_json(_fetched(api, repo_id, CONFIG, head), f"{repo_id}: {CONFIG}")
+        allowed = settings.replaces(config)
+    if not allowed:
         raise AdapterError(
             f"{repo_id!r}{f' at {revision!r}' if revision else ''} holds another adapter ({', '.join(differing)} differ): pass "
             "overwrite=True (--overwrite) to replace it, another revision to keep both, or create_pr=True (--create-pr) to "
             "propose it"
         )
+    if README in there:
+        own = _fetched(api, repo_id, README, head)
+    files = {**files, README: render_card(facts, own).encode()}
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-    operations += [CommitOperationDelete(name) for name in differing if name not in files]
+    operations += [CommitOperationDelete(name) for name in there if name not in files]
     try:
         commit = api.create_commit(
             repo_id,
             operations,
-            commit_message=commit_message,
+            commit_message=settings.commit_message,
             revision=revision,
-            create_pr=create_pr,
+            create_pr=settings.create_pr,
             parent_commit=head,
         )
     except HfHubHTTPError as error:
         # The answer to a commit that was made may be lost, and the client's next try then finds the branch moved on.
-        if error.response.status_code != 412 or create_pr:
+        if error.response.status_code != 412 or settings.create_pr:
             raise
         head = str(api.repo_info(repo_id, revision=revision).sha)
-        there = _remote(api, repo_id, head, FILES)
-        if any(there.get(n) != _oid(n, c, there.get(n)) for n, c in files.items()):
+        there = _remote(api, repo_id, head)
+        if any(there.get(n) != _oid(c, there.get(n)) for n, c in files.items()):
             raise
         return Pushed(repo_id, head, f"{api.endpoint}/{repo_id}/commit/{head}", True)
     return Pushed(repo_id, commit.oid, str(commit.commit_url), commit.oid != head, commit.pr_url)
 
 
-def _prepare(
-    api: HfApi, repo_id: str, made: list[str], private: bool | None, revision: str | None, create_pr: bool
-) -> str:
+def _prepare(api: HfApi, repo_id: str, made: list[str], settings: _Settings) -> str:
     """The commit that the files go on top of; makes repository and branch where there are none."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    private, revision, create_pr = settings.private, settings.revision, settings.create_pr
     try:
         info = api.repo_info(repo_id)
     except GatedRepoError:
@@ -172,14 +217,28 @@ def _prepare(
         return str(api.repo_info(repo_id, revision=revision).sha)
 
 
-def _remote(api: HfApi, repo_id: str, commit: str, names: Sequence[str]) -> dict[str, str]:
-    """Git's name, or of a large file the SHA-256, of those files that the repository has."""
-    found = api.get_paths_info(repo_id, list(names), revision=commit)
-    return {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in found if hasattr(f, "blob_id")}
+def _remote(api: HfApi, repo_id: str, commit: str) -> dict[str, str]:
+    """Those of our files that the repository has: git's name of each, or the SHA-256 of a large one."""
+    from huggingface_hub.hf_api import RepoFile
+
+    found = api.get_paths_info(repo_id, [*FILES, *GENERATED], revision=commit)
+    return {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in found if isinstance(f, RepoFile)}
 
 
-def _oid(name: str, content: bytes, like: str | None) -> str:
-    """The same of a file here; `like` tells which of the two."""
+def _fetched(api: HfApi, repo_id: str, name: str, commit: str) -> str:
+    with tempfile.TemporaryDirectory() as temporary:
+        return _text(Path(api.hf_hub_download(repo_id, name, revision=commit, local_dir=temporary)))
+
+
+def _oid(content: bytes, like: str | None) -> str:
+    """The same of a file here; `like` tells by its length which of the two."""
     if like is not None and len(like) == 64:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"the {path.name} that is there is not UTF-8 text: mend or remove it") from error
