@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,17 @@ def download(
     """
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(patterns)))
+    asked = {"revision": revision, "token": token, "allow_patterns": list(patterns)}
+    try:
+        return Path(snapshot_download(repo_id, **asked))
+    except Exception as error:
+        if not is_transport(error):
+            raise
+        # The client goes to its cache by itself after some failures of the connection, and after others not.
+        try:
+            return Path(snapshot_download(repo_id, local_files_only=True, **asked))
+        except OSError:
+            raise error from None
 
 
 def commit_of(folder: Path) -> str | None:
@@ -50,7 +61,27 @@ def listing_of(folder: Path) -> list[str]:
         tree = get_cached_repo_tree(repo_id, revision=commit, cache_dir=folder.parents[2])
     except CachedRepoTreeNotFoundError:
         return []  # cached by a client that kept no listing
-    return [entry.path for entry in tree if hasattr(entry, "size")]
+    return [f.path for f in tree]
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a file in the Hub's cache is not what the Hub said it is.
+
+    The cache names contents by what the Hub calls them: large ones by their SHA-256, others as git does. Where it keeps no
+    links to contents, nothing is known.
+    """
+    name = path.resolve().name
+    if not path.is_symlink() or re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name) is None:
+        return False
+    if len(name) == 64:
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest() != name
+    return git_oid(path.read_bytes()) != name
+
+
+def git_oid(content: bytes) -> str:
+    """Git's name of a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def explain(error: BaseException, repo_id: str, revision: str | None, token: str | None = None) -> str:
@@ -72,7 +103,7 @@ def explain(error: BaseException, repo_id: str, revision: str | None, token: str
         and cause.__cause__
     ):
         cause = cause.__cause__
-    status = _status(cause)
+    status = status_of(cause)
     where = f"{repo_id!r}{f' at revision {revision!r}' if revision else ''}"
     said = hide(f"{type(cause).__name__}: {' '.join(str(cause).split())}", token)
     if isinstance(cause, errors.OfflineModeIsEnabled):
@@ -104,7 +135,7 @@ def explain(error: BaseException, repo_id: str, revision: str | None, token: str
         words = f"the Hub has trouble of its own ({status}), and went on after several tries: try again later"
     elif isinstance(cause, OSError) and cause.errno in _FULL:
         words = "there is no room on this disk: make some, or set HF_HOME to another disk"
-    elif _is_transport(cause):
+    elif is_transport(cause):
         words = f"the connection to the Hub for {where} failed, and went on failing after several tries: check the network"
     else:
         words = f"the Hub's client could not do it for {where}"
@@ -118,12 +149,14 @@ def hide(text: str, token: str | None) -> str:
     return re.sub(r"hf_\w+", "<token>", text)
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
+    """Of the answer that an error is about; None where there was none."""
     response: Any = getattr(error, "response", None)
     return getattr(response, "status_code", None)
 
 
-def _is_transport(error: BaseException) -> bool:
+def is_transport(error: BaseException) -> bool:
+    """Whether the connection failed, and not the Hub."""
     # The client has changed its transport before; these names stayed.
     names = {base.__name__ for base in type(error).__mro__}
     return bool(names & {"TransportError", "ConnectionError", "TimeoutError"})

@@ -33,7 +33,7 @@ from torch import Tensor
 from clear_adapters.backbones.base import Backbone
 from clear_adapters.bridge import BridgeConfig
 from clear_adapters.config import ClearConfig, is_builtin_name, is_hub_id
-from clear_adapters.download import commit_of, download, explain, hide, listing_of
+from clear_adapters.download import commit_of, download, explain, hide, is_damaged, listing_of
 from clear_adapters.errors import (
     AdapterError,
     BackboneMismatchError,
@@ -146,6 +146,12 @@ def _download(repo_id: str, kind: Kind, revision: str | None, token: str | None)
     if kind == "adapter":
         names = listing_of(folder)
         check_names(names, f"the repository {repo_id}")
+        for path in (folder / name for name in FILES):
+            if path.is_file() and is_damaged(path):
+                raise AdapterError(
+                    f"{path.relative_to(folder).as_posix()} of {repo_id} is not what the Hub says it is (its hash differs): it was "
+                    f"damaged on its way, or on this disk. Delete {path.resolve()} and load again"
+                )
         if not (folder / CONFIG).is_file():
             raise AdapterError(
                 f"the repository {repo_id} has no {CONFIG}: it is no CLEAR adapter"

@@ -70,15 +70,15 @@ class Failure:
         pattern: of "METHOD path".
         status: that is answered; None drops the connection.
         times: how often; later requests are answered as usual.
-        headers: of the answer.
         after: of a dropped connection: bytes of the body that are sent, or read, before.
+        done: whether an upload or commit is done all the same, and its answer alone is lost.
     """
 
     pattern: str
     status: int | None = None
     times: int = 1
-    headers: dict[str, str] = field(default_factory=dict)
     after: int = 0
+    done: bool = False
 
 
 class LocalHub(ThreadingHTTPServer):
@@ -113,11 +113,15 @@ class LocalHub(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def fail(
-        self, pattern: str, status: int | None = None, times: int = 1, after: int = 0, **headers: str
+        self,
+        pattern: str,
+        status: int | None = None,
+        times: int = 1,
+        after: int = 0,
+        done: bool = False,
     ) -> None:
         """Lets requests fail whose "METHOD path" matches."""
-        named = {k.replace("_", "-"): v for k, v in headers.items()}
-        self.failures.append(Failure(pattern, status, times, named, after))
+        self.failures.append(Failure(pattern, status, times, after, done))
 
     def add(
         self, repo_id: str, files: Mapping[str, bytes], kind: str = "model", sha: str | None = None
@@ -141,9 +145,14 @@ class LocalHub(ThreadingHTTPServer):
 
 
 def card_of(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """The metadata at the head of README.md."""
-    found = re.match(r"---\s*\n(.*?)\n---\s*\n", files.get("README.md", b"").decode(), re.DOTALL)
-    return (yaml.safe_load(found[1]) or {}) if found else {}
+    """The metadata at the head of README.md; none where they cannot be read."""
+    text = files.get("README.md", b"").decode(errors="replace")
+    found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+    try:
+        card = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        card = None
+    return card if isinstance(card, dict) else {}
 
 
 def tags_of(files: Mapping[str, bytes]) -> list[str]:
@@ -214,14 +223,15 @@ class _Handler(BaseHTTPRequestHandler):
                 failure.times -= 1
         self.failure = failure
         body = b""
-        if failure is not None and failure.status is None and self.command in ("PUT", "POST"):
+        is_lost = failure is not None and failure.status is None and not failure.done
+        if failure is not None and is_lost and self.command in ("PUT", "POST"):
             self.rfile.read(min(failure.after, int(self.headers.get("Content-Length") or 0)))
             self.hang_up()
             return
         if self.command in ("POST", "PUT", "DELETE"):
             body = self.read_body()
         if failure is not None and failure.status is not None:
-            self.reply(failure.status, {"error": "asked for"}, {"Retry-After": "0", **failure.headers})
+            self.reply(failure.status, {"error": "asked for"}, {"Retry-After": "0"})
             return
         with hub.lock:
             self.route(body)
@@ -272,6 +282,11 @@ class _Handler(BaseHTTPRequestHandler):
     def user(self) -> str | None:
         given = self.headers.get("Authorization", "")
         return self.server.tokens.get(given.removeprefix("Bearer ")) if given else None
+
+    @property
+    def is_proposal(self) -> bool:
+        """Whether it is a pull request, which anybody may make who has a token."""
+        return self.user is not None and self.query.get("create_pr") == ["1"]
 
     def may_write(self, repo_id: str) -> bool:
         """Whether the user may; answers if not."""
@@ -437,10 +452,10 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = (json.loads(body) if is_json else parse_qs(body.decode()))["paths"]
             self.reply(200, [self.entry(p, repo.commits[sha][p]) for p in wanted if p in repo.commits[sha]])
         elif verb == "preupload":
-            if self.may_write(repo_id):
+            if self.is_proposal or self.may_write(repo_id):
                 self.preupload(json.loads(body), repo.commits[sha])
         elif verb == "commit":
-            if self.user is not None and self.query.get("create_pr") == ["1"]:
+            if self.is_proposal:
                 number = 1 + sum(r.startswith("refs/pr/") for r in repo.refs)
                 self.commit(repo_id, repo, f"refs/pr/{number}", sha, body)
             elif self.may_write(repo_id):

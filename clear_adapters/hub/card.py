@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -44,19 +45,13 @@ def render_card(facts: CardFacts, existing: str | None = None) -> str:
     Raises:
         AdapterError: the metadata of the existing one cannot be read, or it has only one of the two marker lines.
     """
-    from huggingface_hub import ModelCard
-
+    card = None if existing is None or not existing.strip() else _parsed(existing)
+    if card is not None and isinstance(card.data.license, str):
+        facts = replace(facts, license=card.data.license)  # its owner's word
     data = card_data(facts)
     block = f"{BEGIN}\n{render_text(facts)}{END}\n"
-    if existing is None or not existing.strip():
+    if card is None:
         return f"---\n{data.to_yaml()}\n---\n\n{block}"
-    try:
-        # Without metadata of its own the client would warn.
-        card = ModelCard(existing if existing.lstrip().startswith("---") else f"---\n{{}}\n---\n\n{existing}")
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise AdapterError(
-            f"the {README} that is there has metadata that cannot be read ({' '.join(str(error).split())}): mend or remove it"
-        ) from error
     text = card.text
     if (text.count(BEGIN), text.count(END)) not in ((0, 0), (1, 1)) or text.find(BEGIN) > text.find(END):
         raise AdapterError(
@@ -69,6 +64,18 @@ def render_card(facts: CardFacts, existing: str | None = None) -> str:
     else:
         text = f"{text.rstrip()}\n\n{block}" if text.strip() else f"\n{block}"
     return f"---\n{_merged(card, data)}\n---\n{text}"
+
+
+def _parsed(existing: str) -> ModelCard:
+    from huggingface_hub import ModelCard
+
+    try:
+        # Without metadata of its own the client would warn.
+        return ModelCard(existing if existing.lstrip().startswith("---") else f"---\n{{}}\n---\n\n{existing}")
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise AdapterError(
+            f"the {README} that is there has metadata that cannot be read ({' '.join(str(error).split())}): mend or remove it"
+        ) from error
 
 
 def card_data(facts: CardFacts) -> ModelCardData:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clear_adapters.config import ClearConfig, is_hub_id
-from clear_adapters.download import explain, hide
+from clear_adapters.download import explain, git_oid, hide, is_transport, status_of
 from clear_adapters.errors import AdapterError, ClearError, ClearValueError
 from clear_adapters.hub.card import EVAL_RESULTS, FIGURE, GENERATED, README, render_card, render_scores
 from clear_adapters.hub.facts import CardFacts, collect_facts
@@ -19,6 +20,10 @@ from clear_adapters.store import CONFIG, FILES
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+
+_WAITS = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between the tries of a commit."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +147,13 @@ def _push(
     settings: _Settings,
 ) -> Pushed:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api, revision = HfApi(token=settings.token), settings.revision
     head = _prepare(api, repo_id, made, settings)
     there = _remote(api, repo_id, head)
     differing = [n for n in FILES if n in there and (n not in files or there[n] != _oid(files[n], there[n]))]
-    allowed = not differing or settings.overwrite or settings.create_pr
+    # A branch of this push's own begins as a copy of the main one.
+    allowed = not differing or settings.overwrite or settings.create_pr or bool(made)
     if not allowed and settings.replaces is not None and CONFIG in there:
         config = ClearConfig.from_json(_fetched(api, repo_id, CONFIG, head), f"{repo_id}: {CONFIG}")
         allowed = settings.replaces(config)
@@ -161,27 +166,47 @@ def _push(
     if README in there:
         own = _fetched(api, repo_id, README, head)
     files = {**files, README: render_card(facts, own).encode()}
-    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-    operations += [CommitOperationDelete(name) for name in there if name not in files]
-    try:
-        commit = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=settings.commit_message,
-            revision=revision,
-            create_pr=settings.create_pr,
-            parent_commit=head,
-        )
-    except HfHubHTTPError as error:
-        # The answer to a commit that was made may be lost, and the client's next try then finds the branch moved on.
-        if error.response.status_code != 412 or settings.create_pr:
-            raise
-        head = str(api.repo_info(repo_id, revision=revision).sha)
-        there = _remote(api, repo_id, head)
-        if any(there.get(n) != _oid(c, there.get(n)) for n, c in files.items()):
-            raise
-        return Pushed(repo_id, head, f"{api.endpoint}/{repo_id}/commit/{head}", True)
-    return Pushed(repo_id, commit.oid, str(commit.commit_url), commit.oid != head, commit.pr_url)
+    deleted = [name for name in there if name not in files]
+    for wait in (*_WAITS, None):
+        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
+        operations += [CommitOperationDelete(name) for name in deleted]
+        try:
+            commit = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=settings.commit_message,
+                revision=revision,
+                create_pr=settings.create_pr,
+                parent_commit=head,
+            )
+            return Pushed(repo_id, commit.oid, str(commit.commit_url), commit.oid != head, commit.pr_url)
+        except Exception as error:
+            # The client sends a commit once. With its parent named it can be sent again: it is made once or refused.
+            if settings.create_pr or not _may_pass(error):
+                raise
+            done = _made_already(api, repo_id, revision, head, files)
+            if done is not None:
+                return Pushed(repo_id, done, f"{api.endpoint}/{repo_id}/commit/{done}", True)
+            if wait is None or status_of(error) == 412:
+                raise
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _may_pass(error: Exception) -> bool:
+    status = status_of(error)
+    return is_transport(error) or status in (412, 429) or (status is not None and status >= 500)
+
+
+def _made_already(
+    api: HfApi, repo_id: str, revision: str | None, parent: str, files: dict[str, bytes]
+) -> str | None:
+    """The commit with these files that the answer to was lost."""
+    head = str(api.repo_info(repo_id, revision=revision).sha)
+    if head == parent:
+        return None
+    there = _remote(api, repo_id, head)
+    return head if all(there.get(n) == _oid(c, there.get(n)) for n, c in files.items()) else None
 
 
 def _prepare(api: HfApi, repo_id: str, made: list[str], settings: _Settings) -> str:
@@ -234,7 +259,7 @@ def _oid(content: bytes, like: str | None) -> str:
     """The same of a file here; `like` tells by its length which of the two."""
     if like is not None and len(like) == 64:
         return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    return git_oid(content)
 
 
 def _text(path: Path) -> str:
