@@ -16,7 +16,7 @@ LAYERS = {
     3: ["backbones/*/", "hub/"],
     2: [
         *("backbones/__init__", "backbones/base", "backbones/packed", "backbones/attention"),
-        *("lora", "bridge", "store", "download", "safety"),
+        *("lora", "bridge", "store"),
     ],
     1: [
         *(
@@ -29,6 +29,8 @@ LAYERS = {
             "endpoint",
             "results",
             "images",
+            "download",
+            "safety",
         ),
         *("degradations/", "world/"),
     ],

@@ -209,6 +209,7 @@ def plain(value: Any) -> str:
         ("`", "'"),
         ("|", "\\|"),
         ("[", "\\["),
+        ("]", "\\]"),
         ("!", "\\!"),
     ):
         text = text.replace(old, new)
