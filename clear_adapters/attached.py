@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from clear_adapters import store
@@ -387,7 +388,13 @@ class AttachedModel:
         from clear_adapters.hub.push import push_folder
 
         with tempfile.TemporaryDirectory() as temporary:
-            folder = self.save_pretrained(Path(temporary) / repo_id.rpartition("/")[2], dtype=dtype)
+            try:
+                folder = self.save_pretrained(Path(temporary) / "adapter", dtype=dtype)
+            except (OSError, SafetensorError) as error:
+                raise AdapterError(
+                    f"nothing was pushed: the adapter cannot be written to {tempfile.gettempdir()} first: {error}. Make room, "
+                    "or set TMPDIR to another disk"
+                ) from error
             return push_folder(
                 folder,
                 repo_id,

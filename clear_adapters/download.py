@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHORTEST = 6
+"""Characters of a token; a shorter one keeps no secret, and would be found in every word."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,15 +31,24 @@ def download(
     """
     from huggingface_hub import snapshot_download
 
-    asked = {"revision": revision, "token": token, "allow_patterns": list(patterns)}
+    def fetch(from_cache: bool = False) -> Path:
+        found = snapshot_download(
+            repo_id,
+            revision=revision,
+            token=token,
+            allow_patterns=list(patterns),
+            local_files_only=from_cache,
+        )
+        return Path(found)
+
     try:
-        return Path(snapshot_download(repo_id, **asked))
+        return fetch()
     except Exception as error:
         if not is_transport(error):
             raise
         # The client goes to its cache by itself after some failures of the connection, and after others not.
         try:
-            return Path(snapshot_download(repo_id, local_files_only=True, **asked))
+            return fetch(from_cache=True)
         except OSError:
             raise error from None
 
@@ -144,9 +155,10 @@ def explain(error: BaseException, repo_id: str, revision: str | None, token: str
 
 def hide(text: str, token: str | None) -> str:
     """A text without the token, and without anything that has the form of one."""
-    for secret in filter(None, (token, token and token.strip(), token and repr(token)[1:-1])):
-        text = text.replace(secret, "<token>")
-    return re.sub(r"hf_\w+", "<token>", text)
+    # Some errors quote it as Python writes strings.
+    secrets = {token, token.strip(), repr(token)[1:-1]} if isinstance(token, str) else set()
+    patterns = [re.escape(s) for s in sorted(secrets, key=len, reverse=True) if len(s) >= _SHORTEST]
+    return re.sub("|".join([*patterns, r"hf_\w+"]), "<token>", text)
 
 
 def status_of(error: BaseException) -> int | None:

@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
@@ -227,8 +226,8 @@ def test_recorded_words_do_nothing_in_a_card(folder):
     (folder / "clear_config.json").write_text(json.dumps(config))
     text = render_card(collect_facts(folder, "user/mine"))
     fenced = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    for bad in ("<script", "</details><", "\n# Title", "](javascript", "![i]"):
-        assert bad not in fenced
+    for bad in ("<script", "</details><", "\n# Title", r"(?<!\\)\]\(javascript", r"!\[i"):
+        assert not re.search(bad, fenced), bad
     assert text.count("```") % 2 == 0
     assert ModelCard(text).data.library_name == "clear-adapters"
     assert "| protocol | x&lt;/details&gt;" in text
@@ -302,16 +301,3 @@ def test_a_card_with_scores_is_not_pushed_without_them(folder, hub):
 def test_a_card_of_what_is_not_ones_own_needs_a_place(adapter):
     with pytest.raises(ClearValueError, match="--output"):
         write_card(adapter)
-
-
-def test_a_card_that_cannot_be_written_leaves_the_one_that_is_there(folder, monkeypatch):
-    (folder / "README.md").write_text("mine")
-
-    def full(self, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        write_card(folder)
-    assert (folder / "README.md").read_text() == "mine"
-    assert not [p for p in folder.iterdir() if p.name.startswith(".README")]

@@ -2,10 +2,12 @@
 
 import hashlib
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import RepositoryNotFoundError
 from typer.testing import CliRunner
 
 from clear_adapters import attach, store
@@ -14,7 +16,7 @@ from clear_adapters.config import LoraSettings
 from clear_adapters.errors import AdapterError, ClearValueError
 from clear_adapters.hub.push import push_folder
 from tests.hub_client import DEPRECATED, ROOT, answer_elsewhere, turn_to
-from tests.local_hub import card_of, git_oid, local_hub
+from tests.local_hub import COMMIT, card_of, git_oid, local_hub, serve
 
 pytestmark = pytest.mark.filterwarnings(DEPRECATED)
 
@@ -323,6 +325,26 @@ def test_the_token_is_written_nowhere(hub, tmp_path, monkeypatch, caplog, capsys
     assert len(written) > 8
     assert not [p for p in written if secret.encode() in p.read_bytes()]
     assert not any(secret.encode() in c for f in hub.repo("user/mine").commits.values() for c in f.values())
+
+
+def test_a_dataset_repository_is_served_too(tmp_path, monkeypatch):
+    with serve("someone/set", {"a/b.tsv": b"x", "big.parquet": b"y" * 100}, token="hf_test") as (
+        url,
+        requests,
+    ):
+        with local_hub() as other:
+            turn_to(other, tmp_path / "hf", monkeypatch)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        for name, content in (("a/b.tsv", b"x"), ("big.parquet", b"y" * 100)):
+            path = hf_hub_download("someone/set", name, repo_type="dataset", token="hf_test")
+            assert Path(path).read_bytes() == content
+            assert COMMIT in path
+        with pytest.raises(RepositoryNotFoundError):
+            hf_hub_download("someone/set", "other", repo_type="dataset", token=False)
+        assert requests[0] == "HEAD /datasets/someone/set/resolve/main/a/b.tsv"
 
 
 def test_the_names_of_git_are_those_of_the_hub():

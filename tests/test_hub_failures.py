@@ -2,16 +2,22 @@
 
 import hashlib
 import json
+import resource
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 from huggingface_hub import constants
 
-from clear_adapters import store
+from clear_adapters import attach, store
+from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters.config import LoraSettings
 from clear_adapters.errors import AdapterError
 from clear_adapters.hub.push import push_folder
+from clear_adapters.hub.write import write_card
 from tests.hub_client import DEPRECATED, ROOT, environment, turn_to
 from tests.local_hub import local_hub
 
@@ -226,9 +232,41 @@ def test_contents_that_were_changed_on_the_way_are_refused(hub):
             load()
 
 
+@contextmanager
+def no_file_beyond(size):
+    """As on a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_an_adapter_that_cannot_be_written_is_not_pushed(hub, tmp_path):
+    attached = attach(build(0), lora=LoraSettings({"understanding": 64}))
+    with no_file_beyond(20_000), pytest.raises(AdapterError, match=r"nothing was pushed: .*Make room"):
+        attached.push_to_hub("user/mine")
+    assert hub.requests == []
+    attached.push_to_hub("user/mine")
+    attached.detach()
+
+
+def test_a_card_that_cannot_be_written_leaves_the_one_that_is_there(tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(MINE, folder)
+    (folder / "README.md").write_text("mine")
+    with no_file_beyond(100), pytest.raises(OSError, match="File too large"):
+        write_card(folder)
+    assert (folder / "README.md").read_text() == "mine"
+    assert not [p for p in folder.iterdir() if p.name.startswith(".README")]
+
+
 FULL = """
 import json, resource, sys
-from clear_adapters import store
+from clear_adapters import attach, store
+from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters.config import LoraSettings
 from clear_adapters.errors import AdapterError
 limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))

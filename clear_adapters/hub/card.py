@@ -46,8 +46,9 @@ def render_card(facts: CardFacts, existing: str | None = None) -> str:
         AdapterError: the metadata of the existing one cannot be read, or it has only one of the two marker lines.
     """
     card = None if existing is None or not existing.strip() else _parsed(existing)
-    if card is not None and isinstance(card.data.license, str):
-        facts = replace(facts, license=card.data.license)  # its owner's word
+    license = None if card is None else card.data.to_dict().get("license")
+    if isinstance(license, str):
+        facts = replace(facts, license=license)  # its owner's word
     data = card_data(facts)
     block = f"{BEGIN}\n{render_text(facts)}{END}\n"
     if card is None:
