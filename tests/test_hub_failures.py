@@ -67,10 +67,11 @@ def is_whole(repo, folder):
     ids=str,
 )
 def test_a_push_that_is_disturbed_ends_well_in_one_commit(hub, failure):
-    hub.add("user/mine", {})
+    hub.add("user/mine", {"extra.safetensors": b"of before"})
     hub.fail(**failure)
-    done = push_folder(MINE, "user/mine")
+    done = push_folder(MINE, "user/mine", overwrite=True)
     assert hub.failures[0].times == 0
+    assert "extra.safetensors" not in hub.repo("user/mine").files()
     assert is_whole(hub.repo("user/mine"), MINE)
     assert [s for s, _ in hub.repo("user/mine").log][1:] == [done.commit]
     assert done.changed
