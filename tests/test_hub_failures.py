@@ -124,9 +124,11 @@ def test_a_repository_that_cannot_be_made(hub, status):
 
 def test_what_was_made_before_a_failure_is_told(hub):
     hub.fail("POST .*/commit/", 500, FOREVER)
-    with pytest.raises(AdapterError, match="the repository 'user/mine' was made before, and has nothing of"):
+    with pytest.raises(
+        AdapterError, match="the repository 'user/mine' was made before, without this adapter"
+    ):
         push_folder(MINE, "user/mine")
-    with pytest.raises(AdapterError, match="the branch 'other' was made before, and has nothing of"):
+    with pytest.raises(AdapterError, match="the branch 'other' was made before, without this adapter"):
         push_folder(MINE, "user/mine", revision="other")
     hub.failures.clear()
     push_folder(MINE, "user/mine")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-_WAITS = (1.0, 2.0, 4.0, 8.0)
+_WAITS = (1.0, 2.0, 4.0)
 """Seconds between the tries of a commit."""
 
 
@@ -107,7 +107,7 @@ def push_folder(
     except ClearError:
         raise
     except Exception as cause:  # the client raises its own errors and those of its transport
-        left = f" {' and '.join(made)} was made before, and has nothing of the adapter." if made else ""
+        left = f" {' and '.join(made)} was made before, without this adapter." if made else ""
         refusal = AdapterError(
             f"the adapter was not pushed to {repo_id!r}: {explain(cause, repo_id, revision, token)}.{left}"
         )
@@ -202,10 +202,13 @@ def _made_already(
     api: HfApi, repo_id: str, revision: str | None, parent: str, files: dict[str, bytes]
 ) -> str | None:
     """The commit with these files that the answer to was lost."""
-    head = str(api.repo_info(repo_id, revision=revision).sha)
-    if head == parent:
-        return None
-    there = _remote(api, repo_id, head)
+    try:
+        head = str(api.repo_info(repo_id, revision=revision).sha)
+        there = {} if head == parent else _remote(api, repo_id, head)
+    except Exception as error:
+        if _may_pass(error):
+            return None  # the next try will tell
+        raise
     return head if all(there.get(n) == _oid(c, there.get(n)) for n, c in files.items()) else None
 
 
