@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from clear_adapters import store
-from clear_adapters.attached import ATTACHED, AdapterSize, AttachedModel, ClearModule
+from clear_adapters.attached import ATTACHED, AdapterSize, AttachedModel, ClearModule, Origin
 from clear_adapters.backbones import (
     backbone_class,
     explain_unknown,
@@ -21,6 +21,7 @@ from clear_adapters.backbones import (
 from clear_adapters.backbones.base import Backbone
 from clear_adapters.bridge import BridgeConfig, LatentBridge, new_bridge
 from clear_adapters.config import ClearConfig, LoraSettings, is_builtin_name, is_hub_id
+from clear_adapters.download import commit_of
 from clear_adapters.errors import (
     AdapterError,
     AttachError,
@@ -31,7 +32,7 @@ from clear_adapters.errors import (
 )
 from clear_adapters.lora import Lora, target_names, undo_on_failure, whole_parameters
 
-__all__ = ["AdapterSize", "AttachedModel", "ClearModule", "attach", "choose_device"]
+__all__ = ["AdapterSize", "AttachedModel", "ClearModule", "Origin", "attach", "choose_device"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -112,9 +113,9 @@ def attach(
                 f"{stored.folder} does not say which model it was trained on (it was none with a public name): "
                 "pass that model as `model`"
             )
-    base = model
+    base, commit = model, None
     if name is not None:
-        base = _load(name, stored, dtype, device, quantization, revision, token, processor)
+        base, commit = _load(name, stored, dtype, device, quantization, revision, token, processor)
     elif dtype is not None or device is not None or quantization is not None:
         raise ClearValueError(
             "dtype, device and quantization are for models that attach() loads; this one is loaded already: "
@@ -154,13 +155,17 @@ def attach(
             config = ClearConfig(
                 backbone=backbone.spec.name,
                 base_model=str(name) if public else None,
-                base_revision=revision if public else None,
+                base_revision=(commit or revision) if public else None,
                 bridge=sizes,
                 lora=settings,
             )
         attached = AttachedModel(
             backbone, config, inside, built, snapshot, backbone if name is not None else base
         )
+        if stored is not None:
+            public = is_builtin_name(str(adapter)) or (stored.commit is not None and is_hub_id(str(adapter)))
+            shown = str(adapter) if public else stored.folder.resolve().name
+            attached.origin = Origin(shown, stored.commit, stored.hashes)
     ATTACHED.add(network)
     return attached
 
@@ -187,7 +192,8 @@ def _load(
     revision: str | None,
     token: str | None,
     processor: Any,
-) -> Backbone:
+) -> tuple[Backbone, str | None]:
+    """The model, and its commit on the Hub."""
     if processor is not None:
         raise ClearValueError("processor= is for a model that is loaded already; a named one brings its own")
     where, dtype = choose_device(device), _choose_dtype(dtype)
@@ -202,7 +208,8 @@ def _load(
         )
     if dtype is None and where.type == "cpu":
         dtype = torch.float32
-    return backbone_class(spec).load(str(folder), dtype=dtype, device=where, quantization=quantization)
+    loaded = backbone_class(spec).load(str(folder), dtype=dtype, device=where, quantization=quantization)
+    return loaded, commit_of(folder)
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from clear_adapters import store
@@ -23,6 +24,7 @@ from clear_adapters.errors import AdapterError, AttachError
 from clear_adapters.lora import Lora, Snapshot, config_dict
 
 if TYPE_CHECKING:
+    from clear_adapters.hub.push import Pushed
     from clear_adapters.images import ImageLike
     from clear_adapters.reply import Event, Reply
     from clear_adapters.rollout import LatentFrom, Restore
@@ -46,6 +48,21 @@ class AdapterSize:
 
     def __str__(self) -> str:
         return f"{self.parameters:,} parameters, {self.bytes / 1e6:.1f} MB"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter was loaded from.
+
+    Attributes:
+        name: `builtin:NAME` or Hub id; of a folder on this machine its last part.
+        commit: of the repository on the Hub; None for others.
+        hashes: SHA-256 of each file that was read.
+    """
+
+    name: str
+    commit: str | None
+    hashes: Mapping[str, str]
 
 
 class ClearModule(nn.Module):
@@ -75,6 +92,7 @@ class AttachedModel:
         backbone: the verbs over the adapted network.
         lora: the adapter's weights inside it, or None.
         bridge: the bridge, or None.
+        origin: where the adapter was loaded from; None for a fresh one.
     """
 
     def __init__(
@@ -90,6 +108,7 @@ class AttachedModel:
         self.lora = lora
         self.bridge = bridge
         self.module = ClearModule(backbone, bridge, lambda: self._enabled)
+        self.origin: Origin | None = None
         self._config = config
         self._snapshot: Snapshot | None = snapshot
         self._base = base
@@ -337,26 +356,57 @@ class AttachedModel:
         repo_id: str,
         *,
         private: bool | None = None,
-        token: str | None = None,
         revision: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
         commit_message: str = "Upload CLEAR adapter",
+        overwrite: bool = False,
         dtype: torch.dtype | None = None,
-    ) -> str:
-        """Uploads the adapter folder to a model repository, which is made if need be; gives the commit's address.
+        results: Sequence[str | Path] = (),
+        license: str | None = None,
+    ) -> Pushed:
+        """Uploads the adapter folder with its card to a model repository of the Hub, in one commit.
+
+        Args:
+            repo_id: `owner/name`; the repository is made if there is none.
+            private: whether a repository that is made is; None is the account's default.
+            revision: branch; one that does not exist begins where the main branch is. None is the main branch.
+            create_pr: propose the files in a pull request instead.
+            token: None is the one of `hf auth login` or `HF_TOKEN`.
+            commit_message: of the commit.
+            overwrite: replace another adapter that is there.
+            dtype: type of the weights in the files; None as they are.
+            results: result files whose scores of this very adapter the card shows.
+            license: of the adapter, as the Hub writes it (`apache-2.0`); None leaves it open.
 
         Raises:
+            ClearValueError: no Hub id; or a public repository where a private one is asked for.
+            AdapterError: another adapter is there, or the Hub does not take the files; nothing was changed then but that
+                a repository or branch may have been made, as the message says.
             AttachError: it was detached.
         """
-        from huggingface_hub import HfApi
+        from clear_adapters.hub.push import push_folder
 
-        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as temporary:
-            folder = self.save_pretrained(Path(temporary) / "adapter", dtype=dtype)
-            repo = api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message, revision=revision
+            try:
+                folder = self.save_pretrained(Path(temporary) / "adapter", dtype=dtype)
+            except (OSError, SafetensorError) as error:
+                raise AdapterError(
+                    f"nothing was pushed: the adapter cannot be written to {tempfile.gettempdir()} first: {error}. Make room, "
+                    "or set TMPDIR to another disk"
+                ) from error
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                token=token,
+                commit_message=commit_message,
+                overwrite=overwrite,
+                results=results,
+                license=license,
             )
-        return str(commit.commit_url)
 
     # -- facts
 

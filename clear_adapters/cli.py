@@ -1,4 +1,4 @@
-"""The command line: quick start, answers, degradations, data and training.
+"""The command line: quick start, answers, degradations, the Hub, data and training.
 
 Libraries that take seconds to import are imported inside the commands, so `--help` is fast. What the library refuses is
 one line on stderr and exit code 2; `--debug` shows the traceback instead.
@@ -274,6 +274,66 @@ def degrade(
     result = degradations.degrade(source, name, severity=level, seed=seed, formulas=formulas.value)
     save_image(result, target)
     typer.echo(f"{name or degradations.draw(seed)} at {severity}: {target}")
+
+
+Results = Annotated[
+    list[Path] | None,
+    typer.Option(help="Result file with scores of this very adapter; repeat for more."),
+]
+License = Annotated[str | None, typer.Option(help="Of the adapter, as the Hub writes it: apache-2.0.")]
+
+
+@main.command(
+    epilog="Examples: clear-adapters push my-run/3-grpo me/clear-mine --private --license apache-2.0 | clear-adapters push "
+    "my-run/3-grpo me/clear-mine --revision seed-1. The token is that of 'hf auth login', or HF_TOKEN."
+)
+def push(
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    repo_id: Annotated[str, typer.Argument(help="Model repository, owner/name; made if there is none.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a repository that is made.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if there is none.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it in a pull request.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another adapter there.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload CLEAR adapter",
+    results: Results = None,
+    license: License = None,
+) -> None:
+    """Push an adapter folder with its card to the Hub, in one commit."""
+    push_folder: Callable[..., Any] = _load("clear_adapters.hub.push", "push_folder")
+    done = push_folder(
+        adapter,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+        overwrite=overwrite,
+        results=results or (),
+        license=license,
+    )
+    typer.echo(
+        done.pull_request or done.url if done.changed else f"nothing to do: {done.url} has these files"
+    )
+
+
+@main.command(
+    epilog="Example: clear-adapters card builtin:clear-bagel-tiny --output model_cards/clear-bagel-tiny "
+    "--results benchmarks/results/degraded_world.json --license apache-2.0"
+)
+def card(
+    adapter: Annotated[str, typer.Argument(help="A folder, builtin:NAME or a Hub id.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the card and its facts; the adapter's own by default.")
+    ] = None,
+    results: Results = None,
+    license: License = None,
+    repo_id: Annotated[str | None, typer.Option(help="Repository that the card tells to load.")] = None,
+) -> None:
+    """Write an adapter's model card from what is recorded about it; a README's own text is kept."""
+    write_card: Callable[..., Path] = _load("clear_adapters.hub.write", "write_card")
+    typer.echo(write_card(adapter, output, results=results or (), license=license, repo_id=repo_id))
 
 
 @main.command()

@@ -6,7 +6,8 @@
     bridge.safetensors
     extra.safetensors                   where modules were trained whole
 
-Only these files are ever read, tensors only from safetensors, and everything is checked before a model is touched.
+Only these files are ever read, tensors only from safetensors, and everything is checked before a model is touched. A
+folder or repository with pickles, programs or paths that lead elsewhere is refused whole.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor
 from clear_adapters.backbones.base import Backbone
 from clear_adapters.bridge import BridgeConfig
 from clear_adapters.config import ClearConfig, is_builtin_name, is_hub_id
+from clear_adapters.download import commit_of, download, explain, hide, is_damaged, listing_of
 from clear_adapters.errors import (
     AdapterError,
     BackboneMismatchError,
@@ -40,6 +42,7 @@ from clear_adapters.errors import (
     unknown_name,
 )
 from clear_adapters.lora import check_tensors, config_dict, expected_shapes, whole_parameters
+from clear_adapters.safety import PICKLES, check_folder, check_names
 
 CONFIG = "clear_config.json"
 LORA_CONFIG = "lora/adapter_config.json"
@@ -48,7 +51,6 @@ BRIDGE = "bridge.safetensors"
 EXTRA = "extra.safetensors"
 FILES = (CONFIG, LORA_CONFIG, LORA_WEIGHTS, BRIDGE, EXTRA)
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _JSON_LIMIT = 16 * 2**20
@@ -128,18 +130,34 @@ def _no_place(text: str, kind: Kind) -> str:
 
 
 def _download(repo_id: str, kind: Kind, revision: str | None, token: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
     error = AdapterError if kind == "adapter" else CheckpointError
-    patterns = list(FILES) if kind == "adapter" else _MODEL_FILES
     try:
-        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+        folder = download(
+            repo_id, FILES if kind == "adapter" else _MODEL_FILES, revision=revision, token=token
+        )
     except Exception as cause:  # the client raises its own errors and those of its transport
-        raise error(
+        refusal = error(
             f"{repo_id!r} is no folder on this machine, and the Hub does not give it"
-            f"{f' at revision {revision!r}' if revision else ''} ({type(cause).__name__}: {cause}). Check the id "
-            f"'owner/name', the connection and the token; for a folder write its path, './{repo_id}'"
-        ) from cause
+            f"{f' at revision {revision!r}' if revision else ''}: {explain(cause, repo_id, revision, token)}. For a folder "
+            f"write its path, './{repo_id}'"
+        )
+        # A traceback shows the cause too, and some of the client's errors quote what was sent.
+        raise refusal from (cause if hide(str(cause), token) == str(cause) else None)
+    if kind == "adapter":
+        names = listing_of(folder)
+        check_names(names, f"the repository {repo_id}")
+        for path in (folder / name for name in FILES):
+            if path.is_file() and is_damaged(path):
+                raise AdapterError(
+                    f"{path.relative_to(folder).as_posix()} of {repo_id} is not what the Hub says it is (its hash differs): it was "
+                    f"damaged on its way, or on this disk. Delete {path.resolve()} and load again"
+                )
+        if not (folder / CONFIG).is_file():
+            raise AdapterError(
+                f"the repository {repo_id} has no {CONFIG}: it is no CLEAR adapter"
+                f"{', but a plain PEFT adapter' if 'adapter_config.json' in names else ''}. A model is passed as model="
+            )
+    return folder
 
 
 def model_digest(folder: Path) -> str:
@@ -161,6 +179,8 @@ class StoredAdapter:
     Attributes:
         folder: where it was read.
         config: what it says about itself.
+        commit: of its repository, where it came from the Hub.
+        hashes: SHA-256 of each file that was read.
         adapter_config: the stock PEFT configuration, None without LoRA.
         lora: tensors of the stock PEFT file.
         bridge: tensors of the bridge.
@@ -173,6 +193,8 @@ class StoredAdapter:
     lora: dict[str, Tensor] = field(default_factory=dict)
     bridge: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
+    commit: str | None = None
+    hashes: dict[str, str] = field(default_factory=dict)
 
     def check(self, backbone: Backbone) -> None:
         """Compares everything with a loaded model, and changes nothing.
@@ -237,9 +259,12 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     """Reads an adapter folder; what needs no model is checked here.
 
     Raises:
-        AdapterError: a file is missing, damaged, a pickle, or says what cannot be.
+        AdapterError: a file is missing, damaged, a pickle or a program, a link leads out of the folder, or a file says
+            what cannot be.
     """
     folder = Path(folder)
+    if folder.is_dir():
+        check_folder(folder)
     config = ClearConfig.from_json(_text(folder, CONFIG), str(folder / CONFIG))
     if config.bridge is not None:
         try:
@@ -259,6 +284,12 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
             raise AdapterError(
                 f"{folder / LORA_CONFIG} is no LoRA configuration of PEFT (peft_type is not 'LORA')"
             )
+        base = stock.get("base_model_name_or_path")
+        if isinstance(base, str) and (Path(base).is_absolute() or ".." in re.split(r"[/\\]", base)):
+            raise AdapterError(
+                f"{folder / LORA_CONFIG} has base_model_name_or_path={base!r}: a path of one machine means nothing, and may "
+                "mean harm, on another"
+            )
         lora = _tensors(folder, LORA_WEIGHTS)
     if settings is not None and settings.whole:
         extra = _tensors(folder, EXTRA)
@@ -268,7 +299,13 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
             raise AdapterError(
                 f"{folder} holds {name}, but its {CONFIG} knows nothing of it: it would be lost silently"
             )
-    return StoredAdapter(folder, config, stock, lora, bridge, extra)
+    hashes = {n: _sha256(folder / n) for n in FILES if (folder / n).is_file()}
+    return StoredAdapter(folder, config, stock, lora, bridge, extra, commit_of(folder), hashes)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -276,7 +313,7 @@ def _find(folder: Path, name: str) -> Path:
     if path.is_file():
         return path
     pickles = (
-        sorted(p.name for p in path.parent.glob("*") if p.suffix in _PICKLES) if path.parent.is_dir() else []
+        sorted(p.name for p in path.parent.glob("*") if p.suffix in PICKLES) if path.parent.is_dir() else []
     )
     if pickles and path.suffix == ".safetensors":
         raise AdapterError(

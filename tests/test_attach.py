@@ -1,11 +1,9 @@
 """`attach` and the attached model: what goes in, what is refused and how, and what one can do with it."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -477,32 +475,6 @@ def test_the_config_can_be_changed_where_it_describes_no_weights(backbone):
     for change in ({"backbone": "other"}, {"lora": None}, {"bridge": None}):
         with pytest.raises(AdapterError, match="in place"):
             attached.config = replace(attached.config, **change)
-
-
-def test_push_to_hub(backbone, monkeypatch):
-    calls = {}
-
-    class Api:
-        def __init__(self, token=None):
-            calls["token"] = token
-
-        def create_repo(self, repo_id, **options):
-            calls["create"] = (repo_id, options)
-            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
-
-        def upload_folder(self, **options):
-            folder = Path(options.pop("folder_path"))
-            calls["upload"] = options
-            calls["config"] = json.loads((folder / "clear_config.json").read_text())
-            return type("Commit", (), {"commit_url": "https://example.org/c"})()
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    attached = attach(backbone, lora=SMALL)
-    assert attached.push_to_hub("owner/name", private=True, token="t") == "https://example.org/c"
-    assert calls["token"] == "t"
-    assert calls["create"] == ("owner/name", {"private": True, "exist_ok": True})
-    assert calls["upload"]["repo_id"] == "owner/name"
-    assert calls["config"]["backbone"] == "bagel"
 
 
 # ---------------------------------------------------------------------------------------------------- the registry

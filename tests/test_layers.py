@@ -32,6 +32,8 @@ LAYERS = {
             "endpoint",
             "results",
             "images",
+            "download",
+            "safety",
         ),
         *("degradations/", "world/"),
     ],

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from heldout import CONDITIONS, HeldOut, build, training_statistics
-from systems import BY_NAME, FAMILIES, SYSTEMS, Settings, System, digest, load, read_signs, run_cell
+from systems import BY_NAME, FAMILIES, SYSTEMS, Settings, System, load, read_signs, run_cell
 
 from clear_adapters.errors import ClearError, ClearValueError, unknown_name
+from clear_adapters.hub.scores import folder_digest
 from clear_adapters.results import ResultFile, read_result
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def identity(name: str, kind: str) -> dict[str, Any]:
     folder = store.resolve(name, kind)  # type: ignore[arg-type]
     facts: dict[str, Any] = {
         "name": name if name.startswith("builtin:") else folder.resolve().name,
-        "digest": digest(folder),
+        "digest": folder_digest(folder),
     }
     if kind == "adapter":
         config = store.read_adapter(folder).config

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clear_adapters.mmd_bench import systems as mmd_bench
@@ -220,17 +218,3 @@ def _says(item: Item, answer: str) -> bool:
 def bits(values: Any) -> str:
     """Truth values as a string of 0 and 1."""
     return "".join("1" if v else "0" for v in values)
-
-
-def digest(folder: Path) -> str:
-    """A short hash of a folder's files: their names, sizes, and the first and last MiB of each."""
-    found = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
-        size = path.stat().st_size
-        found.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            found.update(file.read(2**20))
-            if size > 2**20:
-                file.seek(max(2**20, size - 2**20))
-                found.update(file.read())
-    return found.hexdigest()[:16]

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from clear_adapters.config import LoraSettings
+from clear_adapters.config import LoraSettings, is_hub_id
 from clear_adapters.errors import ClearValueError, UnknownNameError, unknown_name
 from clear_adapters.prompts import get_protocol
 from clear_adapters.sampling import LatentSampling, TextSampling
@@ -153,6 +153,36 @@ class LoopSettings:
 
 
 @dataclass(frozen=True)
+class HubSettings:
+    """Where the adapter is published, its folder alone: never a checkpoint. The token is that of `hf auth login` or `HF_TOKEN`.
+
+    Attributes:
+        repo_id: model repository, `owner/name`; None publishes nothing.
+        private: whether a repository that is made is; None is the account's default.
+        revision: branch; None is the main one.
+        every: steps between two pushes while it trains; 0 pushes the finished adapter only.
+        overwrite: replace an adapter that neither this run nor the one before it made.
+        license: of the adapter, as the Hub writes it.
+
+    Raises:
+        ClearValueError: no Hub id, or a number out of its range.
+    """
+
+    repo_id: str | None = None
+    private: bool | None = None
+    revision: str | None = None
+    every: int = 0
+    overwrite: bool = False
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.repo_id is not None and not is_hub_id(self.repo_id):
+            raise ClearValueError(f"repo_id={self.repo_id!r}: a repository of the Hub is named 'owner/name'")
+        if not 0 <= self.every <= 10**8:
+            raise ClearValueError(f"every={self.every}: must be from 0 to {10**8}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One training run.
 
@@ -168,6 +198,7 @@ class Recipe:
         grpo: settings of stage 3.
         text: how the adapter's text is sampled where a call does not say.
         latent: how its restorations are.
+        hub: where it is published.
 
     Raises:
         ClearValueError: settings that do not go together.
@@ -185,6 +216,7 @@ class Recipe:
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
     text: TextSampling = field(default_factory=TextSampling)
     latent: LatentSampling = field(default_factory=LatentSampling)
+    hub: HubSettings = field(default_factory=HubSettings)
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
@@ -209,8 +241,9 @@ class Recipe:
         return self.grpo.iterations if self.stage == "grpo" else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as in the file: without what other stages set."""
+        """Plain data, as in the file: without what other stages set, and without `hub`, which decides nothing of the adapter."""
         data = {**asdict(self), "lora": self.lora.to_dict()}
+        del data["hub"]
         return {k: v for k, v in data.items() if _ONLY.get(k, self.stage) == self.stage}
 
 

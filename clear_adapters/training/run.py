@@ -22,11 +22,13 @@ from accelerate.utils import broadcast_object_list
 from clear_adapters import store
 from clear_adapters.config import ClearConfig, is_builtin_name, is_hub_id
 from clear_adapters.datasets.example import DATA, read_examples
+from clear_adapters.download import commit_of
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import get_protocol
 from clear_adapters.results import git_state, installed_versions
 from clear_adapters.store import CONFIG
 from clear_adapters.training.build import LOG, attach_for, trainer_for
+from clear_adapters.training.publish import Publisher, check_access
 from clear_adapters.training.recipe import STAGES, Recipe, divide_overrides, load_recipe
 from clear_adapters.training.trainer import ClearTrainer, last_checkpoint
 
@@ -74,7 +76,7 @@ def train(
         ClearValueError: settings or data that cannot work, an adapter that is missing or not wanted, an output that
             exists without `resume`, a run of other settings in its place, or a loss that is not finite.
         UnknownNameError: an unknown recipe, key, model or adapter.
-        AdapterError: the adapter cannot be used.
+        AdapterError: the adapter cannot be used, or the finished one cannot be published where the recipe says.
     """
     recipe = _recipe(recipe, stage, overrides)
     _check_adapter(recipe.stage, adapter)
@@ -100,13 +102,36 @@ def train(
         if adapter is not None:
             facts["adapter"] = _name_and_hash(adapter, "adapter", adapter_digest)
         facts = json.loads(json.dumps(facts))
+    before_made = None if facts is None or before is None else dict(before.provenance)
+    hub = recipe.hub if facts is not None and recipe.hub.repo_id is not None else None
+    if hub is not None:
+        check_access(hub)
     if _is_done(output, work, facts, resume):
+        if hub is not None and facts is not None:
+            Publisher(hub, facts, before_made, lambda folder: folder).finish(output)
         return output
     attached = attach_for(recipe, model, adapter, device)
     try:
         with _writing_to(work):
             trainer = trainer_for(attached, recipe, examples, work, progress=progress)
-        last = None
+        last, publisher = None, None
+
+        def save(folder: Path) -> Path:
+            assert facts is not None
+            provenance = _provenance(facts, trainer, attached.config)
+            # Of this copy only: a checkpoint's adapter goes on from what it was.
+            attached.config, held = (
+                replace(attached.config, stage=recipe.stage, provenance=provenance),
+                attached.config,
+            )
+            try:
+                return attached.save_pretrained(folder, dtype=getattr(torch, recipe.loop.save_dtype))
+            finally:
+                attached.config = held
+
+        if hub is not None and facts is not None:
+            publisher = Publisher(hub, facts, before_made, save)
+            trainer.add_callback(publisher)
         if facts is not None:
             # Only now: settings that were refused until here leave nothing behind.
             _claim(work, facts)
@@ -116,9 +141,9 @@ def train(
         last = broadcast_object_list([last])[0]
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if facts is not None:
-            provenance = _provenance(facts, trainer, attached.config)
-            attached.config = replace(attached.config, stage=recipe.stage, provenance=provenance)
-            attached.save_pretrained(output, dtype=getattr(torch, recipe.loop.save_dtype))
+            save(output)
+        if publisher is not None:
+            publisher.finish(output)
         trainer.accelerator.wait_for_everyone()
     finally:
         attached.detach()
@@ -244,7 +269,12 @@ def _name_and_hash(
     text = str(name)
     is_public = is_builtin_name(text) or (is_hub_id(text) and not Path(text).exists())
     # It is published with the adapter: of a folder on this machine only the last part.
-    return {"name": text if is_public else folder.resolve().name, "hash": digest(folder)}
+    found: dict[str, str | None] = {
+        "name": text if is_public else folder.resolve().name,
+        "hash": digest(folder),
+    }
+    commit = commit_of(folder)
+    return found if commit is None else {**found, "revision": commit}
 
 
 def adapter_digest(folder: Path) -> str:

@@ -1,0 +1,303 @@
+"""Cards: rendered from facts alone, the same every time, accepted by the Hub's client, and harmless."""
+
+import io
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from PIL import Image
+from typer.testing import CliRunner
+
+from clear_adapters import store
+from clear_adapters.cli import main
+from clear_adapters.errors import AdapterError, ClearValueError
+from clear_adapters.hub.card import limits, percent, plain, render_card, render_scores
+from clear_adapters.hub.facts import CardFacts, collect_facts
+from clear_adapters.hub.figure import FACTS_KEY, scores_hash
+from clear_adapters.hub.push import push_folder
+from clear_adapters.hub.scores import Interval, read_scores
+from clear_adapters.hub.write import write_card
+from clear_adapters.results import read_result
+from tests.hub_client import DEPRECATED, ROOT, turn_to
+from tests.local_hub import local_hub, problems_of
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "degraded_world"))
+
+import summary
+
+pytestmark = pytest.mark.filterwarnings(DEPRECATED)
+
+RESULTS = ROOT / "benchmarks" / "results" / "degraded_world.json"
+CARDS = ROOT / "model_cards"
+BUILTIN = ROOT / "clear_adapters" / "builtin"
+MINE = BUILTIN / "clear-bagel-tiny"
+SYSTEMS = {"clear-bagel-tiny": "clear", "clear-bagel-tiny-sft": "sft", "clear-bagel-tiny-bridge": "bridge"}
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return collect_facts(MINE, "user/mine", results=[RESULTS], license="apache-2.0")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with local_hub() as served:
+        turn_to(served, tmp_path / "hf", monkeypatch)
+        yield served
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(MINE, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def snippet(text):
+    (found,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the cards that ship
+
+
+def test_every_builtin_adapter_has_a_card():
+    names = {n.removeprefix("builtin:") for n in store.builtin_names("adapter")}
+    assert names == set(SYSTEMS) == {p.name for p in CARDS.iterdir() if p.is_dir()}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_cards_that_ship_are_what_the_facts_render(name):
+    held = CARDS / name
+    found = collect_facts(BUILTIN / name, f"builtin:{name}", results=[RESULTS], license="apache-2.0")
+    again = "render it again: clear-adapters card, as docs/hub.md says"
+    assert CardFacts.from_json((held / "facts.json").read_text()) == found, again
+    assert (held / "facts.json").read_text() == found.to_json(), again
+    assert (held / "README.md").read_text() == render_card(found), again
+    assert (held / ".eval_results" / "clear-adapters.yaml").read_text() == render_scores(found), again
+    with Image.open(held / "clear-scores.png") as figure:
+        assert figure.text[FACTS_KEY] == scores_hash(found), again
+
+
+@pytest.mark.parametrize(("name", "system"), SYSTEMS.items())
+def test_the_numbers_are_those_of_the_benchmark(name, system):
+    """By the benchmark's own way from cells to numbers."""
+    text = (CARDS / name / "README.md").read_text()
+    payload = read_result(RESULTS).payload
+    for condition in ("clean", "low", "mid", "high"):
+        rows = [line for line in text.splitlines() if line.startswith(f"| {condition} |")]
+        for title, of in (("the base alone", "base"), ("**this adapter**", system)):
+            (row,) = [r for r in rows if f"| {title} |" in r]
+            right = summary.share(summary.runs_of(payload, of, condition)[:1])
+            assert f"| 1,000 | {percent(Interval(right.mean, right.low, right.high))} |" in row
+        (row,) = [r for r in rows if "**this adapter**" in r]
+        restored = summary.share(summary.runs_of(payload, system, condition, "restored")[:1])
+        assert row.endswith(f"| {percent(Interval(restored.mean, restored.low, restored.high))} |")
+
+
+def test_what_ships_says_what_it_cannot(facts):
+    text = render_card(facts)
+    assert "nothing about models of photographs" in text
+    assert (
+        "Worse, this adapter minus the base alone, right answers in points: clean -3.1 [-4.7, -1.6]" in text
+    )
+    for heading in ("How to use it", "Scores", "How it was made", "Limits", "Out of scope", "Citation"):
+        assert f"\n## {heading}\n" in text
+
+
+@pytest.mark.slow
+def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").convert("RGB").save("photo.jpg")
+    names = {}
+    exec(compile(snippet((CARDS / "clear-bagel-tiny" / "README.md").read_text()), "card", "exec"), names)
+    assert names["model"].origin.name == "builtin:clear-bagel-tiny"
+    assert capsys.readouterr().out.strip().endswith(("True", "False"))
+
+
+def test_the_snippet_of_a_pushed_card_runs(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").convert("RGB").save("photo.jpg")
+    done = push_folder(MINE, "user/mine", revision="seed-0")
+    names = {}
+    text = hub.repo("user/mine").files("seed-0")["README.md"].decode()
+    exec(compile(snippet(text), "card", "exec"), names)
+    assert (names["model"].origin.name, names["model"].origin.commit) == ("user/mine", done.commit)
+
+
+# --------------------------------------------------------------------------------------------------- the Hub's forms
+
+
+def test_the_hubs_client_and_its_check_accept_the_metadata(hub, facts):
+    based = replace(facts, base_model="user/base", base_revision="a" * 40)
+    for one in (facts, based, replace(facts, scores=(), license=None)):
+        card = ModelCard(render_card(one))
+        card.validate()
+        assert card.data.library_name == "clear-adapters"
+        assert {"clear-adapters", "lora"} <= set(card.data.tags)
+    assert hub.count("POST /api/validate-yaml") == 3
+    card = ModelCard(render_card(based))
+    assert (card.data.base_model, card.data.base_model_relation) == ("user/base", "adapter")
+    assert ModelCard(render_card(facts)).data.base_model is None  # a built-in base is none of the Hub
+    found = {(r.dataset_config, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert found["high", "accuracy"] == 71.3
+    assert found["high", "restore_rate"] == 69.0
+    assert len(found) == 8
+
+
+def test_the_check_of_this_hub_is_one():
+    assert problems_of("---\nbase_model: builtin:x\nbase_model_relation: child\ntags: x\n---\n") != []
+    assert problems_of("---\nmodel-index:\n- name: x\n  results: [{task: {}}]\n---\n") != []
+
+
+def test_scores_in_the_hubs_present_form(facts):
+    entries = parse_eval_result_entries(yaml.safe_load(render_scores(facts)))
+    assert [(e.task_id, e.value) for e in entries] == [
+        ("clean", 92.8),
+        ("low", 91.0),
+        ("mid", 85.6),
+        ("high", 71.3),
+    ]
+    assert {e.dataset_id for e in entries} == {"clear-adapters/degraded-world"}
+    assert "N=1000, 71.3 [68.4, 74.0]; restored 69.0 [66.1, 71.8] %" in entries[-1].notes
+
+
+def test_a_push_brings_scores_and_figure_and_takes_those_of_before_away(hub):
+    push_folder(MINE, "user/mine", results=[RESULTS])
+    files = hub.repo("user/mine").files()
+    assert Image.open(io.BytesIO(files["clear-scores.png"])).format == "PNG"
+    assert yaml.safe_load(files[".eval_results/clear-adapters.yaml"])[3]["value"] == 71.3
+    assert len(hub.repo("user/mine").log) == 2
+    push_folder(BUILTIN / "clear-bagel-tiny-sft", "user/mine", overwrite=True)
+    files = hub.repo("user/mine").files()
+    assert not {"clear-scores.png", ".eval_results/clear-adapters.yaml"} & set(files)
+    assert "model-index" not in files["README.md"].decode()
+    assert "None were recorded" in files["README.md"].decode()
+
+
+# ------------------------------------------------------------------------------------------------------ only facts
+
+
+def test_scores_of_other_weights_are_refused(folder, hub):
+    config = json.loads((folder / "clear_config.json").read_text())
+    (folder / "clear_config.json").write_text(json.dumps({**config, "stage": "sft"}))
+    with pytest.raises(ClearValueError, match=r"no score of this adapter.*clear0 \(e721676da6282650\)"):
+        push_folder(folder, "user/mine", results=[RESULTS])
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "reading"}, "kind 'reading'; cards show degraded_world"),
+        ({"payload": {}}, "damaged"),
+        ({"payload": {"cells": {"x": 3}}}, "damaged"),
+        ({"schema_version": 9}, "schema version 9"),
+    ],
+)
+def test_result_files_that_cannot_be_shown(tmp_path, change, message):
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({**json.loads(RESULTS.read_text()), **change}))
+    with pytest.raises(ClearValueError, match=message):
+        read_scores(path, "e721676da6282650")
+
+
+@pytest.mark.parametrize("license", ["Apache 2.0", "MIT\nx: y", "", "../x"])
+def test_a_license_that_is_none(license):
+    with pytest.raises(ClearValueError, match="license="):
+        collect_facts(MINE, license=license)
+
+
+def test_recorded_words_do_nothing_in_a_card(folder):
+    """Provenance is data of anybody's."""
+    evil = "x</details><script>alert(1)</script> | [a](javascript:b) ![i](http://t/x.png)\n# Title `code`"
+    config = json.loads((folder / "clear_config.json").read_text())
+    made = config["provenance"]
+    made.pop("before")
+    made |= {"device": evil, "date": evil, "commit": evil, "data_hash": evil, "adapter": {"name": evil}}
+    made["recipe"] = {"stage": evil, "note": "```\n# Title\n<script>"}
+    made["steps"], made["seconds"], made["final"] = "many", "long", {"loss": "low", evil: 1.0}
+    config["protocol"]["name"] = evil
+    config["lora"]["groups"] = config["lora"]["groups"]
+    (folder / "clear_config.json").write_text(json.dumps(config))
+    text = render_card(collect_facts(folder, "user/mine"))
+    fenced = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for bad in ("<script", "</details><", "\n# Title", r"(?<!\\)\]\(javascript", r"!\[i"):
+        assert not re.search(bad, fenced), bad
+    assert text.count("```") % 2 == 0
+    assert ModelCard(text).data.library_name == "clear-adapters"
+    assert "| protocol | x&lt;/details&gt;" in text
+
+
+def test_provenance_that_is_no_chain(folder):
+    config = json.loads((folder / "clear_config.json").read_text())
+    made = config["provenance"] = {"steps": 1}
+    for _ in range(40):
+        made["before"] = {"steps": 1}
+        made = made["before"]
+    (folder / "clear_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="no chain of runs"):
+        collect_facts(folder)
+
+
+def test_nothing_recorded_is_said(folder):
+    config = json.loads((folder / "clear_config.json").read_text())
+    config |= {"provenance": {}, "stage": None, "base_model": None}
+    (folder / "clear_config.json").write_text(json.dumps(config))
+    found = collect_facts(folder)
+    text = render_card(found)
+    assert "Nothing is recorded about its training." in text
+    assert "| stages | untrained |" in text
+    assert 'attach(base, adapter="adapter")' in text
+    assert "No score was taken with these weights: measure before you rely on them." in limits(found)
+    compile(snippet(text), "card", "exec")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema_version": 9}', '{"schema_version": 1}'])
+def test_facts_that_are_none(text):
+    with pytest.raises(ClearValueError, match=r"facts\.json holds no facts"):
+        CardFacts.from_json(text)
+
+
+def test_words_on_one_line():
+    assert plain("a\n|b<c>") == "a \\|b&lt;c&gt;"
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def test_the_command_writes_into_the_adapters_own_folder(folder, monkeypatch):
+    run = CliRunner().invoke
+    (folder / "README.md").write_text("# Mine\n\nMy words.\n")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "README.md"}
+    done = run(main, ["card", str(folder), "--results", str(RESULTS), "--repo-id", "user/mine"])
+    assert done.exit_code == 0, done.output
+    text = (folder / "README.md").read_text()
+    assert "# Mine\n\nMy words.\n" in text
+    assert 'adapter="user/mine"' in text
+    assert (folder / "clear-scores.png").is_file()
+    assert {p: p.read_bytes() for p in before} == before
+    assert store.read_adapter(folder).config.stage == "grpo"
+    assert not (folder / "facts.json").exists()  # it would change what result files name the adapter by
+    # Rendered again without scores: figure and scores of before are taken away, the words stay.
+    assert run(main, ["card", str(folder)]).exit_code == 0
+    assert "My words." in (folder / "README.md").read_text()
+    assert not (folder / "clear-scores.png").exists()
+    assert not (folder / ".eval_results" / "clear-adapters.yaml").exists()
+
+
+def test_a_card_with_scores_is_not_pushed_without_them(folder, hub):
+    write_card(folder, results=[RESULTS])
+    with pytest.raises(ClearValueError, match=r"pass the result files again"):
+        push_folder(folder, "user/mine")
+    push_folder(folder, "user/mine", results=[RESULTS])
+
+
+@pytest.mark.parametrize("adapter", ["builtin:clear-bagel-tiny", "user/mine"])
+def test_a_card_of_what_is_not_ones_own_needs_a_place(adapter):
+    with pytest.raises(ClearValueError, match="--output"):
+        write_card(adapter)
