@@ -99,7 +99,9 @@ def test_the_adapters_see_and_leave_clean_pictures_alone(name):
         bool(score(r.text, q.answer, options=q.options if q.is_lettered else None))
         for r, (_, q) in zip(replies, rows, strict=True)
     ]
-    assert np.mean(right) > 0.75  # of thirty: what is known of the adapters to a point stands in the benchmark
+    assert (
+        np.mean(right) > 0.75
+    )  # of thirty: what is known of the adapters to a point stands in the benchmark
     assert np.mean([r.restored for r in replies]) < 0.1
 
 
