@@ -144,6 +144,97 @@ def test_a_stopped_build_goes_on_and_ends_the_same(base, tmp_path, monkeypatch):
     assert len(calls) == 10  # a finished one is left as it is
 
 
+def stop_at(monkeypatch, call):
+    """Lets the builder be interrupted at a call."""
+    make, calls = builder.make, []
+
+    def stopping(job):
+        calls.append(job)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return make(job)
+
+    monkeypatch.setattr(builder, "make", stopping)
+    return calls
+
+
+def test_an_input_that_changed_is_not_mixed_in(tmp_path, monkeypatch):
+    columns, rows = choice(20)
+    write(tmp_path / "in" / "MMStar.tsv", columns, rows)
+    given = inputs(tmp_path / "in", "mmstar")
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        build(given, tmp_path / "stopped", conditions=["low"], workers=1, progress=False)
+    build(given, tmp_path / "done", conditions=["low"], workers=1, progress=False)
+    rows[0][7] = "B"  # as long as the old one
+    write(tmp_path / "in" / "MMStar.tsv", columns, rows)
+    for name in ("stopped", "done"):
+        with pytest.raises(ClearValueError, match=r"other contents of MMStar\.tsv"):
+            build(given, tmp_path / name, conditions=["low"], workers=1, progress=False)
+
+
+def test_an_input_that_changes_while_it_is_read_is_said_so(tmp_path, monkeypatch):
+    columns, rows = choice(4)
+    path = write(tmp_path / "in" / "MMStar.tsv", columns, rows)
+    make = builder.make
+
+    def changing(job):
+        path.write_bytes(path.read_bytes().replace(b"picture 3", b"picture 4"))
+        return make(job)
+
+    monkeypatch.setattr(builder, "make", changing)
+    with pytest.raises(ClearValueError, match="was changed while"):
+        build(inputs(path.parent, "mmstar"), tmp_path / "x", conditions=["low"], workers=1, progress=False)
+    assert not (tmp_path / "x" / "manifest.json").exists()
+    assert not (tmp_path / "x" / "MMStar.journal").exists()
+
+
+@pytest.mark.parametrize("damage", ["lost", "short", "pictures"])
+def test_a_growing_file_that_was_lost_or_cut_off_is_built_again(tmp_path, monkeypatch, damage):
+    write(tmp_path / "in" / "MMStar.tsv", *choice(20))
+    given = inputs(tmp_path / "in", "mmstar")
+    build(given, tmp_path / "whole", conditions=FEW, workers=1, progress=False)
+    calls = stop_at(monkeypatch, 3)
+    folder = tmp_path / "sets"
+    with pytest.raises(KeyboardInterrupt):
+        build(given, folder, conditions=FEW, workers=1, progress=False)
+    part = folder / ("MMStar.manifest.jsonl.part" if damage == "pictures" else "MMStar_lens_blur.tsv.part")
+    if damage == "lost":
+        part.unlink()
+    else:
+        os.truncate(part, part.stat().st_size - 10)
+    build(given, folder, conditions=FEW, workers=1, progress=False)
+    assert len(calls) == 3 + (3 if damage == "lost" else 2)  # three chunks in all, two of which had been made
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["lost", "short", "pictures"])
+def test_a_set_that_is_gone_from_a_finished_build_is_built_again(base, tmp_path, monkeypatch, damage):
+    given = inputs(base, "mmstar", "cvbench2d")
+    folder = tmp_path / "sets"
+    first = build(given, folder, conditions=FEW, workers=1, progress=False)
+    before = contents(folder)
+    file = folder / ("MMStar.manifest.jsonl" if damage == "pictures" else "MMStar_lens_blur.tsv")
+    if damage == "short":
+        os.truncate(file, 100)
+    else:
+        file.unlink()
+    calls = stop_at(monkeypatch, -1)
+    assert build(given, folder, conditions=FEW, workers=1, progress=False) == first
+    assert contents(folder) == before
+    assert {job[1] for job in calls} == {"MMStar"}  # the other task was whole
+
+
+@pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
+@pytest.mark.parametrize("text", ['{"seed', "[]"])
+def test_a_damaged_record_is_said_so(base, tmp_path, name, text):
+    given = inputs(base, "mmvp")
+    build(given, tmp_path / "sets", conditions=["low"], workers=1, progress=False)
+    (tmp_path / "sets" / name).write_text(text)
+    with pytest.raises(ClearValueError, match=rf"{name} is damaged .*delete the folder"):
+        build(given, tmp_path / "sets", conditions=["low"], workers=1, progress=False)
+
+
 @pytest.mark.slow
 def test_a_build_that_was_killed_goes_on(base, tmp_path):
     write(tmp_path / "in" / "MMStar.tsv", *choice(32))

@@ -2,7 +2,8 @@
 
 Every picture follows from the seed, the name of its file and its index alone, and rows are written in the order of the
 input, so the files are the same byte for byte for any number of processes. Only a few rows are in memory at a time. A
-build that was stopped goes on where it was: beside the growing files lies a journal of how far each was whole.
+build that was stopped goes on where it was: beside the growing files lies a journal of how far each was whole. An input
+is known by its hash, so sets of two versions of a file are never mixed.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def build(
 ) -> dict[str, Any]:
     """Builds the sets, or goes on with a build that was stopped; a finished one is left as it is.
 
+    Files of a finished one that are gone or cut off are built again.
+
     Args:
         inputs: the base files.
         output: folder of the sets.
@@ -113,12 +116,13 @@ def build(
     settings = {
         **asdict(recipe),
         "version": __version__,
-        "inputs": {i.task.name: {"file": i.path.name, "bytes": i.path.stat().st_size} for i in inputs},
+        "inputs": {i.task.name: _input_facts(i.path) for i in inputs},
     }
     sets = [read_questions(i.path, i.task, skip_bad=skip_bad) for i in inputs]  # all, before any is built
     _claim(folder, settings)
-    if (folder / MANIFEST).is_file():
-        return _read_json(folder / MANIFEST)
+    before = _whole_tasks(folder, sets)
+    if before is not None and len(before["tasks"]) == len(sets):
+        return before
     count = workers or os.cpu_count() or 1
     with ExitStack() as stack:
         bar = stack.enter_context(
@@ -135,8 +139,12 @@ def build(
         if count > 1:
             context = multiprocessing.get_context("spawn")
             pool = stack.enter_context(ProcessPoolExecutor(count, context, _one_thread))
-        facts = {s.task.name: _build_task(folder, s, recipe, skip_bad, pool, count, bar) for s in sets}
-    return _finish(folder, settings, sets, recipe, facts)
+        facts = {
+            s.task.name: _build_task(folder, s, recipe, skip_bad, pool, count, bar)
+            for s in sets
+            if before is None or s.task.name not in before["tasks"]
+        }
+    return _finish(folder, settings, sets, recipe, facts, before)
 
 
 def _one_thread() -> None:
@@ -149,9 +157,20 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     text = json.dumps(settings, sort_keys=True, indent=2) + "\n"
     file = folder / PLAN
     if file.is_file():
-        if file.read_text(encoding="utf-8") != text:
+        old, new = _read_json(file), json.loads(text)
+        other = [
+            f"{key} {old.get(key)!r} there and {new.get(key)!r} here"
+            for key in sorted({*old, *new} - {"inputs"})
+            if old.get(key) != new.get(key)
+        ]
+        was, now = old.get("inputs", {}), new["inputs"]
+        other += [f"other contents of {i['file']}" for n, i in now.items() if n in was and was[n] != i]
+        if was.keys() != now.keys():
+            other.append(f"tasks {', '.join(sorted(was))} there and {', '.join(sorted(now))} here")
+        if other:
             raise ClearValueError(
-                f"{folder} holds sets of other settings or other files (see {file}): choose another folder, or delete it"
+                f"{folder} holds sets of other settings or other files ({'; '.join(other)}), which would be mixed: "
+                "choose another folder, or delete it"
             )
         return
     if folder.is_dir() and any(folder.iterdir()):
@@ -167,8 +186,44 @@ def _write(path: Path, text: str) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        content = error
+    if not isinstance(content, dict):
+        raise ClearValueError(
+            f"{path} is damaged ({content if isinstance(content, ValueError) else 'no JSON object'}), so what the folder "
+            "holds cannot be told: delete the folder, or choose another, and build again"
+        )
     return content
+
+
+def _input_facts(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _whole_tasks(folder: Path, sets: Sequence[QuestionSet]) -> dict[str, Any] | None:
+    """The manifest without tasks of which files are lost or cut off; None where there is none."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = _read_json(folder / MANIFEST)
+    lost = set()
+    for s in sets:
+        files = {n: f["bytes"] for n, f in manifest["files"].items() if f["task"] == s.task.name}
+        files[f"{s.task.file}.manifest.jsonl"] = manifest["tasks"][s.task.name]["manifest_bytes"]
+        if (folder / f"{s.task.file}.journal").is_file() or any(
+            _size(folder / n) != size for n, size in files.items()
+        ):
+            lost.add(s.task.name)
+    for name in lost:
+        del manifest["tasks"][name]
+    manifest["files"] = {n: f for n, f in manifest["files"].items() if f["task"] not in lost}
+    return manifest
+
+
+def _size(path: Path) -> int:
+    """Bytes; -1 of a file that is not there."""
+    return path.stat().st_size if path.is_file() else -1
 
 
 def _items(questions: QuestionSet) -> list[Item]:
@@ -237,7 +292,8 @@ class _Journal:
         self.chunks, self.sizes = 0, {}
         self.complete = False
         self.counts: dict[str, Any] = {"rows": 0, "pictures": 0, "bad": [], "left_with_group": 0}
-        for entry in self._entries():
+        self.entries = [e for e in self._entries() if self._holds(e)]
+        for entry in self.entries[-1:]:
             self.chunks, self.sizes, self.counts = entry["chunks"], entry["sizes"], entry["counts"]
             self.complete = entry["complete"]
         if self.complete:
@@ -252,11 +308,22 @@ class _Journal:
             except ValueError:  # cut off when the run was killed
                 return
 
+    def _holds(self, entry: dict[str, Any]) -> bool:
+        """Whether the files are as long as an entry says; one that was lost or cut off is built again from there."""
+        parts = self._parts()
+        for name, size in entry["sizes"].items():
+            found = _size(parts[name])
+            if found < 0 and entry["complete"]:
+                found = _size(self._named()[name])
+            if found < size:
+                return False
+        return True
+
+    def _named(self) -> dict[str, Path]:
+        return {**self.files, "pictures": self.pictures}
+
     def _parts(self) -> dict[str, Path]:
-        return {
-            name: path.with_name(path.name + ".part")
-            for name, path in {**self.files, "pictures": self.pictures}.items()
-        }
+        return {name: path.with_name(path.name + ".part") for name, path in self._named().items()}
 
     def opened(self, header: str) -> Any:
         """A context in which made chunks can be written, from the last whole one on."""
@@ -264,7 +331,7 @@ class _Journal:
 
     def close(self) -> None:
         """Gives the files their names; the journal stays until the whole build is finished."""
-        for name, path in {**self.files, "pictures": self.pictures}.items():
+        for name, path in self._named().items():
             part = self._parts()[name]
             if part.is_file():
                 part.replace(path)
@@ -286,7 +353,7 @@ class _Writer:
             if j.chunks == 0 and name != "pictures":
                 opened.write(self.header.encode())
             self.files[name] = opened
-        kept = "".join(json.dumps(e) + "\n" for e in j._entries())
+        kept = "".join(json.dumps(e) + "\n" for e in j.entries)
         _write(j.path, kept)
         self.log = self.stack.enter_context(j.path.open("a", encoding="utf-8"))
         return self.write
@@ -325,18 +392,26 @@ def _finish(
     sets: Sequence[QuestionSet],
     recipe: Recipe,
     facts: Mapping[str, dict[str, Any]],
+    before: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    tasks: dict[str, Any] = {}
-    files: dict[str, Any] = {}
+    tasks: dict[str, Any] = dict(before["tasks"]) if before else {}
+    files: dict[str, Any] = dict(before["files"]) if before else {}
     for s in sets:
+        if s.task.name not in facts:
+            continue
+        given = settings["inputs"][s.task.name]
+        if _input_facts(s.file.path) != given:
+            (folder / f"{s.task.file}.journal").unlink(missing_ok=True)
+            raise ClearValueError(
+                f"{s.file.path} was changed while sets were built from it, so they are of neither: delete {folder} and "
+                "build again"
+            )
         counts = facts[s.task.name]
         if not counts["rows"]:
             raise ClearValueError(f"{s.file.path}: no row could be used, so there is no set to build")
         tasks[s.task.name] = {
-            "input": {
-                **settings["inputs"][s.task.name],
-                "sha256": _sha256(s.file.path),
-            },
+            "input": given,
+            "manifest_bytes": _size(folder / f"{s.task.file}.manifest.jsonl"),
             "rows": counts["rows"],
             "pictures": counts["pictures"],
             "without_picture": s.without_picture,
@@ -349,6 +424,7 @@ def _finish(
                 "task": s.task.name,
                 "condition": condition,
                 "rows": counts["rows"],
+                "bytes": _size(folder / name),
                 "sha256": _sha256(folder / name),
             }
     manifest = {
