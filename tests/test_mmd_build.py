@@ -1,5 +1,6 @@
 """The set builder: names, contents, seeds, any number of processes, kills, bad rows, the Hub."""
 
+import base64
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from tests.bench_files import base_folder, choice, picture, write
 from tests.hub_server import COMMIT, serve
 
 ROOT = Path(__file__).parents[1]
+QUICK = ("hsv_saturation", "block_exchange", "scan_lines", "sharpness_change", "graffiti", "motion_blur")
 FEW = ("high", "low", "lens_blur")
 
 
@@ -117,7 +119,6 @@ def test_any_number_of_processes_gives_the_same_bytes(built, base, tmp_path):
 
 def test_a_stopped_build_goes_on_and_ends_the_same(base, tmp_path, monkeypatch):
     given = inputs(base, "mmstar", "cvbench2d")
-    monkeypatch.setattr(builder, "CHUNK", 2)
     build(given, tmp_path / "whole", conditions=FEW, workers=1, progress=False)
     make, calls = builder.make, []
 
@@ -138,10 +139,10 @@ def test_a_stopped_build_goes_on_and_ends_the_same(base, tmp_path, monkeypatch):
     with (folder / "MMStar.journal").open("a") as opened:
         opened.write('{"chunks": 3, "si')
     build(given, folder, conditions=FEW, workers=1, progress=False)
-    assert len(calls) == 3 + 3 + 4  # two chunks of the first file were kept
+    assert len(calls) == 3 + 7 + 8  # two rows of the first file were kept
     assert contents(folder) == contents(tmp_path / "whole")
     build(given, folder, conditions=FEW, workers=1, progress=False)
-    assert len(calls) == 10  # a finished one is left as it is
+    assert len(calls) == 18  # a finished one is left as it is
 
 
 def stop_at(monkeypatch, call):
@@ -204,7 +205,7 @@ def test_a_growing_file_that_was_lost_or_cut_off_is_built_again(tmp_path, monkey
     else:
         os.truncate(part, part.stat().st_size - 10)
     build(given, folder, conditions=FEW, workers=1, progress=False)
-    assert len(calls) == 3 + (3 if damage == "lost" else 2)  # three chunks in all, two of which had been made
+    assert len(calls) == 3 + (20 if damage == "lost" else 19)  # two of the twenty had been made
     assert contents(folder) == contents(tmp_path / "whole")
 
 
@@ -233,6 +234,46 @@ def test_a_damaged_record_is_said_so(base, tmp_path, name, text):
     (tmp_path / "sets" / name).write_text(text)
     with pytest.raises(ClearValueError, match=rf"{name} is damaged .*delete the folder"):
         build(given, tmp_path / "sets", conditions=["low"], workers=1, progress=False)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from clear_adapters.mmd_bench.build import Input, build
+from clear_adapters.mmd_bench.tasks import get_task
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for name in ("small", "large"):
+        given = [Input(get_task("mmstar"), folder / name / "MMStar.tsv")]
+        build(given, folder / f"{name}-sets", conditions=CONDITIONS, workers=2, progress=False)
+        print(peak())
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_rows_or_pictures(tmp_path):
+    write(tmp_path / "small" / "MMStar.tsv", *choice(4))
+    columns, rows = choice(16)
+    rng = np.random.default_rng(0)
+    noise = base64.b64encode(encode(rng.integers(0, 255, (1080, 1920, 3), dtype=np.uint8))).decode()
+    for row in rows:
+        row[9] = noise
+    write(tmp_path / "large" / "MMStar.tsv", columns, rows)
+    script = tmp_path / "memory.py"
+    script.write_text(MEMORY.replace("CONDITIONS", repr(QUICK)))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], env=env, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    small, large = map(float, done.stdout.split())
+    made = sum(p.stat().st_size for p in (tmp_path / "large-sets").glob("*.tsv")) / 2**20
+    assert made > 240
+    assert large - small < 120, (small, large)  # MB
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Builds the sets from the base benchmarks' TSV files: seeded, parallel, resumable, with a manifest.
 
 Every picture follows from the seed, the name of its file and its index alone, and rows are written in the order of the
-input, so the files are the same byte for byte for any number of processes. Only a few rows are in memory at a time. A
+input, so the files are the same byte for byte for any number of processes. Only a few rows are in memory at a time, fewer
+where pictures are large. A
 build that was stopped goes on where it was: beside the growing files lies a journal of how far each was whole. An input
 is known by its hash, so sets of two versions of a file are never mixed.
 """
@@ -14,7 +15,7 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,8 +37,8 @@ from clear_adapters.results import installed_versions
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
-CHUNK = 8
-"""Rows that one process makes at a time."""
+WAITING = 2**25
+"""Bytes of finished rows that may wait for a slower one before them."""
 
 
 @dataclass(frozen=True)
@@ -246,31 +247,37 @@ def _build_task(
     journal = _Journal(folder, task, recipe.conditions)
     header = format_row(list(questions.file.columns))
     items = _items(questions)
-    chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
-    line = bar.add_task(task.title, total=len(items), completed=min(len(items), journal.chunks * CHUNK))
-    jobs = [(questions.file.path, task.file, recipe, c, skip_bad) for c in chunks[journal.chunks :]]
+    line = bar.add_task(task.title, total=len(items), completed=journal.done)
+    jobs = [(questions.file.path, task.file, recipe, [i], skip_bad) for i in items[journal.done :]]
     if not journal.complete:
         with journal.opened(header) as write:
             for made in _in_order(jobs, pool, workers):
                 write(made)
-                bar.advance(line, CHUNK)
+                bar.advance(line)
         journal.close()
     return journal.counts
 
 
 def _in_order(jobs: Sequence[Any], pool: ProcessPoolExecutor | None, workers: int) -> Iterator[Made]:
-    """Results in order, with only as many under way as keep the processes busy."""
+    """Results in order, with only as many rows and bytes under way as keep the processes busy."""
     if pool is None:
         yield from map(make, jobs)
         return
+    left = iter(jobs)
     ahead: deque[Future[Made]] = deque()
     try:
-        for job in jobs:
-            ahead.append(pool.submit(make, job))
-            if len(ahead) > 2 * workers:
+        while True:
+            running = [f for f in ahead if not f.done()]
+            waiting = sum(f.result().size for f in ahead if f.done() and f.exception() is None)
+            may_start = len(running) <= workers and len(ahead) < 16 * workers and waiting < WAITING
+            if may_start and (job := next(left, None)) is not None:
+                ahead.append(pool.submit(make, job))
+            elif not ahead:
+                return
+            elif ahead[0].done():
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            else:
+                wait(running, return_when=FIRST_COMPLETED)
     finally:
         for future in ahead:
             future.cancel()
@@ -280,44 +287,47 @@ class _Journal:
     """The growing files of one task, and how far they are whole.
 
     Attributes:
-        chunks: how many are in the files.
+        done: rows of the input that are in the files or were left out.
         complete: whether all are.
         counts: what was written and left out so far.
+        kept: bytes of the journal that hold of the files.
     """
 
     def __init__(self, folder: Path, task: Task, conditions: Sequence[str]) -> None:
         self.files = {c: folder / task.file_name(c) for c in conditions}
         self.pictures = folder / f"{task.file}.manifest.jsonl"
         self.path = folder / f"{task.file}.journal"
-        self.chunks, self.sizes = 0, {}
+        self.done = self.kept = 0
+        self.sizes: dict[str, int] = {}
         self.complete = False
         self.counts: dict[str, Any] = {"rows": 0, "pictures": 0, "bad": [], "left_with_group": 0}
-        self.entries = [e for e in self._entries() if self._holds(e)]
-        for entry in self.entries[-1:]:
-            self.chunks, self.sizes, self.counts = entry["chunks"], entry["sizes"], entry["counts"]
-            self.complete = entry["complete"]
+        self._read()
         if self.complete:
             self.close()
 
-    def _entries(self) -> Iterator[dict[str, Any]]:
+    def _read(self) -> None:
+        """Reads as far as the files are as long as it says: one that was lost or cut off is built again from there."""
         if not self.path.is_file():
             return
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(text)
-            except ValueError:  # cut off when the run was killed
-                return
+        parts = {name: _size(path) for name, path in self._parts().items()}
+        whole = {n: size if size >= 0 else _size(self._named()[n]) for n, size in parts.items()}
+        with self.path.open("rb") as opened:
+            for text in opened:
+                try:
+                    entry = json.loads(text)
+                except ValueError:  # cut off when the run was killed
+                    return
+                found = whole if entry["complete"] else parts
+                if any(found[name] < size for name, size in entry["sizes"].items()):
+                    return
+                self.done, self.sizes, self.complete = entry["done"], entry["sizes"], entry["complete"]
+                self.add(entry["made"])
+                self.kept += len(text)
 
-    def _holds(self, entry: dict[str, Any]) -> bool:
-        """Whether the files are as long as an entry says; one that was lost or cut off is built again from there."""
-        parts = self._parts()
-        for name, size in entry["sizes"].items():
-            found = _size(parts[name])
-            if found < 0 and entry["complete"]:
-                found = _size(self._named()[name])
-            if found < size:
-                return False
-        return True
+    def add(self, made: Mapping[str, Any]) -> None:
+        """Counts what one row gave."""
+        for key, value in made.items():
+            self.counts[key] += value
 
     def _named(self) -> dict[str, Path]:
         return {**self.files, "pictures": self.pictures}
@@ -326,7 +336,7 @@ class _Journal:
         return {name: path.with_name(path.name + ".part") for name, path in self._named().items()}
 
     def opened(self, header: str) -> Any:
-        """A context in which made chunks can be written, from the last whole one on."""
+        """A context in which rows can be written, from the last whole one on."""
         return _Writer(self, header)
 
     def close(self) -> None:
@@ -350,38 +360,40 @@ class _Writer:
             opened = self.stack.enter_context(path.open("r+b"))
             opened.truncate(j.sizes.get(name, 0))
             opened.seek(0, os.SEEK_END)
-            if j.chunks == 0 and name != "pictures":
+            if j.done == 0 and name != "pictures":
                 opened.write(self.header.encode())
             self.files[name] = opened
-        kept = "".join(json.dumps(e) + "\n" for e in j.entries)
-        _write(j.path, kept)
-        self.log = self.stack.enter_context(j.path.open("a", encoding="utf-8"))
+        self.log = self.stack.enter_context(j.path.open("ab"))
+        self.log.truncate(j.kept)
         return self.write
 
     def write(self, made: Made) -> None:
         j = self.journal
         for condition, text in made.rows.items():
-            self.files[condition].write(text.encode())
+            self.files[condition].write(text)
         self.files["pictures"].write("".join(json.dumps(p) + "\n" for p in made.pictures).encode())
-        j.counts["rows"] += made.written
-        j.counts["pictures"] += len(made.pictures)
-        j.counts["bad"] += lines_of(made.bad)
-        j.counts["left_with_group"] += made.left
-        j.chunks += 1
-        self._note(False)
+        step = {
+            "rows": made.written,
+            "pictures": len(made.pictures),
+            "bad": lines_of(made.bad),
+            "left_with_group": made.left,
+        }
+        j.add(step)
+        j.done += 1
+        self._note(step, False)
 
-    def _note(self, complete: bool) -> None:
+    def _note(self, step: Mapping[str, Any], complete: bool) -> None:
         j = self.journal
         for opened in self.files.values():
             opened.flush()
         j.sizes = {name: opened.tell() for name, opened in self.files.items()}
-        entry = {"chunks": j.chunks, "sizes": j.sizes, "counts": j.counts, "complete": complete}
-        self.log.write(json.dumps(entry) + "\n")
+        entry = {"done": j.done, "sizes": j.sizes, "made": step, "complete": complete}
+        self.log.write(json.dumps(entry).encode() + b"\n")
         self.log.flush()
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            self._note(True)
+            self._note({}, True)
             self.journal.complete = True
         self.stack.close()
 
