@@ -16,7 +16,7 @@ import pytest
 from clear_adapters.datasets.hub import Source, locate
 from clear_adapters.datasets.tsv import TsvError, TsvFile
 from clear_adapters.degradations import SEVERITIES, degrade
-from clear_adapters.errors import ClearValueError, UnknownNameError
+from clear_adapters.errors import ClearError, ClearValueError, UnknownNameError
 from clear_adapters.mmd_bench import build as builder
 from clear_adapters.mmd_bench.build import build, find_inputs
 from clear_adapters.mmd_bench.pictures import encode, plan_picture
@@ -224,6 +224,38 @@ def test_a_set_that_is_gone_from_a_finished_build_is_built_again(base, tmp_path,
     assert build(given, folder, conditions=FEW, workers=1, progress=False) == first
     assert contents(folder) == before
     assert {job[1] for job in calls} == {"MMStar"}  # the other task was whole
+
+
+def killed(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_was_killed_is_said_so_and_the_build_goes_on(tmp_path, monkeypatch):
+    write(tmp_path / "in" / "MMStar.tsv", *choice(4))
+    given = inputs(tmp_path / "in", "mmstar")
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "make", killed)
+        with pytest.raises(
+            ClearError, match=r"one of 2 processes .*fewer --workers; the same command goes on"
+        ):
+            build(given, tmp_path / "sets", conditions=["low"], workers=2, progress=False)
+    manifest = build(given, tmp_path / "sets", conditions=["low"], workers=1, progress=False)
+    assert manifest["tasks"]["mmstar"]["rows"] == 4
+
+
+def test_after_a_picture_that_cannot_be_decoded_the_build_goes_on(tmp_path, monkeypatch):
+    columns, rows = choice(12)
+    rows[9][9] = picture(2)[:200]
+    write(tmp_path / "in" / "MMStar.tsv", columns, rows)
+    given = inputs(tmp_path / "in", "mmstar")
+    calls = stop_at(monkeypatch, -1)
+    with pytest.raises(TsvError, match=r"MMStar\.tsv, line 11: the picture cannot be decoded"):
+        build(given, tmp_path / "sets", conditions=FEW, workers=1, progress=False)
+    assert len(calls) == 10
+    build(given, tmp_path / "sets", conditions=FEW, workers=1, skip_bad=True, progress=False)
+    assert len(calls) == 10 + 3  # the nine before it were kept
+    build(given, tmp_path / "whole", conditions=FEW, workers=1, skip_bad=True, progress=False)
+    assert contents(tmp_path / "sets") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["plan.json", "manifest.json"])

@@ -16,6 +16,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from clear_adapters.datasets.tsv import format_row
 from clear_adapters.degradations import SEVERITIES
 from clear_adapters.degradations.catalogue import generator
 from clear_adapters.degradations.corruption import Formulas
-from clear_adapters.errors import ClearValueError, unknown_name
+from clear_adapters.errors import ClearError, ClearValueError, unknown_name
 from clear_adapters.mmd_bench.pictures import QUALITY, Item, Made, Recipe, make
 from clear_adapters.mmd_bench.questions import QuestionSet, lines_of, read_questions
 from clear_adapters.mmd_bench.tasks import CLEAN, CORRUPTIONS, Task
@@ -102,6 +103,7 @@ def build(
     Raises:
         TsvError: a file has a bad row; file and line are named. What was built so far is kept.
         ClearValueError: a setting cannot work, or the folder holds other sets.
+        ClearError: a process was killed; what was built so far is kept.
         UnknownNameError: there is no such condition.
     """
     for name in conditions:
@@ -278,6 +280,11 @@ def _in_order(jobs: Sequence[Any], pool: ProcessPoolExecutor | None, workers: in
                 yield ahead.popleft().result()
             else:
                 wait(running, return_when=FIRST_COMPLETED)
+    except BrokenProcessPool as error:
+        raise ClearError(
+            f"one of {workers} processes that make pictures was ended from outside, most likely because memory ran "
+            "out: take fewer --workers; the same command goes on where the build was"
+        ) from error
     finally:
         for future in ahead:
             future.cancel()
