@@ -423,7 +423,7 @@ raise SystemExit(result.exit_code)
 """
 
 
-def client(url, home, *arguments):
+def client(url, home, *arguments, script=CLIENT):
     """The command in a process of its own: the client reads its address when it is imported."""
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
@@ -436,14 +436,24 @@ def client(url, home, *arguments):
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
-    command = [sys.executable, "-c", CLIENT, *map(str, arguments)]
+    command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+
+
+SEED = """
+import sys
+from clear_adapters.datasets.hub import Source, locate
+from clear_adapters.mmd_bench.sets import built_with
+found = locate([Source("someone/MMD")], sys.argv[1:])
+print(found.missing, [built_with(found.files[n]) for n in found.files])
+"""
 
 
 @pytest.mark.slow
 def test_files_come_from_a_repository_of_the_hub(built, base, tmp_path):
     folder, _ = built
     files = {f"sets/{p.name}": p.read_bytes() for p in folder.glob("MMStar*LEVEL*.tsv")}
+    files["sets/manifest.json"] = (folder / "manifest.json").read_bytes()
     files |= {"base/MMStar.tsv": (base / "MMStar.tsv").read_bytes(), "train.tar.gz.part.0": b"x"}
     with serve("someone/MMD", files) as (url, requests):
         done = client(url, tmp_path / "hf", "bench", "build", "--input", "someone/MMD", "--output", tmp_path / "sets",
@@ -459,6 +469,10 @@ def test_files_come_from_a_repository_of_the_hub(built, base, tmp_path):
         missing = client(url, tmp_path / "hf", *asked, "--tasks", "mmstar,mmvp", "--severity", "high")
         assert missing.returncode == 2
         assert "someone/MMD lacks MMVP_LOW_LEVEL_HIGH.tsv" in " ".join(missing.stdout.split())
+        assert {r.rsplit("/", 1)[-1] for r in requests if r.startswith("GET /datasets")} == fetched
+        names = ["MMStar_LOW_LEVEL_HIGH.tsv", "MMVP.tsv"]
+        seeds = client(url, tmp_path / "hf", *names, script=SEED)  # the manifest comes along
+        assert seeds.stdout.strip() == "('MMVP.tsv',) [0]", seeds.stderr
         unknown = client(url, tmp_path / "hf", *asked[:4], "--data", "someone/else", "--tasks", "mmstar")
         assert unknown.returncode == 2
         assert "the Hub gives no dataset repository" in " ".join(unknown.stdout.split())
