@@ -1,5 +1,6 @@
 """The set builder: names, contents, seeds, any number of processes, kills, bad rows, the Hub."""
 
+import base64
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 from clear_adapters.datasets.hub import Source, locate
 from clear_adapters.datasets.tsv import TsvError, TsvFile
 from clear_adapters.degradations import SEVERITIES, degrade
-from clear_adapters.errors import ClearValueError, UnknownNameError
+from clear_adapters.errors import ClearError, ClearValueError, UnknownNameError
 from clear_adapters.mmd_bench import build as builder
 from clear_adapters.mmd_bench.build import build, find_inputs
 from clear_adapters.mmd_bench.pictures import encode, plan_picture
@@ -25,6 +26,7 @@ from tests.bench_files import base_folder, choice, picture, write
 from tests.hub_server import COMMIT, serve
 
 ROOT = Path(__file__).parents[1]
+QUICK = ("hsv_saturation", "block_exchange", "scan_lines", "sharpness_change", "graffiti", "motion_blur")
 FEW = ("high", "low", "lens_blur")
 
 
@@ -117,7 +119,6 @@ def test_any_number_of_processes_gives_the_same_bytes(built, base, tmp_path):
 
 def test_a_stopped_build_goes_on_and_ends_the_same(base, tmp_path, monkeypatch):
     given = inputs(base, "mmstar", "cvbench2d")
-    monkeypatch.setattr(builder, "CHUNK", 2)
     build(given, tmp_path / "whole", conditions=FEW, workers=1, progress=False)
     make, calls = builder.make, []
 
@@ -138,10 +139,173 @@ def test_a_stopped_build_goes_on_and_ends_the_same(base, tmp_path, monkeypatch):
     with (folder / "MMStar.journal").open("a") as opened:
         opened.write('{"chunks": 3, "si')
     build(given, folder, conditions=FEW, workers=1, progress=False)
-    assert len(calls) == 3 + 3 + 4  # two chunks of the first file were kept
+    assert len(calls) == 3 + 7 + 8  # two rows of the first file were kept
     assert contents(folder) == contents(tmp_path / "whole")
     build(given, folder, conditions=FEW, workers=1, progress=False)
-    assert len(calls) == 10  # a finished one is left as it is
+    assert len(calls) == 18  # a finished one is left as it is
+
+
+def stop_at(monkeypatch, call):
+    """Lets the builder be interrupted at a call."""
+    make, calls = builder.make, []
+
+    def stopping(job):
+        calls.append(job)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return make(job)
+
+    monkeypatch.setattr(builder, "make", stopping)
+    return calls
+
+
+def test_an_input_that_changed_is_not_mixed_in(tmp_path, monkeypatch):
+    columns, rows = choice(20)
+    write(tmp_path / "in" / "MMStar.tsv", columns, rows)
+    given = inputs(tmp_path / "in", "mmstar")
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        build(given, tmp_path / "stopped", conditions=["low"], workers=1, progress=False)
+    build(given, tmp_path / "done", conditions=["low"], workers=1, progress=False)
+    rows[0][7] = "B"  # as long as the old one
+    write(tmp_path / "in" / "MMStar.tsv", columns, rows)
+    for name in ("stopped", "done"):
+        with pytest.raises(ClearValueError, match=r"other contents of MMStar\.tsv"):
+            build(given, tmp_path / name, conditions=["low"], workers=1, progress=False)
+
+
+def test_an_input_that_changes_while_it_is_read_is_said_so(tmp_path, monkeypatch):
+    columns, rows = choice(4)
+    path = write(tmp_path / "in" / "MMStar.tsv", columns, rows)
+    make = builder.make
+
+    def changing(job):
+        path.write_bytes(path.read_bytes().replace(b"picture 3", b"picture 4"))
+        return make(job)
+
+    monkeypatch.setattr(builder, "make", changing)
+    with pytest.raises(ClearValueError, match="was changed while"):
+        build(inputs(path.parent, "mmstar"), tmp_path / "x", conditions=["low"], workers=1, progress=False)
+    assert not (tmp_path / "x" / "manifest.json").exists()
+    assert not (tmp_path / "x" / "MMStar.journal").exists()
+
+
+@pytest.mark.parametrize("damage", ["lost", "short", "pictures"])
+def test_a_growing_file_that_was_lost_or_cut_off_is_built_again(tmp_path, monkeypatch, damage):
+    write(tmp_path / "in" / "MMStar.tsv", *choice(20))
+    given = inputs(tmp_path / "in", "mmstar")
+    build(given, tmp_path / "whole", conditions=FEW, workers=1, progress=False)
+    calls = stop_at(monkeypatch, 3)
+    folder = tmp_path / "sets"
+    with pytest.raises(KeyboardInterrupt):
+        build(given, folder, conditions=FEW, workers=1, progress=False)
+    part = folder / ("MMStar.manifest.jsonl.part" if damage == "pictures" else "MMStar_lens_blur.tsv.part")
+    if damage == "lost":
+        part.unlink()
+    else:
+        os.truncate(part, part.stat().st_size - 10)
+    build(given, folder, conditions=FEW, workers=1, progress=False)
+    assert len(calls) == 3 + (20 if damage == "lost" else 19)  # two of the twenty had been made
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["lost", "short", "pictures"])
+def test_a_set_that_is_gone_from_a_finished_build_is_built_again(base, tmp_path, monkeypatch, damage):
+    given = inputs(base, "mmstar", "cvbench2d")
+    folder = tmp_path / "sets"
+    first = build(given, folder, conditions=FEW, workers=1, progress=False)
+    before = contents(folder)
+    file = folder / ("MMStar.manifest.jsonl" if damage == "pictures" else "MMStar_lens_blur.tsv")
+    if damage == "short":
+        os.truncate(file, 100)
+    else:
+        file.unlink()
+    calls = stop_at(monkeypatch, -1)
+    assert build(given, folder, conditions=FEW, workers=1, progress=False) == first
+    assert contents(folder) == before
+    assert {job[1] for job in calls} == {"MMStar"}  # the other task was whole
+
+
+def killed(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_was_killed_is_said_so_and_the_build_goes_on(tmp_path, monkeypatch):
+    write(tmp_path / "in" / "MMStar.tsv", *choice(4))
+    given = inputs(tmp_path / "in", "mmstar")
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "make", killed)
+        with pytest.raises(
+            ClearError, match=r"one of 2 processes .*fewer --workers; the same command goes on"
+        ):
+            build(given, tmp_path / "sets", conditions=["low"], workers=2, progress=False)
+    manifest = build(given, tmp_path / "sets", conditions=["low"], workers=1, progress=False)
+    assert manifest["tasks"]["mmstar"]["rows"] == 4
+
+
+def test_after_a_picture_that_cannot_be_decoded_the_build_goes_on(tmp_path, monkeypatch):
+    columns, rows = choice(12)
+    rows[9][9] = picture(2)[:200]
+    write(tmp_path / "in" / "MMStar.tsv", columns, rows)
+    given = inputs(tmp_path / "in", "mmstar")
+    calls = stop_at(monkeypatch, -1)
+    with pytest.raises(TsvError, match=r"MMStar\.tsv, line 11: the picture cannot be decoded"):
+        build(given, tmp_path / "sets", conditions=FEW, workers=1, progress=False)
+    assert len(calls) == 10
+    build(given, tmp_path / "sets", conditions=FEW, workers=1, skip_bad=True, progress=False)
+    assert len(calls) == 10 + 3  # the nine before it were kept
+    build(given, tmp_path / "whole", conditions=FEW, workers=1, skip_bad=True, progress=False)
+    assert contents(tmp_path / "sets") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
+@pytest.mark.parametrize("text", ['{"seed', "[]"])
+def test_a_damaged_record_is_said_so(base, tmp_path, name, text):
+    given = inputs(base, "mmvp")
+    build(given, tmp_path / "sets", conditions=["low"], workers=1, progress=False)
+    (tmp_path / "sets" / name).write_text(text)
+    with pytest.raises(ClearValueError, match=rf"{name} is damaged .*delete the folder"):
+        build(given, tmp_path / "sets", conditions=["low"], workers=1, progress=False)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from clear_adapters.mmd_bench.build import Input, build
+from clear_adapters.mmd_bench.tasks import get_task
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for name in ("small", "large"):
+        given = [Input(get_task("mmstar"), folder / name / "MMStar.tsv")]
+        build(given, folder / f"{name}-sets", conditions=CONDITIONS, workers=2, progress=False)
+        print(peak())
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_rows_or_pictures(tmp_path):
+    write(tmp_path / "small" / "MMStar.tsv", *choice(4))
+    columns, rows = choice(16)
+    rng = np.random.default_rng(0)
+    noise = base64.b64encode(encode(rng.integers(0, 255, (1080, 1920, 3), dtype=np.uint8))).decode()
+    for row in rows:
+        row[9] = noise
+    write(tmp_path / "large" / "MMStar.tsv", columns, rows)
+    script = tmp_path / "memory.py"
+    script.write_text(MEMORY.replace("CONDITIONS", repr(QUICK)))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], env=env, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    small, large = map(float, done.stdout.split())
+    made = sum(p.stat().st_size for p in (tmp_path / "large-sets").glob("*.tsv")) / 2**20
+    assert made > 240
+    assert large - small < 120, (small, large)  # MB
 
 
 @pytest.mark.slow
@@ -259,7 +423,7 @@ raise SystemExit(result.exit_code)
 """
 
 
-def client(url, home, *arguments):
+def client(url, home, *arguments, script=CLIENT):
     """The command in a process of its own: the client reads its address when it is imported."""
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
@@ -272,14 +436,24 @@ def client(url, home, *arguments):
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
-    command = [sys.executable, "-c", CLIENT, *map(str, arguments)]
+    command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+
+
+SEED = """
+import sys
+from clear_adapters.datasets.hub import Source, locate
+from clear_adapters.mmd_bench.sets import built_with
+found = locate([Source("someone/MMD")], sys.argv[1:])
+print(found.missing, [built_with(found.files[n]) for n in found.files])
+"""
 
 
 @pytest.mark.slow
 def test_files_come_from_a_repository_of_the_hub(built, base, tmp_path):
     folder, _ = built
     files = {f"sets/{p.name}": p.read_bytes() for p in folder.glob("MMStar*LEVEL*.tsv")}
+    files["sets/manifest.json"] = (folder / "manifest.json").read_bytes()
     files |= {"base/MMStar.tsv": (base / "MMStar.tsv").read_bytes(), "train.tar.gz.part.0": b"x"}
     with serve("someone/MMD", files) as (url, requests):
         done = client(url, tmp_path / "hf", "bench", "build", "--input", "someone/MMD", "--output", tmp_path / "sets",
@@ -295,6 +469,10 @@ def test_files_come_from_a_repository_of_the_hub(built, base, tmp_path):
         missing = client(url, tmp_path / "hf", *asked, "--tasks", "mmstar,mmvp", "--severity", "high")
         assert missing.returncode == 2
         assert "someone/MMD lacks MMVP_LOW_LEVEL_HIGH.tsv" in " ".join(missing.stdout.split())
+        assert {r.rsplit("/", 1)[-1] for r in requests if r.startswith("GET /datasets")} == fetched
+        names = ["MMStar_LOW_LEVEL_HIGH.tsv", "MMVP.tsv"]
+        seeds = client(url, tmp_path / "hf", *names, script=SEED)  # the manifest comes along
+        assert seeds.stdout.strip() == "('MMVP.tsv',) [0]", seeds.stderr
         unknown = client(url, tmp_path / "hf", *asked[:4], "--data", "someone/else", "--tasks", "mmstar")
         assert unknown.returncode == 2
         assert "the Hub gives no dataset repository" in " ".join(unknown.stdout.split())

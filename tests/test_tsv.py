@@ -5,6 +5,7 @@ import tracemalloc
 
 import pytest
 
+from clear_adapters.datasets import tsv
 from clear_adapters.datasets.tsv import TsvError, TsvFile, format_row
 
 
@@ -24,6 +25,7 @@ def test_rows_have_their_line_and_can_be_read_again(tmp_path):
     assert rows[1].values == {"index": "2", "question": "plain é"}
     assert [file.read(r) for r in reversed(rows)] == rows[::-1]
     assert file.read((5, rows[1].offset)) == rows[1]
+    assert [r.values for r in TsvFile(table(tmp_path, "\n" + text)).rows()] == [r.values for r in rows]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
@@ -41,7 +43,7 @@ def test_what_is_written_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("a\tb\n1\t2\n3\n", 3, "1 fields for 2 columns: the row is cut off"),
+        ("a\tb\n1\t2\n3\n", 3, r"the row is cut off or damaged \(1 fields for 2 columns\)"),
         ("a\tb\n1\t2\t3\n", 2, "3 fields for 2 columns"),
         ('a\tb\n1\t"never closed\n2\t3\n', 2, "cut off or damaged"),
         ('a\tb\n1\t"x"y\n', 2, "cut off or damaged"),
@@ -61,6 +63,48 @@ def test_bad_rows_can_be_left_out(tmp_path):
     file = TsvFile(table(tmp_path, b"a\tb\n1\n2\tx\n3\t\xff\n4\ty\n"))
     assert [r.values["a"] for r in file.rows(bad)] == ["2", "4"]
     assert [e.line for e in bad] == [2, 4]
+
+
+def forty_rows(tmp_path, five, other="{i}\tquestion\tA\n"):
+    return table(
+        tmp_path, "a\tb\tc\n" + "".join((five if i == 5 else other).format(i=i) for i in range(1, 41))
+    )
+
+
+@pytest.mark.parametrize(
+    ("five", "other"),
+    [
+        ('{i}\t"never closed\tA\n', "{i}\tquestion\tA\n"),
+        ('{i}\t"never closed\tA\n', '{i}\t"a ""quoted"" question"\tA\n'),
+        ('{i}\t"never closed\tA\n', '{i}\t"two\nlines"\tA\n'),
+        ('{i}\t"never closed\tA\n', '{i}\tquestion\t12"\n'),  # closes it, with other columns
+    ],
+)
+def test_a_quote_that_is_not_closed_costs_one_row(tmp_path, five, other):
+    path = forty_rows(tmp_path, five, other)
+    bad: list[TsvError] = []
+    rows = list(TsvFile(path).rows(bad))
+    assert [int(r.values["a"]) for r in rows] == [i for i in range(1, 41) if i != 5]
+    assert len(bad) == 1
+    assert bad[0].line == 2 + 4 * (2 if "\n" in other[:-1] else 1)
+    assert [TsvFile(path).read(r) for r in rows] == rows
+    with pytest.raises(TsvError, match="the row is cut off or damaged"):
+        list(TsvFile(path).rows())
+
+
+@pytest.mark.parametrize("five", ['{i}\t"never closed\tA\n', "{i}\tquestion\t" + "A" * 300_000 + "\n"])
+def test_a_row_takes_only_so_many_bytes(tmp_path, monkeypatch, five):
+    monkeypatch.setattr(tsv, "_LONGEST_ROW", 250_000)
+    path = forty_rows(tmp_path, five, "{i}\tquestion\t" + "A" * 100_000 + "\n")
+    bad: list[TsvError] = []
+    file = TsvFile(path)
+    tracemalloc.start()
+    found = [r.values["a"] for r in file.rows(bad)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [str(i) for i in range(1, 41) if i != 5]
+    assert [(e.line, "more than 250,000 bytes" in e.reason) for e in bad] == [(6, True)]
+    assert peak < 3_000_000  # the file has 4 MB, of which an open quote took four times as much
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -15,12 +15,12 @@ class Found:
     """Where the files are that were looked for.
 
     Attributes:
-        files: path by name; those of a repository have been downloaded.
+        files: path by name; one of a repository is downloaded when it is asked for.
         missing: names that no source has.
         revisions: commit by repository that was asked.
     """
 
-    files: dict[str, Path]
+    files: Mapping[str, Path]
     missing: tuple[str, ...]
     revisions: dict[str, str]
 
@@ -72,14 +72,14 @@ class Source:
                 f"{self.name!r} is no folder here, and the Hub gives no dataset repository of that name: {reason}"
             ) from error
         self.revision = info.sha
-        names = [s.rfilename for s in info.siblings or () if s.rfilename.endswith(".tsv")]
-        self._files = _by_name(self.name, names)
+        self._listed = [s.rfilename for s in info.siblings or ()]
+        self._files = _by_name(self.name, [n for n in self._listed if n.endswith(".tsv")])
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def path(self, name: str) -> Path:
-        """The file of a name, downloaded into the client's cache if need be.
+        """The file of a name, downloaded into the client's cache if need be, with a `manifest.json` beside it.
 
         Raises:
             KeyError: the source has none.
@@ -88,6 +88,12 @@ class Source:
         place = self._files[name]
         if self._folder is not None:
             return self._folder / place
+        manifest = str(PurePosixPath(place).with_name("manifest.json"))
+        if manifest in self._listed:
+            self._download(manifest)
+        return self._download(place)
+
+    def _download(self, place: str) -> Path:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -114,23 +120,41 @@ def _by_name(source: str, paths: Sequence[str]) -> dict[str, str]:
     return found
 
 
+class _Files(Mapping[str, Path]):
+    """Files by name, each fetched when it is asked for, so that what is missing can be told before."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self._sources = sources
+
+    def __getitem__(self, name: str) -> Path:
+        return self._sources[name].path(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
 def locate(sources: Iterable[Source], names: Iterable[str]) -> Found:
-    """Looks files up by name; the first source that has one gives it.
+    """Looks files up by name; the first source that has one gives it. Nothing is downloaded yet.
 
     Args:
         sources: where to look, in order.
         names: what to look for.
-
-    Raises:
-        ClearValueError: a download failed.
     """
     sources = list(sources)
-    files: dict[str, Path] = {}
+    chosen: dict[str, Source] = {}
     missing = []
     for name in dict.fromkeys(names):
         source = next((s for s in sources if name in s), None)
         if source is None:
             missing.append(name)
         else:
-            files[name] = source.path(name)
-    return Found(files, tuple(missing), {s.name: s.revision for s in sources if s.revision is not None})
+            chosen[name] = source
+    return Found(
+        _Files(chosen), tuple(missing), {s.name: s.revision for s in sources if s.revision is not None}
+    )

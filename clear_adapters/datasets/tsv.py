@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 from clear_adapters.errors import ClearValueError
 
-_LONGEST_FIELD = 2**30
-"""Characters: far above any picture, far below what would exhaust memory unnoticed."""
+_LONGEST_ROW = 2**26
+"""Bytes. Far above any picture; a quote that is never closed would take the rest of the file for one row."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,52 @@ class TsvError(ClearValueError):
 
 
 class _Lines:
-    """The lines of a file as text, with the place of the next one."""
+    """The lines of a file as text, with the place of the next one; a row may take only so many bytes of them."""
 
     def __init__(self, path: Path, opened: BinaryIO, line: int, offset: int) -> None:
         self.path, self.opened, self.line, self.offset = path, opened, line, offset
+        self.begin()
+
+    def begin(self) -> None:
+        """A row begins at the next line."""
+        self.start = self.second = (self.line, self.offset)
+        self.left = _LONGEST_ROW
+
+    def go_back(self) -> None:
+        """To the line after the one on which the row began: what follows may not be part of it."""
+        self.line, self.offset = self.second
+        self.opened.seek(self.offset)
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        raw = self.opened.readline()
+        raw = self.opened.readline(self.left + 1)
         if not raw:
             raise StopIteration
+        length, too_long = len(raw), len(raw) > self.left
+        while too_long and not raw.endswith(b"\n"):
+            raw = self.opened.readline(2**16)
+            if not raw:
+                break
+            length += len(raw)
+        first = (self.line, self.offset) == self.start
         self.line += 1
-        self.offset += len(raw)
+        self.offset += length
+        self.left -= length
+        if first:
+            self.second = (self.line, self.offset)
+        if too_long:
+            what = "the line" if first else "a quote opens that is not closed, or the row"
+            raise TsvError(
+                self.path,
+                self.start[0],
+                f"{what} has more than {_LONGEST_ROW:,} bytes, which no picture takes: mend the row or leave it out",
+            )
         try:
-            return raw.decode("utf-8-sig" if self.line == 2 and self.offset == len(raw) else "utf-8")
+            return raw.decode("utf-8-sig" if self.line == 2 and self.offset == length else "utf-8")
         except UnicodeDecodeError as error:
-            raise TsvError(self.path, self.line - 1, f"not UTF-8 text ({error.reason})") from None
+            raise TsvError(self.path, self.start[0], f"not UTF-8 text ({error.reason})") from None
 
 
 class TsvFile:
@@ -90,8 +118,9 @@ class TsvFile:
             TsvError: there is no file or no header, or a column stands in it twice.
         """
         self.path = Path(path)
+        self.columns: tuple[str, ...] = ()  # not known yet, so the header may have any number of fields
         # A limit of the whole process: its default, 128 KiB, is less than one photograph.
-        csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
+        csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_ROW))
         try:
             with self.path.open("rb") as opened:
                 first = next(self._records(opened, 1, 0), None)
@@ -121,6 +150,9 @@ class TsvFile:
     def rows(self, bad: list[TsvError] | None = None) -> Iterator[TsvRow]:
         """The rows in order.
 
+        After a bad row the reading goes on at the line after the one on which it began, so that a quote that is not
+        closed costs one row. Further lines of a bad row are bad rows of their own.
+
         Args:
             bad: takes up what is wrong with rows, which are then left out.
 
@@ -131,12 +163,12 @@ class TsvFile:
             records = self._records(opened, 1, 0)
             next(records, None)
             for record in records:
-                try:
+                if not isinstance(record, TsvError):
                     yield self._row(record)
-                except TsvError as error:
-                    if bad is None:
-                        raise
-                    bad.append(error)
+                elif bad is None:
+                    raise record
+                else:
+                    bad.append(record)
 
     def read(self, row: TsvRow | tuple[int, int]) -> TsvRow:
         """One row again.
@@ -153,39 +185,36 @@ class TsvFile:
             record = next(self._records(opened, line, offset), None)
         if record is None:
             raise TsvError(self.path, line, "the file has changed: there is no row here any more")
-        return self._row(record)
-
-    def _row(self, record: tuple[int, int, list[str]] | TsvError) -> TsvRow:
         if isinstance(record, TsvError):
             raise record
+        return self._row(record)
+
+    def _row(self, record: tuple[int, int, list[str]]) -> TsvRow:
         line, offset, fields = record
-        if len(fields) != len(self.columns):
-            raise TsvError(
-                self.path,
-                line,
-                f"{len(fields)} fields for {len(self.columns)} columns: the row is cut off or damaged",
-            )
         return TsvRow(line, offset, {c: f for c, f in zip(self.columns, fields, strict=True) if f != ""})
 
     def _records(
         self, opened: BinaryIO, line: int, offset: int
     ) -> Iterator[tuple[int, int, list[str]] | TsvError]:
         lines = _Lines(self.path, opened, line, offset)
-        reader = csv.reader(lines, delimiter="\t", strict=True)
         while True:
-            start = (lines.line, lines.offset)
+            lines.begin()
+            start = lines.start
             try:
-                fields = next(reader)
+                fields = next(csv.reader(lines, delimiter="\t", strict=True))
+                if fields and self.columns and len(fields) != len(self.columns):
+                    raise csv.Error(f"{len(fields)} fields for {len(self.columns)} columns")
             except StopIteration:
                 return
             except TsvError as error:
+                lines.go_back()
                 yield error
-                continue
             except csv.Error as error:
+                lines.go_back()
                 yield TsvError(self.path, start[0], f"the row is cut off or damaged ({error})")
-                continue
-            if fields:
-                yield (*start, fields)
+            else:
+                if fields:
+                    yield (*start, fields)
 
 
 def format_row(fields: list[str]) -> str:

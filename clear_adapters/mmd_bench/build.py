@@ -1,8 +1,10 @@
 """Builds the sets from the base benchmarks' TSV files: seeded, parallel, resumable, with a manifest.
 
 Every picture follows from the seed, the name of its file and its index alone, and rows are written in the order of the
-input, so the files are the same byte for byte for any number of processes. Only a few rows are in memory at a time. A
-build that was stopped goes on where it was: beside the growing files lies a journal of how far each was whole.
+input, so the files are the same byte for byte for any number of processes. Only a few rows are in memory at a time, fewer
+where pictures are large. A
+build that was stopped goes on where it was: beside the growing files lies a journal of how far each was whole. An input
+is known by its hash, so sets of two versions of a file are never mixed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +30,7 @@ from clear_adapters.datasets.tsv import format_row
 from clear_adapters.degradations import SEVERITIES
 from clear_adapters.degradations.catalogue import generator
 from clear_adapters.degradations.corruption import Formulas
-from clear_adapters.errors import ClearValueError, unknown_name
+from clear_adapters.errors import ClearError, ClearValueError, unknown_name
 from clear_adapters.mmd_bench.pictures import QUALITY, Item, Made, Recipe, make
 from clear_adapters.mmd_bench.questions import QuestionSet, lines_of, read_questions
 from clear_adapters.mmd_bench.tasks import CLEAN, CORRUPTIONS, Task
@@ -35,8 +38,8 @@ from clear_adapters.results import installed_versions
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
-CHUNK = 8
-"""Rows that one process makes at a time."""
+WAITING = 2**25
+"""Bytes of finished rows that may wait for a slower one before them."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def build(
 ) -> dict[str, Any]:
     """Builds the sets, or goes on with a build that was stopped; a finished one is left as it is.
 
+    Files of a finished one that are gone or cut off are built again.
+
     Args:
         inputs: the base files.
         output: folder of the sets.
@@ -98,6 +103,7 @@ def build(
     Raises:
         TsvError: a file has a bad row; file and line are named. What was built so far is kept.
         ClearValueError: a setting cannot work, or the folder holds other sets.
+        ClearError: a process was killed; what was built so far is kept.
         UnknownNameError: there is no such condition.
     """
     for name in conditions:
@@ -113,12 +119,13 @@ def build(
     settings = {
         **asdict(recipe),
         "version": __version__,
-        "inputs": {i.task.name: {"file": i.path.name, "bytes": i.path.stat().st_size} for i in inputs},
+        "inputs": {i.task.name: _input_facts(i.path) for i in inputs},
     }
     sets = [read_questions(i.path, i.task, skip_bad=skip_bad) for i in inputs]  # all, before any is built
     _claim(folder, settings)
-    if (folder / MANIFEST).is_file():
-        return _read_json(folder / MANIFEST)
+    before = _whole_tasks(folder, sets)
+    if before is not None and len(before["tasks"]) == len(sets):
+        return before
     count = workers or os.cpu_count() or 1
     with ExitStack() as stack:
         bar = stack.enter_context(
@@ -135,8 +142,12 @@ def build(
         if count > 1:
             context = multiprocessing.get_context("spawn")
             pool = stack.enter_context(ProcessPoolExecutor(count, context, _one_thread))
-        facts = {s.task.name: _build_task(folder, s, recipe, skip_bad, pool, count, bar) for s in sets}
-    return _finish(folder, settings, sets, recipe, facts)
+        facts = {
+            s.task.name: _build_task(folder, s, recipe, skip_bad, pool, count, bar)
+            for s in sets
+            if before is None or s.task.name not in before["tasks"]
+        }
+    return _finish(folder, settings, sets, recipe, facts, before)
 
 
 def _one_thread() -> None:
@@ -149,9 +160,20 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     text = json.dumps(settings, sort_keys=True, indent=2) + "\n"
     file = folder / PLAN
     if file.is_file():
-        if file.read_text(encoding="utf-8") != text:
+        old, new = _read_json(file), json.loads(text)
+        other = [
+            f"{key} {old.get(key)!r} there and {new.get(key)!r} here"
+            for key in sorted({*old, *new} - {"inputs"})
+            if old.get(key) != new.get(key)
+        ]
+        was, now = old.get("inputs", {}), new["inputs"]
+        other += [f"other contents of {i['file']}" for n, i in now.items() if n in was and was[n] != i]
+        if was.keys() != now.keys():
+            other.append(f"tasks {', '.join(sorted(was))} there and {', '.join(sorted(now))} here")
+        if other:
             raise ClearValueError(
-                f"{folder} holds sets of other settings or other files (see {file}): choose another folder, or delete it"
+                f"{folder} holds sets of other settings or other files ({'; '.join(other)}), which would be mixed: "
+                "choose another folder, or delete it"
             )
         return
     if folder.is_dir() and any(folder.iterdir()):
@@ -167,8 +189,44 @@ def _write(path: Path, text: str) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        content = error
+    if not isinstance(content, dict):
+        raise ClearValueError(
+            f"{path} is damaged ({content if isinstance(content, ValueError) else 'no JSON object'}), so what the folder "
+            "holds cannot be told: delete the folder, or choose another, and build again"
+        )
     return content
+
+
+def _input_facts(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _whole_tasks(folder: Path, sets: Sequence[QuestionSet]) -> dict[str, Any] | None:
+    """The manifest without tasks of which files are lost or cut off; None where there is none."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = _read_json(folder / MANIFEST)
+    lost = set()
+    for s in sets:
+        files = {n: f["bytes"] for n, f in manifest["files"].items() if f["task"] == s.task.name}
+        files[f"{s.task.file}.manifest.jsonl"] = manifest["tasks"][s.task.name]["manifest_bytes"]
+        if (folder / f"{s.task.file}.journal").is_file() or any(
+            _size(folder / n) != size for n, size in files.items()
+        ):
+            lost.add(s.task.name)
+    for name in lost:
+        del manifest["tasks"][name]
+    manifest["files"] = {n: f for n, f in manifest["files"].items() if f["task"] not in lost}
+    return manifest
+
+
+def _size(path: Path) -> int:
+    """Bytes; -1 of a file that is not there."""
+    return path.stat().st_size if path.is_file() else -1
 
 
 def _items(questions: QuestionSet) -> list[Item]:
@@ -191,31 +249,42 @@ def _build_task(
     journal = _Journal(folder, task, recipe.conditions)
     header = format_row(list(questions.file.columns))
     items = _items(questions)
-    chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
-    line = bar.add_task(task.title, total=len(items), completed=min(len(items), journal.chunks * CHUNK))
-    jobs = [(questions.file.path, task.file, recipe, c, skip_bad) for c in chunks[journal.chunks :]]
+    line = bar.add_task(task.title, total=len(items), completed=journal.done)
+    jobs = [(questions.file.path, task.file, recipe, [i], skip_bad) for i in items[journal.done :]]
     if not journal.complete:
         with journal.opened(header) as write:
             for made in _in_order(jobs, pool, workers):
                 write(made)
-                bar.advance(line, CHUNK)
+                bar.advance(line)
         journal.close()
     return journal.counts
 
 
 def _in_order(jobs: Sequence[Any], pool: ProcessPoolExecutor | None, workers: int) -> Iterator[Made]:
-    """Results in order, with only as many under way as keep the processes busy."""
+    """Results in order, with only as many rows and bytes under way as keep the processes busy."""
     if pool is None:
         yield from map(make, jobs)
         return
+    left = iter(jobs)
     ahead: deque[Future[Made]] = deque()
     try:
-        for job in jobs:
-            ahead.append(pool.submit(make, job))
-            if len(ahead) > 2 * workers:
+        while True:
+            running = [f for f in ahead if not f.done()]
+            waiting = sum(f.result().size for f in ahead if f.done() and f.exception() is None)
+            may_start = len(running) <= workers and len(ahead) < 16 * workers and waiting < WAITING
+            if may_start and (job := next(left, None)) is not None:
+                ahead.append(pool.submit(make, job))
+            elif not ahead:
+                return
+            elif ahead[0].done():
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            else:
+                wait(running, return_when=FIRST_COMPLETED)
+    except BrokenProcessPool as error:
+        raise ClearError(
+            f"one of {workers} processes that make pictures was ended from outside, most likely because memory ran "
+            "out: take fewer --workers; the same command goes on where the build was"
+        ) from error
     finally:
         for future in ahead:
             future.cancel()
@@ -225,46 +294,61 @@ class _Journal:
     """The growing files of one task, and how far they are whole.
 
     Attributes:
-        chunks: how many are in the files.
+        done: rows of the input that are in the files or were left out.
         complete: whether all are.
         counts: what was written and left out so far.
+        kept: bytes of the journal that hold of the files.
     """
 
     def __init__(self, folder: Path, task: Task, conditions: Sequence[str]) -> None:
         self.files = {c: folder / task.file_name(c) for c in conditions}
         self.pictures = folder / f"{task.file}.manifest.jsonl"
         self.path = folder / f"{task.file}.journal"
-        self.chunks, self.sizes = 0, {}
+        self.done = self.kept = 0
+        self.sizes: dict[str, int] = {}
         self.complete = False
         self.counts: dict[str, Any] = {"rows": 0, "pictures": 0, "bad": [], "left_with_group": 0}
-        for entry in self._entries():
-            self.chunks, self.sizes, self.counts = entry["chunks"], entry["sizes"], entry["counts"]
-            self.complete = entry["complete"]
+        self._read()
         if self.complete:
             self.close()
 
-    def _entries(self) -> Iterator[dict[str, Any]]:
+    def _read(self) -> None:
+        """Reads as far as the files are as long as it says: one that was lost or cut off is built again from there."""
         if not self.path.is_file():
             return
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(text)
-            except ValueError:  # cut off when the run was killed
-                return
+        parts = {name: _size(path) for name, path in self._parts().items()}
+        whole = {n: size if size >= 0 else _size(self._named()[n]) for n, size in parts.items()}
+        with self.path.open("rb") as opened:
+            for text in opened:
+                try:
+                    entry = json.loads(text)
+                except ValueError:  # cut off when the run was killed
+                    return
+                found = whole if entry["complete"] else parts
+                if any(found[name] < size for name, size in entry["sizes"].items()):
+                    return
+                self.done, self.sizes, self.complete = entry["done"], entry["sizes"], entry["complete"]
+                self.add(entry["made"])
+                self.kept += len(text)
+
+    def add(self, made: Mapping[str, Any]) -> None:
+        """Counts what one row gave."""
+        for key, value in made.items():
+            self.counts[key] += value
+
+    def _named(self) -> dict[str, Path]:
+        return {**self.files, "pictures": self.pictures}
 
     def _parts(self) -> dict[str, Path]:
-        return {
-            name: path.with_name(path.name + ".part")
-            for name, path in {**self.files, "pictures": self.pictures}.items()
-        }
+        return {name: path.with_name(path.name + ".part") for name, path in self._named().items()}
 
     def opened(self, header: str) -> Any:
-        """A context in which made chunks can be written, from the last whole one on."""
+        """A context in which rows can be written, from the last whole one on."""
         return _Writer(self, header)
 
     def close(self) -> None:
         """Gives the files their names; the journal stays until the whole build is finished."""
-        for name, path in {**self.files, "pictures": self.pictures}.items():
+        for name, path in self._named().items():
             part = self._parts()[name]
             if part.is_file():
                 part.replace(path)
@@ -283,38 +367,40 @@ class _Writer:
             opened = self.stack.enter_context(path.open("r+b"))
             opened.truncate(j.sizes.get(name, 0))
             opened.seek(0, os.SEEK_END)
-            if j.chunks == 0 and name != "pictures":
+            if j.done == 0 and name != "pictures":
                 opened.write(self.header.encode())
             self.files[name] = opened
-        kept = "".join(json.dumps(e) + "\n" for e in j._entries())
-        _write(j.path, kept)
-        self.log = self.stack.enter_context(j.path.open("a", encoding="utf-8"))
+        self.log = self.stack.enter_context(j.path.open("ab"))
+        self.log.truncate(j.kept)
         return self.write
 
     def write(self, made: Made) -> None:
         j = self.journal
         for condition, text in made.rows.items():
-            self.files[condition].write(text.encode())
+            self.files[condition].write(text)
         self.files["pictures"].write("".join(json.dumps(p) + "\n" for p in made.pictures).encode())
-        j.counts["rows"] += made.written
-        j.counts["pictures"] += len(made.pictures)
-        j.counts["bad"] += lines_of(made.bad)
-        j.counts["left_with_group"] += made.left
-        j.chunks += 1
-        self._note(False)
+        step = {
+            "rows": made.written,
+            "pictures": len(made.pictures),
+            "bad": lines_of(made.bad),
+            "left_with_group": made.left,
+        }
+        j.add(step)
+        j.done += 1
+        self._note(step, False)
 
-    def _note(self, complete: bool) -> None:
+    def _note(self, step: Mapping[str, Any], complete: bool) -> None:
         j = self.journal
         for opened in self.files.values():
             opened.flush()
         j.sizes = {name: opened.tell() for name, opened in self.files.items()}
-        entry = {"chunks": j.chunks, "sizes": j.sizes, "counts": j.counts, "complete": complete}
-        self.log.write(json.dumps(entry) + "\n")
+        entry = {"done": j.done, "sizes": j.sizes, "made": step, "complete": complete}
+        self.log.write(json.dumps(entry).encode() + b"\n")
         self.log.flush()
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            self._note(True)
+            self._note({}, True)
             self.journal.complete = True
         self.stack.close()
 
@@ -325,18 +411,26 @@ def _finish(
     sets: Sequence[QuestionSet],
     recipe: Recipe,
     facts: Mapping[str, dict[str, Any]],
+    before: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    tasks: dict[str, Any] = {}
-    files: dict[str, Any] = {}
+    tasks: dict[str, Any] = dict(before["tasks"]) if before else {}
+    files: dict[str, Any] = dict(before["files"]) if before else {}
     for s in sets:
+        if s.task.name not in facts:
+            continue
+        given = settings["inputs"][s.task.name]
+        if _input_facts(s.file.path) != given:
+            (folder / f"{s.task.file}.journal").unlink(missing_ok=True)
+            raise ClearValueError(
+                f"{s.file.path} was changed while sets were built from it, so they are of neither: delete {folder} and "
+                "build again"
+            )
         counts = facts[s.task.name]
         if not counts["rows"]:
             raise ClearValueError(f"{s.file.path}: no row could be used, so there is no set to build")
         tasks[s.task.name] = {
-            "input": {
-                **settings["inputs"][s.task.name],
-                "sha256": _sha256(s.file.path),
-            },
+            "input": given,
+            "manifest_bytes": _size(folder / f"{s.task.file}.manifest.jsonl"),
             "rows": counts["rows"],
             "pictures": counts["pictures"],
             "without_picture": s.without_picture,
@@ -349,6 +443,7 @@ def _finish(
                 "task": s.task.name,
                 "condition": condition,
                 "rows": counts["rows"],
+                "bytes": _size(folder / name),
                 "sha256": _sha256(folder / name),
             }
     manifest = {

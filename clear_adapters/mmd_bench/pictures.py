@@ -59,18 +59,23 @@ class Made:
     """A part of the sets.
 
     Attributes:
-        rows: by condition, lines of the table as one text.
+        rows: by condition, lines of the table, encoded.
         pictures: facts about each picture, one JSON-able dict each.
         written: rows in it.
         bad: rows that were left out, with the reason.
         left: good rows that were left out with them.
     """
 
-    rows: dict[str, str]
+    rows: dict[str, bytes]
     pictures: list[dict[str, Any]]
     written: int
     bad: list[TsvError]
     left: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of all lines."""
+        return sum(map(len, self.rows.values()))
 
 
 def picture_seed(seed: int, file: str, index: str, purpose: str) -> int:
@@ -96,7 +101,7 @@ def plan_picture(recipe: Recipe, file: str, index: str, condition: str) -> tuple
 
 
 def make(job: tuple[Path, str, Recipe, list[Item], bool]) -> Made:
-    """The rows of one chunk, in every set.
+    """Some rows, in every set.
 
     Args:
         job: the table, the stem of the task's files, the recipe, the rows, and whether bad rows are left out.
@@ -106,8 +111,8 @@ def make(job: tuple[Path, str, Recipe, list[Item], bool]) -> Made:
     """
     path, stem, recipe, items, skip_bad = job
     file = TsvFile(path)
-    made = Made(dict.fromkeys(recipe.conditions, ""), [], 0, [], 0)
-    rows: dict[str, list[str]] = {c: [] for c in recipe.conditions}
+    made = Made(dict.fromkeys(recipe.conditions, b""), [], 0, [], 0)
+    rows: dict[str, list[bytes]] = {c: [] for c in recipe.conditions}
     written = left = 0
     for item in items:
         try:
@@ -124,12 +129,12 @@ def make(job: tuple[Path, str, Recipe, list[Item], bool]) -> Made:
         made.pictures.extend(facts)
         for condition, line in lines.items():
             rows[condition].append(line)
-    return Made({c: "".join(r) for c, r in rows.items()}, made.pictures, written, made.bad, left)
+    return Made({c: b"".join(r) for c, r in rows.items()}, made.pictures, written, made.bad, left)
 
 
 def _make_row(
     file: TsvFile, stem: str, recipe: Recipe, item: Item
-) -> tuple[dict[str, str], list[dict[str, Any]]]:
+) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     for place in item.shared:
         if place != item.picture:
             read_picture(file, place)
@@ -138,7 +143,7 @@ def _make_row(
     at = file.columns.index("image")
     fields = [values.get(c, "") for c in file.columns]
     if item.picture != item.place:
-        return dict.fromkeys(recipe.conditions, format_row(fields)), []
+        return dict.fromkeys(recipe.conditions, format_row(fields).encode()), []
     lines, facts = {}, []
     for condition in recipe.conditions:
         name, intensity, seed = plan_picture(recipe, stem, item.index, condition)
@@ -158,7 +163,7 @@ def _make_row(
             }
         )
         fields[at] = base64.b64encode(encoded).decode("ascii")
-        lines[condition] = format_row(fields)
+        lines[condition] = format_row(fields).encode()
     return lines, facts
 
 

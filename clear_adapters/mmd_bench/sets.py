@@ -63,7 +63,7 @@ def built_with(path: Path) -> int | None:
 
 
 def find_sets(sources: Sequence[Source], tasks: Sequence[Task], conditions: Sequence[str]) -> Found:
-    """Looks the files of some tasks and conditions up; those of a repository are downloaded."""
+    """Looks the files of some tasks and conditions up; those of a repository are downloaded when they are read."""
     names = [t.file_name(c) for t in tasks for c in t.conditions(tuple(conditions))]
     return locate(sources, names)
 
