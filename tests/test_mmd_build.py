@@ -23,7 +23,7 @@ from clear_adapters.mmd_bench.pictures import encode, plan_picture
 from clear_adapters.mmd_bench.questions import picture_bytes, read_questions
 from clear_adapters.mmd_bench.tasks import CORRUPTIONS, TASKS, get_task
 from tests.bench_files import base_folder, choice, picture, write
-from tests.hub_server import COMMIT, serve
+from tests.local_hub import COMMIT, serve
 
 ROOT = Path(__file__).parents[1]
 QUICK = ("hsv_saturation", "block_exchange", "scan_lines", "sharpness_change", "graffiti", "motion_blur")

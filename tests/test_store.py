@@ -268,7 +268,7 @@ def test_wrong_weights_are_named(backbone, folder, name, change, message, error)
 @pytest.mark.parametrize(
     ("changes", "message", "error"),
     [
-        ({"backbone": "janus"}, "'janus'", UnknownNameError),
+        ({"backbone": "show-o"}, "'show-o'", UnknownNameError),
         ({"backbone": "bagle"}, "Did you mean 'bagel'", UnknownNameError),
         ({"schema_version": 2}, "upgrade", AdapterError),
         ({"base_model": "/models/x"}, "base_model", AdapterError),
