@@ -148,6 +148,17 @@ def test_numbers_are_those_of_the_result(whole, tmp_path):
     assert rows_of(text, "Counted otherwise")["MMVP, pairs with both right, clean"]
 
 
+def test_a_mean_counts_every_benchmark_once_in_rates_and_seconds_too():
+    def cell(task, n, restored, seconds):
+        rows = [{**r, "restored": restored, "seconds": seconds} for r in records(task, "high", "clear", n)]
+        return Cell(get_task(task), "high", "clear", rows)
+
+    cells = [cell("mmbench", 32, True, 2.0), cell("mmstar", 8, False, 1.0)]
+    mean = protocols(cells, {"seed": 0})["mixed"]["clear"]["high"]["mean"]
+    assert (mean["restored"], mean["seconds_per_question"]) == (0.5, 1.5)
+    assert mean["unreadable"] == sum(r["read"] is None for c in cells for r in c.records)
+
+
 def test_published_numbers_stand_apart(whole):
     found = {t.name: t for t in tables(lines([whole]), published=True)}
     rows = {r[0]: r[1:] for r in found["mixed_high"].rows}

@@ -77,6 +77,16 @@ def costs(cells: Iterable[Cell]) -> dict[str, Any]:
     }
 
 
+def _mean_costs(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same of several tasks, each of which counts the same, as in their mean score; unreadable answers are a sum."""
+    restored = [t["restored"] for t in tasks if t["restored"] is not None]
+    return {
+        "restored": round(fmean(restored), 6) if restored else None,
+        "seconds_per_question": round(fmean(t["seconds_per_question"] for t in tasks), 5),
+        "unreadable": sum(t["unreadable"] for t in tasks),
+    }
+
+
 def protocols(cells: Sequence[Cell], seeds: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
     """The entries of both protocols for which there are cells.
 
@@ -87,7 +97,7 @@ def protocols(cells: Sequence[Cell], seeds: Mapping[str, Any], seed: int = 0) ->
 
     Returns:
         `mixed`: by system and condition, an entry a task and `mean`; `macro16`: by system, the same. A mean over
-        several tasks counts each of them once; `tasks` in it says which. At high, `mean_with_real` counts the tasks
+        several tasks counts each of them once, in its restore rate and seconds too; `tasks` in it says which. At high, `mean_with_real` counts the tasks
         that are distorted already as well, as the published mean does.
     """
     by_place = {(c.task.name, c.condition, c.system): c for c in cells}
@@ -128,7 +138,7 @@ def _entries(by_task: Mapping[str, list[Cell]], seeds: Mapping[str, Any], seed: 
     together = {name: v for name, units in main.items() for v in [_flat(units)]}
     entries["mean"] = (
         summary(together, seed)
-        | costs([c for sets in by_task.values() for c in sets])
+        | _mean_costs([costs(sets) for sets in by_task.values()])
         | dict(seeds)
         | {"tasks": list(main)}
     )
