@@ -52,6 +52,7 @@ class Cell:
             "system": self.system,
             "rows": len(self.records),
             "metrics": {name: summary(v, seed) for name, v in values.items()},
+            "units": pack_ids([u for units in main.values() for u in units]),
             "values": _compact([v for units in main.values() for v in units.values()]),
             "unanswered": sum(r.get("answered") is False for r in self.records),
             "answers": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16],
@@ -64,6 +65,27 @@ def _compact(values: Sequence[float]) -> str | list[float]:
     if all(v in (0, 1) for v in values):
         return "".join(str(int(v)) for v in values)
     return [round(v, 4) for v in values]
+
+
+def pack_ids(ids: Sequence[str]) -> str | list[str]:
+    """Ids in a short form: whole numbers as `0-199,205`, in their order; others as they are."""
+    if not all(i.isascii() and i.isdigit() and i == str(int(i)) for i in ids):
+        return list(ids)
+    runs: list[list[int]] = []
+    for number in map(int, ids):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def unpack_ids(packed: str | Sequence[str]) -> list[str]:
+    """What `pack_ids` packed."""
+    if not isinstance(packed, str):
+        return list(packed)
+    runs = [run.partition("-") for run in packed.split(",") if run]
+    return [str(i) for first, _, last in runs for i in range(int(first), int(last or first) + 1)]
 
 
 def costs(cells: Iterable[Cell]) -> dict[str, Any]:
