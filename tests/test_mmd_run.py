@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from clear_adapters.datasets.tsv import TsvError
 from clear_adapters.errors import ClearValueError, UnknownNameError
 from clear_adapters.mmd_bench import run as runner
-from clear_adapters.mmd_bench import systems
+from clear_adapters.mmd_bench import sets, systems
 from clear_adapters.mmd_bench.answers import AnswerFile
 from clear_adapters.mmd_bench.build import build, find_inputs
 from clear_adapters.mmd_bench.command import run_command
@@ -162,8 +163,9 @@ def test_a_model_is_loaded_only_where_something_is_left_to_ask(toy, data, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"batch_size": 3}, "holds a run with settings"),
-        ({"seed": 1}, "holds a run with settings"),
+        ({"batch_size": 3}, "holds a run with batch_size = 4, not 3"),
+        ({"seed": 1}, "holds a run with seed = 0, not 1"),
+        ({"dtype": "bfloat16"}, "holds a run with dtype = 'float32', not 'bfloat16'.*choose another folder"),
         ({"adapter": "none"}, "holds a run with adapter"),
     ],
 )
@@ -174,6 +176,20 @@ def test_another_run_is_not_mixed_in(toy, data, tmp_path, changes, words):
         start(toy, data, tmp_path / "r", **{"severities": ["high"]} | changes)
     assert (tmp_path / "r" / "result.json").read_bytes() == before
     start(toy, data, tmp_path / "r", severities=["clean", "high"])  # but further sets may follow
+
+
+def test_another_kind_of_device_is_not_mixed_in(tmp_path):
+    settings = runner.Settings(model={"digest": "0"}, adapter=None, device_kind="cuda")
+    runner.claim(tmp_path / "r", settings, [])
+    with pytest.raises(ClearValueError, match="a run with device_kind = 'cuda', not 'cpu'"):
+        runner.claim(tmp_path / "r", replace(settings, device_kind="cpu"), [])
+
+
+def test_the_commit_of_a_repository_is_recorded(toy, data, tmp_path, monkeypatch):
+    locate = sets.locate
+    monkeypatch.setattr(sets, "locate", lambda *a: replace(locate(*a), revisions={"owner/name": "c0ffee"}))
+    result = start(toy, data, tmp_path / "r", systems=["base"], severities=["clean"], limit=1)
+    assert result.payload["revisions"] == {"owner/name": "c0ffee"}
 
 
 def test_answers_to_another_set_are_refused(tmp_path):

@@ -54,6 +54,8 @@ class Settings:
         max_new_tokens: longest turn; None is the adapter's own.
         steps: points of the flow schedule; None is the adapter's own.
         limit: first units of every set; None is all.
+        dtype: in which the model computes, in words: other types give other answers.
+        device_kind: `cpu`, `cuda`, ...: the same holds for it.
 
     Raises:
         ClearValueError: a number out of its range.
@@ -66,6 +68,8 @@ class Settings:
     max_new_tokens: int | None = None
     steps: int | None = None
     limit: int | None = None
+    dtype: str | None = None
+    device_kind: str | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("batch_size", 1), ("seed", 0), ("max_new_tokens", 1), ("steps", 2), ("limit", 1)):
@@ -125,6 +129,7 @@ def run(
     device: str,
     judge: BenchJudge | None = None,
     missing: Sequence[str] = (),
+    revisions: Mapping[str, str] | None = None,
     progress: bool = True,
     command: str | None = None,
 ) -> ResultFile:
@@ -139,6 +144,7 @@ def run(
         device: in words, for the result file.
         judge: for tasks with a judge.
         missing: names of files that no source has, for the result file.
+        revisions: commit by dataset repository, for the result file.
         progress: show a bar.
         command: for the result file; None is the running one.
 
@@ -189,7 +195,7 @@ def run(
         cells = [judge.marked(c) if c.task.rule == "judge" else c for c in cells]
     result = ResultFile.collect(
         KIND,
-        payload(cells, sets, settings, missing, judge),
+        payload(cells, sets, settings, missing, judge, revisions),
         device=device,
         seeds=[settings.seed],
         command=command,
@@ -204,6 +210,7 @@ def payload(
     settings: Settings,
     missing: Sequence[str],
     judge: BenchJudge | None,
+    revisions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What the result file holds."""
     facts = {f"{s.task.name}/{s.condition}": s.facts() for s in sets}
@@ -217,6 +224,7 @@ def payload(
         "judge": None if judge is None else judge.facts(),
         "sets": facts,
         "missing": list(missing),
+        "revisions": dict(revisions or {}),
         "cells": {f"{c.task.name}/{c.condition}/{c.system}": c.facts(settings.seed) for c in cells},
         "protocols": protocols(cells, seeds, settings.seed),
     }
@@ -224,6 +232,17 @@ def payload(
 
 def _plain(settings: Settings) -> dict[str, Any]:
     return {k: v for k, v in asdict(settings).items() if k not in ("model", "adapter")}
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, old and new value of what differs."""
+    before = old.get("settings") or {}
+    for name, value in new["settings"].items():
+        if before.get(name) != value:
+            yield name, before.get(name), value
+    for name in ("model", "adapter", "prompts"):
+        if old.get(name) != new[name]:
+            yield name, old.get(name), new[name]
 
 
 def claim(output: Path, settings: Settings, sets: Sequence[BenchSet]) -> None:
@@ -244,11 +263,11 @@ def claim(output: Path, settings: Settings, sets: Sequence[BenchSet]) -> None:
     }
     if file.is_file():
         old = json.loads(file.read_text(encoding="utf-8"))
-        for name in ("settings", "model", "adapter", "prompts"):
-            if old.get(name) != new[name]:
-                raise ClearValueError(
-                    f"{output} holds a run with {name} = {old.get(name)!r}, not {new[name]!r}: choose another folder"
-                )
+        for name, was, now in _changed(old, new):
+            raise ClearValueError(
+                f"{output} holds a run with {name} = {was!r}, not {now!r}; answers of both in one result would be "
+                "those of neither: choose another folder, or go on with what was chosen first"
+            )
         for name, facts in new["sets"].items():
             if name in old["sets"] and old["sets"][name] != facts:
                 raise ClearValueError(f"{output} holds answers to another set {name}: choose another folder")
