@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from clear_adapters.datasets.tsv import TsvError
+from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError, UnknownNameError
 from clear_adapters.mmd_bench import run as runner
 from clear_adapters.mmd_bench import sets, systems
@@ -190,6 +192,27 @@ def test_the_commit_of_a_repository_is_recorded(toy, data, tmp_path, monkeypatch
     monkeypatch.setattr(sets, "locate", lambda *a: replace(locate(*a), revisions={"owner/name": "c0ffee"}))
     result = start(toy, data, tmp_path / "r", systems=["base"], severities=["clean"], limit=1)
     assert result.payload["revisions"] == {"owner/name": "c0ffee"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", r"run\.json is damaged"), ("[]", "not that of a benchmark run")]
+)
+def test_a_damaged_run_file_is_named(toy, data, tmp_path, text, words):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "run.json").write_text(text)
+    with pytest.raises(ClearValueError, match=f"{words}.*choose another folder"):
+        start(toy, data, tmp_path / "r")
+
+
+def test_two_processes_do_not_write_into_one_folder(toy, data, tmp_path):
+    (tmp_path / "r").mkdir()
+    with (
+        FileLock(tmp_path / "r" / "run.lock"),
+        pytest.raises(ClearValueError, match="another process is at work"),
+    ):
+        start(toy, data, tmp_path / "r", limit=1)
+    assert not (tmp_path / "r" / "answers").exists()
+    start(toy, data, tmp_path / "r", systems=["base"], limit=1)
 
 
 def test_answers_to_another_set_are_refused(tmp_path):
@@ -422,3 +445,23 @@ def test_a_mark_that_cannot_be_had_is_an_error_and_never_a_number(toy, data, tmp
         result = start(toy, data, tmp_path / "r", **changes)
         assert len(service.requests) == first + 2  # only those that failed
     assert result.payload["cells"]["mmvet/high/base"]["metrics"]["score"]["n"] == 5
+
+
+@pytest.mark.parametrize("status", [400, 401])
+def test_a_judge_that_fails_withholds_no_other_score(toy, data, tmp_path, status):
+    with serve(lambda body, number: Reply("no", status=status)) as service:
+        changes = {
+            "tasks": ["mmvet", "mmstar"],
+            "severities": ["clean", "high"],
+            "systems": ["base"],
+            "judge": settings_of(service, tmp_path),
+        }
+        with pytest.raises(EndpointError, match=r"result\.json holds the other sets"):
+            start(toy, data, tmp_path / "r", **changes)
+        payload = read_result(tmp_path / "r" / "result.json").payload
+        assert set(payload["cells"]) == {"mmstar/clean/base", "mmstar/high/base"}
+        assert payload["without_marks"] == ["mmvet/clean/base", "mmvet/high/base"]
+        service.answer = lambda body, number: Reply("0.5")
+        again = start(toy, data, tmp_path / "r", **changes)
+    assert again.payload["without_marks"] == []
+    assert "mmvet/high/base" in again.payload["cells"]

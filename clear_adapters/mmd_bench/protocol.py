@@ -37,6 +37,11 @@ class Cell:
     records: Sequence[Mapping[str, Any]]
 
     @property
+    def name(self) -> str:
+        """Its key in a result file."""
+        return f"{self.task.name}/{self.condition}/{self.system}"
+
+    @property
     def values(self) -> dict[str, Values]:
         """What the benchmark counts, by metric; the main one first."""
         return count(self.task, self.records)
