@@ -25,7 +25,7 @@ from clear_adapters.mmd_bench.judge import MissingMarksError
 from clear_adapters.mmd_bench.systems import SYSTEMS, get_system
 from clear_adapters.mmd_bench.tasks import CORRUPTIONS, get_task
 from clear_adapters.results import read_result
-from tests.bench_files import base_folder, mmbench, picture, write
+from tests.bench_files import base_folder, choice, mmbench, picture, write
 from tests.chat_server import Reply, serve
 
 ROOT = Path(__file__).parents[1]
@@ -376,18 +376,43 @@ def test_every_task_of_the_sources_is_taken_where_none_is_named(toy, data, tmp_p
     assert {c["task"] for c in result.payload["cells"].values()} == {"mmstar"}
 
 
-def test_pictures_that_cannot_be_decoded_are_named_or_left_out(toy, tmp_path):
+def test_pictures_that_cannot_be_decoded_are_named_or_left_out(toy, tmp_path, monkeypatch):
     columns, rows = mmbench(3)
     rows[1][9] = picture(1)[:200]
     write(tmp_path / "in" / "MMBench_DEV_EN_V11.tsv", columns, rows)
     asked = {"tasks": ["mmbench"], "severities": ["clean"], "systems": ["base"]}
-    with pytest.raises(TsvError, match=r"line 4: the picture cannot be decoded"):
-        start(toy, [str(tmp_path / "in")], tmp_path / "r", **asked)
+    with monkeypatch.context() as patched:
+        patched.setattr("clear_adapters.adapter.attach", lambda *a, **k: pytest.fail("a model was loaded"))
+        with pytest.raises(TsvError, match=r"line 4: the picture cannot be decoded: .*; --skip-bad leaves"):
+            start(toy, [str(tmp_path / "in")], tmp_path / "r", **asked)
     said = []
-    result = start(toy, [str(tmp_path / "in")], tmp_path / "s", skip_bad=True, report=said.append, **asked)
+    result = start(toy, [str(tmp_path / "in")], tmp_path / "r", skip_bad=True, report=said.append, **asked)
     facts = result.payload["sets"]["mmbench/clean"]
     assert (facts["units"], facts["rows"], facts["skipped"], facts["left_with_group"]) == (2, 8, 1, 3)
     assert "line 4" in said[0]
+
+
+def test_a_clean_picture_that_cannot_be_decoded_is_named_or_left_out(toy, tmp_path):
+    columns, rows = choice(4)
+    write(tmp_path / "in" / "MMStar_LOW_LEVEL_HIGH.tsv", columns, rows)
+    rows[1][9] = picture(1)[:200]
+    write(tmp_path / "in" / "MMStar.tsv", columns, rows)
+    asked = {"tasks": ["mmstar"], "severities": ["high"]}
+    where = [str(tmp_path / "in")]
+    with pytest.raises(TsvError, match=r"MMStar\.tsv, line 3: the picture cannot be decoded: .*; --skip-bad"):
+        start(toy, where, tmp_path / "r", systems=["clean-latent"], **asked)
+    said = []
+    result = start(
+        toy, where, tmp_path / "r", systems=["clean-latent"], skip_bad=True, report=said.append, **asked
+    )
+    assert result.payload["cells"]["mmstar/high/clean-latent"]["rows"] == 3
+    assert said == [
+        f"left out: {where[0]}/MMStar_LOW_LEVEL_HIGH.tsv, line 3: row '1' has no good counterpart in MMStar.tsv"
+    ]
+    with pytest.raises(
+        ClearValueError, match=r"another set mmstar/high: .*--skip-bad.*choose another folder"
+    ):
+        start(toy, where, tmp_path / "r", systems=["base"], skip_bad=True, **asked)
 
 
 # ---------------------------------------------------------------------------------------------------- judge

@@ -352,7 +352,11 @@ def claim(output: Path, settings: Settings, sets: Sequence[BenchSet]) -> None:
             )
         for name, facts in new["sets"].items():
             if name in old["sets"] and old["sets"][name] != facts:
-                raise ClearValueError(f"{output} holds answers to another set {name}: choose another folder")
+                raise ClearValueError(
+                    f"{output} holds answers to another set {name}: its file was changed, or other rows of it are left "
+                    "out as bad (--skip-bad, systems that need clean pictures). Seeds and batches go by a row's place, "
+                    "so these answers cannot be gone on with: choose another folder, or ask as before"
+                )
         new["sets"] = old["sets"] | new["sets"]
     elif (output / "answers").exists():
         raise ClearValueError(f"{output} holds answers and no {RUN}: choose another folder")
