@@ -120,6 +120,8 @@ _FINAL = re.compile(
     re.IGNORECASE,
 )
 _LEADING = re.compile(r"\s*(?:[(\[]([A-Za-z])[)\]]|([A-Z])[).:,])(?:\s|$)")
+_ASIDE = re.compile(r"(?:\s*\([^()]*\))?")
+_EXPLAINED = re.compile(rf"\s*([A-Z])(?=\s*\(){_ASIDE.pattern}")
 _BRACKETED = re.compile(r"[(\[]([A-Za-z])[)\]]")
 _NAMED = re.compile(r"\b(?:option|choice|answer)\s+([A-Za-z])(?![\w'])", re.IGNORECASE)
 _BARE = re.compile(r"(?<![\w'\u2019(\[.&-])([A-Z])(?![\w'\u2019)\]&-])")
@@ -139,8 +141,10 @@ def read_option(answer: str, options: Sequence[str] | Mapping[str, str]) -> str 
     """Read which option an answer chooses.
 
     In this order, the first that speaks decides: the answer is a lone letter ("b", "(B)", "B."); it is the text of an
-    option; it says "answer: B" or "the answer is B" (the last time counts); it begins with "B." or "(B)"; it names
-    exactly one option, by letter or by text, without denying it. "A" and "I" as words of a sentence are no letters.
+    option; it says "answer: B" or "the answer is B" (the last time counts); its first or last line is a lone letter; it
+    begins with "B.", "(B)" or "B (because ...)"; it names exactly one option, by letter or by text, without denying it;
+    it names none, all options are numbers, and it states one of them ("three" for "3"). "A" and "I" as words of a
+    sentence are no letters.
 
     Args:
         answer: What was answered.
@@ -163,13 +167,19 @@ def read_option(answer: str, options: Sequence[str] | Mapping[str, str]) -> str 
     final = [letter for found in _FINAL.finditer(answer) if (letter := _final_letter(found)) in texts]
     if final:
         return final[-1]
+    if lined := _on_a_line(answer, texts):
+        return lined
     letters = _letters_named(answer, texts)
     leading = _LEADING.match(answer)
     if leading and not _denied(leading) and (letter := (leading[1] or leading[2]).upper()) in texts:
         listed = leading[0].rstrip().endswith(",") and len(letters) > 1  # "A, B and C" chooses none
         if not listed:
             return letter
+    if (explained := _EXPLAINED.match(answer)) and letters == {explained[1]}:
+        return explained[1]
     named = letters | _texts_named(given, texts)
+    if not named:
+        return _number_named(answer, texts)
     return named.pop() if len(named) == 1 else None
 
 
@@ -216,17 +226,31 @@ def _final_letter(found: re.Match[str]) -> str | None:
     return letter.upper()
 
 
+def _on_a_line(answer: str, texts: Mapping[str, str]) -> str | None:
+    """Return the letter that stands alone on the first or the last line; None where both do and differ."""
+    lines = [line for line in answer.splitlines() if line.strip()]
+    ends = {lone[1].upper() for line in (lines[:1] + lines[-1:]) if (lone := _LONE.fullmatch(line))}
+    return ends.pop() if len(ends) == 1 and ends <= texts.keys() else None
+
+
 def _letters_named(answer: str, texts: Mapping[str, str]) -> set[str]:
     spots = [found for pattern in (_BRACKETED, _NAMED) for found in pattern.finditer(answer)]
     for found in _BARE.finditer(answer):
-        if found[1] not in "AI" or not _SENTENCE_GOES_ON.match(answer, found.end()):
+        if found[1] not in "AI" or not _SENTENCE_GOES_ON.match(answer, _after_aside(answer, found.end())):
             spots.append(found)
     return {found[1].upper() for found in spots if found[1].upper() in texts and not _denied(found)}
 
 
 def _denied(found: re.Match[str]) -> bool:
-    before, after = found.string[: found.start()], found.string[found.end(found.lastindex or 0) :]
-    return bool(_DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after))
+    text, end = found.string, found.end(found.lastindex or 0)
+    denied_after = any(_DENIED_AFTER.match(text, place) for place in (end, _after_aside(text, end)))
+    return bool(_DENIED_BEFORE.search(text[: found.start()]) or denied_after)
+
+
+def _after_aside(text: str, end: int) -> int:
+    """Return where words in round brackets that follow end: "A (the dog)" is a letter, "A (black) dog" is none."""
+    aside = _ASIDE.match(text, end)
+    return aside.end() if aside else end
 
 
 def _texts_named(given: str, texts: Mapping[str, str]) -> set[str]:
@@ -246,11 +270,23 @@ def _texts_named(given: str, texts: Mapping[str, str]) -> set[str]:
     return named
 
 
+def _number_named(answer: str, texts: Mapping[str, str]) -> str | None:
+    """Return the letter of the number that the answer states, where every option is a number and nothing is denied."""
+    if not all(_NUMERAL.fullmatch(normalise(text)) for text in texts.values()):
+        return None
+    stated = read_number(answer)
+    if stated is None or _NEGATIONS & set(normalise(answer).split()):
+        return None
+    same = [letter for letter, text in texts.items() if read_number(text) == stated]
+    return same[0] if len(same) == 1 else None
+
+
 _NUMBER_NAMES = (
     "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|"
     "seventeen|eighteen|nineteen|twenty"
 )
 _NUMBER_WORD = re.compile(rf"(?<![\w-])(?:{_NUMBER_NAMES})(?![\w-])", re.IGNORECASE)
+_NUMERAL = re.compile(rf"-?\d+(?:[.,]\d+)*|{_NUMBER_NAMES}")
 _SEPARATORS = r".,'\u2019\u00a0\u2009\u202f"
 _DIGITS = re.compile(
     rf"(?<![\w.])(?P<sign>(?<!\d)[-\u2212+])?(?P<digits>\.?\d(?:[\d{_SEPARATORS}]*\d)?)(?P<power>[eE][-+]?\d+)?"

@@ -187,4 +187,4 @@ def test_the_miniature_subset_gives_the_committed_answers(tmp_path):
         assert payload["answers"][cell] == answers, cell
     assert measure.timeless(payload) == measure.timeless(committed.payload)
     assert {c["rows"] for c in payload["cells"].values()} == {measure.QUESTIONS}
-    assert committed.payload["cpu_seconds"] < 300  # of one core: what it takes where nothing else runs
+    assert payload["cpu_seconds"] < 300  # of one core: what it takes where nothing else runs

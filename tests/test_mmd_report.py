@@ -10,8 +10,9 @@ from PIL import Image
 
 from clear_adapters.errors import ClearValueError
 from clear_adapters.mmd_bench import published as paper
-from clear_adapters.mmd_bench.compare import difference, drop, gain, lines
-from clear_adapters.mmd_bench.protocol import Cell, protocols
+from clear_adapters.mmd_bench.compare import apart, difference, drop, gain, lines, paired
+from clear_adapters.mmd_bench.figures import _accuracy
+from clear_adapters.mmd_bench.protocol import Cell, pack_ids, protocols, unpack_ids
 from clear_adapters.mmd_bench.report import write_report
 from clear_adapters.mmd_bench.tables import percent, tables
 from clear_adapters.mmd_bench.tasks import CORRUPTIONS, LEVELS, get_task
@@ -133,8 +134,8 @@ def test_numbers_are_those_of_the_result(whole, tmp_path):
         "s/question",
         "unreadable",
     ]
-    total = entry["mean_with_real"]
-    shown = [percent(entry[t]) for t in (*SIX, "mean")] + [percent(total)]
+    total = entry["mean"]  # of the six, as the published rate is
+    shown = [percent(entry[t]) for t in (*SIX, "mean", "mean_with_real")]
     assert high["CLEAR"] == [*shown, f"{100 * total['restored']:.1f}", "0.750", str(total["unreadable"])]
     assert high["base"][8] == "–"
     assert "Seed of the sets: 5; of sampling: 0." in text
@@ -146,6 +147,17 @@ def test_numbers_are_those_of_the_result(whole, tmp_path):
     assert float(macro["base"][0].split()[0]) == pytest.approx(sum(types) / 16, abs=0.051)
     assert list(rows_of(text, "Protocol mixed: real")) == ["system", "---", "base", "CLEAR"]
     assert rows_of(text, "Counted otherwise")["MMVP, pairs with both right, clean"]
+
+
+def test_a_mean_counts_every_benchmark_once_in_rates_and_seconds_too():
+    def cell(task, n, restored, seconds):
+        rows = [{**r, "restored": restored, "seconds": seconds} for r in records(task, "high", "clear", n)]
+        return Cell(get_task(task), "high", "clear", rows)
+
+    cells = [cell("mmbench", 32, True, 2.0), cell("mmstar", 8, False, 1.0)]
+    mean = protocols(cells, {"seed": 0})["mixed"]["clear"]["high"]["mean"]
+    assert (mean["restored"], mean["seconds_per_question"]) == (0.5, 1.5)
+    assert mean["unreadable"] == sum(r["read"] is None for c in cells for r in c.records)
 
 
 def test_published_numbers_stand_apart(whole):
@@ -206,13 +218,21 @@ def test_differences_are_paired(whole):
         cells[0]["metrics"]["accuracy"]["value"] - cells[1]["metrics"]["accuracy"]["value"], abs=1e-3
     )
     # Questions are hard or easy under both conditions: paired, the interval is narrower than of two samples.
-    apart = sum(c["metrics"]["accuracy"]["high"] - c["metrics"]["accuracy"]["low"] for c in cells) / 2**0.5
-    assert lost.high - lost.low < apart
+    unpaired = sum(c["metrics"]["accuracy"]["high"] - c["metrics"]["accuracy"]["low"] for c in cells) / 2**0.5
+    assert lost.high - lost.low < unpaired
     above = gain(clear, base, list(SIX), "lens_blur")
     assert above.low <= above.value <= above.high
     assert above.n == 5 * 40 + 10
-    assert difference([]) is None
-    assert difference([({"values": "01"}, {"values": "011"})]) is None
+    assert difference({}) is None
+    a, b = {"units": "3,1-2", "values": "010"}, {"units": ["1", "3", "9"], "values": [0.5, 1, 1]}
+    assert paired(a, b) == [-1, 0.5]
+    assert difference({"mmstar": (a, b)}).n == 2
+    other = {"units": "7-9", "values": "010"}
+    assert difference({"mmstar": (a, other)}) is None
+    assert apart({"mmstar": (a, other), "mmvp": (a, b), "mmbench": ({"values": "1"}, b)}) == [
+        "mmstar",
+        "mmbench",
+    ]
     assert drop(ceiling, ["mmstar"], "high").value == 0
 
 
@@ -228,6 +248,88 @@ def test_several_results_are_told_apart(whole, tmp_path):
         "base (2: base-model)",
     } <= set(rows)
     assert rows["CLEAR (2: adapter-b)"][0] == "–"
+
+
+@pytest.mark.parametrize(
+    ("ids", "packed"),
+    [
+        (["0", "1", "2", "9", "3"], "0-2,9,3"),
+        (["5"], "5"),
+        ([], ""),
+        (["1", "x 2"], ["1", "x 2"]),
+        (["01", "2"], ["01", "2"]),
+        (["-1"], ["-1"]),
+    ],
+)
+def test_ids_are_kept_in_a_short_form(ids, packed):
+    assert pack_ids(ids) == packed
+    assert unpack_ids(packed) == ids
+
+
+def spoiled(found: ResultFile, **cells) -> ResultFile:
+    """A result of which some cells and entries are another's, or are gone."""
+    payload = json.loads(json.dumps(found.payload))
+    for name in [n for n in payload["cells"] if cells["at"](n)]:
+        if cells.get("units"):
+            payload["cells"][name]["units"] = cells["units"]
+        else:
+            del payload["cells"][name]
+    return ResultFile.collect("mmd_bench", payload, device="cpu", command="x")
+
+
+def test_what_cannot_be_compared_is_named():
+    few = result(tasks=("mmstar", "mmvp"), systems=("base", "clear"), n=8)
+    other = spoiled(few, at=lambda n: n == "mmstar/high/clear", units="100-107")
+    found = {t.name: t for t in tables(lines([other]), published=False)}
+    assert {r[0]: r[-1] for r in found["drop"].rows}["CLEAR"] == "–"
+    assert "no question in common: CLEAR, high: MMStar." in found["drop"].note
+    assert "Not compared" not in found["gains"].note
+
+
+def test_means_over_other_benchmarks_are_not_laid_side_by_side(whole, tmp_path):
+    """Two results of other benchmarks, Ns and seeds; then one of which a severity lacks a benchmark."""
+    alone = result(tasks=("mmstar",), types=False, name="adapter-b", n=12)
+    found = {t.name: t for t in tables(lines([whole, alone]), published=True)}
+    high = {r[0]: dict(zip(found["mixed_high"].head, r, strict=True)) for r in found["mixed_high"].rows}
+    assert high["CLEAR (2: adapter-b)"]["mean"] == high["CLEAR (2: adapter-b)"]["s/question"] == "–"
+    assert high["CLEAR (2: adapter-b)"]["MMStar (N 40)"].endswith(" (N 12)")
+    assert high["CLEAR (1: adapter-a)"]["mean"][0].isdigit()
+    assert "N 40" not in high["CLEAR (1: adapter-a)"]["MMStar (N 40)"]
+    assert "a line that lacks one has none" in found["mixed_high"].note
+    assert "mean over MMStar, which every line has under all conditions shown (not MMBench" in (
+        found["drop"].note[:1].lower() + found["drop"].note[1:]
+    )
+    drops = {r[0]: r for r in found["drop"].rows}
+    assert drops["base (1: base-model)"][1] == percent(
+        whole.payload["cells"]["mmstar/clean/base"]["metrics"]["accuracy"]
+    )
+    # The union of two halves is no measurement of the whole.
+    halves = [result(tasks=t, types=False, n=8) for t in (SIX[:3], SIX[3:])]
+    half = {t.name: t for t in tables(lines(halves), published=True)}
+    assert [r[-4] for r in half["mixed_high"].rows if "published" in r[0]] == ["–"] * 9
+
+    other = json.loads(json.dumps(alone.payload))
+    for own in other["protocols"]["mixed"].values():
+        for entries in own.values():
+            for entry in entries.values():
+                entry["seed"] = 3
+    again = ResultFile.collect("mmd_bench", other, device="cpu", command="x")
+    noted = {t.name: t.note for t in tables(lines([alone, again]), published=False)}
+    assert "Seeds of the sets and of sampling: result 1: 5 and 0; result 2: 5 and 3." in noted["mixed_high"]
+
+    lacking = spoiled(result(tasks=("mmstar", "mmvp"), n=8), at=lambda n: n.startswith("mmvp/low/"))
+    drop_table = next(t for t in tables(lines([lacking]), published=False) if t.name == "drop")
+    assert "(not MMVP)" in drop_table.note
+    payload = json.loads(json.dumps(lacking.payload))
+    for own in payload["protocols"]["mixed"].values():
+        if "low" in own:
+            del own["low"]["mmvp"]
+            own["low"]["mean"] = {**own["low"]["mmstar"], "tasks": ["mmstar"]}
+    path = ResultFile.collect("mmd_bench", payload, device="cpu", command="x").write(tmp_path / "r.json")
+    write_report([path], tmp_path / "out")
+    axes = _accuracy(lines([ResultFile.collect("mmd_bench", payload, device="cpu", command="x")]), False).axes
+    mean = next(ax for ax in axes if ax.get_title().startswith("mean"))
+    assert [round(x) for x in mean.containers[0].lines[0].get_xdata()] == [0, 2, 3]  # none at low
 
 
 def test_a_run_of_one_severity_has_no_curves(tmp_path):

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from clear_adapters.datasets.tsv import TsvError
+from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError, UnknownNameError
 from clear_adapters.mmd_bench import run as runner
-from clear_adapters.mmd_bench import systems
+from clear_adapters.mmd_bench import sets, systems
 from clear_adapters.mmd_bench.answers import AnswerFile
 from clear_adapters.mmd_bench.build import build, find_inputs
 from clear_adapters.mmd_bench.command import run_command
@@ -22,7 +25,7 @@ from clear_adapters.mmd_bench.judge import MissingMarksError
 from clear_adapters.mmd_bench.systems import SYSTEMS, get_system
 from clear_adapters.mmd_bench.tasks import CORRUPTIONS, get_task
 from clear_adapters.results import read_result
-from tests.bench_files import base_folder, mmbench, picture, write
+from tests.bench_files import base_folder, choice, mmbench, picture, write
 from tests.chat_server import Reply, serve
 
 ROOT = Path(__file__).parents[1]
@@ -162,8 +165,9 @@ def test_a_model_is_loaded_only_where_something_is_left_to_ask(toy, data, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"batch_size": 3}, "holds a run with settings"),
-        ({"seed": 1}, "holds a run with settings"),
+        ({"batch_size": 3}, "holds a run with batch_size = 4, not 3"),
+        ({"seed": 1}, "holds a run with seed = 0, not 1"),
+        ({"dtype": "bfloat16"}, "holds a run with dtype = 'float32', not 'bfloat16'.*choose another folder"),
         ({"adapter": "none"}, "holds a run with adapter"),
     ],
 )
@@ -174,6 +178,41 @@ def test_another_run_is_not_mixed_in(toy, data, tmp_path, changes, words):
         start(toy, data, tmp_path / "r", **{"severities": ["high"]} | changes)
     assert (tmp_path / "r" / "result.json").read_bytes() == before
     start(toy, data, tmp_path / "r", severities=["clean", "high"])  # but further sets may follow
+
+
+def test_another_kind_of_device_is_not_mixed_in(tmp_path):
+    settings = runner.Settings(model={"digest": "0"}, adapter=None, device_kind="cuda")
+    runner.claim(tmp_path / "r", settings, [])
+    with pytest.raises(ClearValueError, match="a run with device_kind = 'cuda', not 'cpu'"):
+        runner.claim(tmp_path / "r", replace(settings, device_kind="cpu"), [])
+
+
+def test_the_commit_of_a_repository_is_recorded(toy, data, tmp_path, monkeypatch):
+    locate = sets.locate
+    monkeypatch.setattr(sets, "locate", lambda *a: replace(locate(*a), revisions={"owner/name": "c0ffee"}))
+    result = start(toy, data, tmp_path / "r", systems=["base"], severities=["clean"], limit=1)
+    assert result.payload["revisions"] == {"owner/name": "c0ffee"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", r"run\.json is damaged"), ("[]", "not that of a benchmark run")]
+)
+def test_a_damaged_run_file_is_named(toy, data, tmp_path, text, words):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "run.json").write_text(text)
+    with pytest.raises(ClearValueError, match=f"{words}.*choose another folder"):
+        start(toy, data, tmp_path / "r")
+
+
+def test_two_processes_do_not_write_into_one_folder(toy, data, tmp_path):
+    (tmp_path / "r").mkdir()
+    with (
+        FileLock(tmp_path / "r" / "run.lock"),
+        pytest.raises(ClearValueError, match="another process is at work"),
+    ):
+        start(toy, data, tmp_path / "r", limit=1)
+    assert not (tmp_path / "r" / "answers").exists()
+    start(toy, data, tmp_path / "r", systems=["base"], limit=1)
 
 
 def test_answers_to_another_set_are_refused(tmp_path):
@@ -337,18 +376,43 @@ def test_every_task_of_the_sources_is_taken_where_none_is_named(toy, data, tmp_p
     assert {c["task"] for c in result.payload["cells"].values()} == {"mmstar"}
 
 
-def test_pictures_that_cannot_be_decoded_are_named_or_left_out(toy, tmp_path):
+def test_pictures_that_cannot_be_decoded_are_named_or_left_out(toy, tmp_path, monkeypatch):
     columns, rows = mmbench(3)
     rows[1][9] = picture(1)[:200]
     write(tmp_path / "in" / "MMBench_DEV_EN_V11.tsv", columns, rows)
     asked = {"tasks": ["mmbench"], "severities": ["clean"], "systems": ["base"]}
-    with pytest.raises(TsvError, match=r"line 4: the picture cannot be decoded"):
-        start(toy, [str(tmp_path / "in")], tmp_path / "r", **asked)
+    with monkeypatch.context() as patched:
+        patched.setattr("clear_adapters.adapter.attach", lambda *a, **k: pytest.fail("a model was loaded"))
+        with pytest.raises(TsvError, match=r"line 4: the picture cannot be decoded: .*; --skip-bad leaves"):
+            start(toy, [str(tmp_path / "in")], tmp_path / "r", **asked)
     said = []
-    result = start(toy, [str(tmp_path / "in")], tmp_path / "s", skip_bad=True, report=said.append, **asked)
+    result = start(toy, [str(tmp_path / "in")], tmp_path / "r", skip_bad=True, report=said.append, **asked)
     facts = result.payload["sets"]["mmbench/clean"]
     assert (facts["units"], facts["rows"], facts["skipped"], facts["left_with_group"]) == (2, 8, 1, 3)
     assert "line 4" in said[0]
+
+
+def test_a_clean_picture_that_cannot_be_decoded_is_named_or_left_out(toy, tmp_path):
+    columns, rows = choice(4)
+    write(tmp_path / "in" / "MMStar_LOW_LEVEL_HIGH.tsv", columns, rows)
+    rows[1][9] = picture(1)[:200]
+    write(tmp_path / "in" / "MMStar.tsv", columns, rows)
+    asked = {"tasks": ["mmstar"], "severities": ["high"]}
+    where = [str(tmp_path / "in")]
+    with pytest.raises(TsvError, match=r"MMStar\.tsv, line 3: the picture cannot be decoded: .*; --skip-bad"):
+        start(toy, where, tmp_path / "r", systems=["clean-latent"], **asked)
+    said = []
+    result = start(
+        toy, where, tmp_path / "r", systems=["clean-latent"], skip_bad=True, report=said.append, **asked
+    )
+    assert result.payload["cells"]["mmstar/high/clean-latent"]["rows"] == 3
+    assert said == [
+        f"left out: {where[0]}/MMStar_LOW_LEVEL_HIGH.tsv, line 3: row '1' has no good counterpart in MMStar.tsv"
+    ]
+    with pytest.raises(
+        ClearValueError, match=r"another set mmstar/high: .*--skip-bad.*choose another folder"
+    ):
+        start(toy, where, tmp_path / "r", systems=["base"], skip_bad=True, **asked)
 
 
 # ---------------------------------------------------------------------------------------------------- judge
@@ -406,3 +470,23 @@ def test_a_mark_that_cannot_be_had_is_an_error_and_never_a_number(toy, data, tmp
         result = start(toy, data, tmp_path / "r", **changes)
         assert len(service.requests) == first + 2  # only those that failed
     assert result.payload["cells"]["mmvet/high/base"]["metrics"]["score"]["n"] == 5
+
+
+@pytest.mark.parametrize("status", [400, 401])
+def test_a_judge_that_fails_withholds_no_other_score(toy, data, tmp_path, status):
+    with serve(lambda body, number: Reply("no", status=status)) as service:
+        changes = {
+            "tasks": ["mmvet", "mmstar"],
+            "severities": ["clean", "high"],
+            "systems": ["base"],
+            "judge": settings_of(service, tmp_path),
+        }
+        with pytest.raises(EndpointError, match=r"result\.json holds the other sets"):
+            start(toy, data, tmp_path / "r", **changes)
+        payload = read_result(tmp_path / "r" / "result.json").payload
+        assert set(payload["cells"]) == {"mmstar/clean/base", "mmstar/high/base"}
+        assert payload["without_marks"] == ["mmvet/clean/base", "mmvet/high/base"]
+        service.answer = lambda body, number: Reply("0.5")
+        again = start(toy, data, tmp_path / "r", **changes)
+    assert again.payload["without_marks"] == []
+    assert "mmvet/high/base" in again.payload["cells"]

@@ -24,7 +24,7 @@ ROWS = [(group["options"], row) for group in OPTIONS for row in group["answers"]
 
 
 def test_options_are_read_as_a_person_reads_them():
-    assert len({(row["answer"], *options) for options, row in ROWS}) == len(ROWS) >= 200
+    assert len({(row["answer"], *options) for options, row in ROWS}) == len(ROWS) >= 225
     wrong = [
         (row["answer"], row["expected"], read)
         for options, row in ROWS
@@ -36,7 +36,12 @@ def test_options_are_read_as_a_person_reads_them():
 def test_what_vlmevalkit_reads_differs_only_for_named_reasons():
     read = [row for _, row in ROWS if row["vlmevalkit"] is not None]
     differ = [row for row in read if row["vlmevalkit"] != row["expected"]]
-    assert Counter(row["why"] for row in differ) == {"the article A": 11, "denied": 3, "part of a word": 3}
+    assert Counter(row["why"] for row in differ) == {
+        "the article A": 12,
+        "denied": 3,
+        "part of a word": 3,
+        "a letter beside the text of another option": 6,
+    }
     assert all(row["vlmevalkit"] == "A" for row in differ if row["why"] == "the article A")
     # What it leaves to a judge, or else to chance, is read here or counted as unreadable.
     assert len(read) - len(differ) > 120

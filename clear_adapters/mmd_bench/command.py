@@ -90,7 +90,7 @@ def run_command(
     for s in sets:
         for error in s.questions.skipped:
             report(f"left out: {error}")
-    facts, load, words = _model(*folders, device, dtype)
+    facts, load, place, computed_in = _model(*folders, device, dtype)
     settings = Settings(
         model=facts[0],
         adapter=facts[1],
@@ -99,8 +99,20 @@ def run_command(
         max_new_tokens=max_new_tokens,
         steps=steps,
         limit=limit,
+        dtype=computed_in,
+        device_kind=place.split(":")[0],
     )
-    return run_sets(output, sets, chosen, settings, load, device=words, judge=judges, missing=missing)
+    return run_sets(
+        output,
+        sets,
+        chosen,
+        settings,
+        load,
+        device=f"{_words(place)}, {computed_in}",
+        judge=judges,
+        missing=missing,
+        revisions=found.revisions,
+    )
 
 
 def _is_of(name: str, task: Task, conditions: Sequence[str]) -> bool:
@@ -157,8 +169,8 @@ def _folders(model: str | None, adapter: str | None) -> tuple[tuple[str, Path], 
 
 def _model(
     base: tuple[str, Path], adapter: tuple[str, Path] | None, device: str | None, dtype: str | None
-) -> tuple[tuple[dict[str, Any], dict[str, Any] | None], Callable[[], AttachedModel], str]:
-    """Facts about base and adapter, what loads them, and the device in words; nothing is loaded yet."""
+) -> tuple[tuple[dict[str, Any], dict[str, Any] | None], Callable[[], AttachedModel], str, str]:
+    """Facts about base and adapter, what loads them, device and type; nothing is loaded yet."""
     import torch
 
     from clear_adapters import store
@@ -175,19 +187,22 @@ def _model(
             "seed": config.provenance.get("seed"),
         }
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cores = f"{place}, {torch.get_num_threads()} threads"
-    words = torch.cuda.get_device_name(place) if place.startswith("cuda") else cores
 
     def load() -> AttachedModel:
         if adapter is None:
             return attach(base[0], lora=False, bridge=False, dtype=dtype, device=place)
         return attach(base[0], adapter[0], dtype=dtype, device=place)
 
-    return (
-        (facts, adapter_facts),
-        load,
-        f"{words}, {dtype or ('float32' if place == 'cpu' else 'stored type')}",
-    )
+    return (facts, adapter_facts), load, place, dtype or ("float32" if place == "cpu" else "stored type")
+
+
+def _words(place: str) -> str:
+    """A device in words."""
+    import torch
+
+    if place.startswith("cuda"):
+        return torch.cuda.get_device_name(place)
+    return f"{place}, {torch.get_num_threads()} threads"
 
 
 def _shown(name: str, folder: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clear_adapters.errors import ClearValueError
+from clear_adapters.mmd_bench.protocol import unpack_ids
 from clear_adapters.mmd_bench.run import KIND, RESULT
 from clear_adapters.mmd_bench.systems import get_system
 from clear_adapters.mmd_bench.tasks import CLEAN, LEVELS, TASKS
@@ -22,11 +23,13 @@ class Line:
         label: in words; names the adapter or model where several results are shown.
         system: its name.
         result: the file.
+        number: of the file among those that are shown, from 1.
     """
 
     label: str
     system: str
     result: ResultFile
+    number: int = 1
 
     def cell(self, task: str, condition: str) -> dict[str, Any] | None:
         """What was measured on one set; the ceiling's is that of the clean pictures, whatever the condition."""
@@ -77,7 +80,7 @@ def lines(results: Sequence[ResultFile]) -> list[Line]:
                     "model" if known.plain or result.payload["adapter"] is None else "adapter"
                 ]
                 label = f"{label} ({number}: {facts['name']})"
-            found.append(Line(label, system, result))
+            found.append(Line(label, system, result, number))
     return found
 
 
@@ -103,9 +106,20 @@ class Difference:
     n: int
 
 
-def difference(
-    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], seed: int = 0
-) -> Difference | None:
+Pairs = Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]
+"""Two cells a benchmark."""
+
+
+def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[float]:
+    """First minus second for every question that both cells count, told by its id; empty where there is none."""
+    if "units" not in first or "units" not in second:  # a result of an early version, which kept no ids
+        return []
+    other = dict(zip(unpack_ids(second["units"]), values(second), strict=True))
+    ids = zip(unpack_ids(first["units"]), values(first), strict=True)
+    return [value - other[i] for i, value in ids if i in other]
+
+
+def difference(pairs: Pairs, seed: int = 0) -> Difference | None:
     """The mean over benchmarks of first minus second, question by question.
 
     Args:
@@ -113,31 +127,55 @@ def difference(
         seed: of the bootstrap.
 
     Returns:
-        None where there is no pair, or two cells count different questions.
+        None where there is no pair, or where two cells have no question in common (`apart` says which).
     """
-    strata = []
-    for first, second in pairs:
-        a, b = values(first), values(second)
-        if len(a) != len(b):
-            return None
-        strata.append([x - y for x, y in zip(a, b, strict=True)])
-    if not strata:
+    strata = [paired(first, second) for first, second in pairs.values()]
+    if not strata or not all(strata):
         return None
     low, high = strata_interval(strata, seed=seed)
     mean = sum(sum(s) / len(s) for s in strata) / len(strata)
     return Difference(100 * mean, 100 * low, 100 * high, sum(map(len, strata)))
 
 
+def apart(pairs: Pairs) -> list[str]:
+    """The benchmarks of which two cells have no question in common, so that they cannot be compared."""
+    return [task for task, (first, second) in pairs.items() if not paired(first, second)]
+
+
+def _both(
+    first: Line, at: str, second: Line, condition: str, tasks: Sequence[str]
+) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    pairs = {t: (first.cell(t, at), second.cell(t, condition)) for t in tasks}
+    return {t: (a, b) for t, (a, b) in pairs.items() if a is not None and b is not None}
+
+
+def drop_pairs(line: Line, tasks: Sequence[str], condition: str) -> Pairs:
+    """The cells at clean and under a condition, of the tasks that have both."""
+    return _both(line, CLEAN, line, condition, tasks)
+
+
+def gain_pairs(line: Line, over: Line, tasks: Sequence[str], condition: str) -> Pairs:
+    """The cells of two systems under a condition, of the tasks that both were measured on."""
+    return _both(line, condition, over, condition, tasks)
+
+
 def drop(line: Line, tasks: Sequence[str], condition: str) -> Difference | None:
     """What is lost from clean to a condition, over the tasks that have both."""
-    pairs = [(line.cell(t, "clean"), line.cell(t, condition)) for t in tasks]
-    return difference([(a, b) for a, b in pairs if a is not None and b is not None])
+    return difference(drop_pairs(line, tasks, condition))
 
 
 def gain(line: Line, over: Line, tasks: Sequence[str], condition: str) -> Difference | None:
     """What one system has above another under a condition, over the tasks that both were measured on."""
-    pairs = [(line.cell(t, condition), over.cell(t, condition)) for t in tasks]
-    return difference([(a, b) for a, b in pairs if a is not None and b is not None])
+    return difference(gain_pairs(line, over, tasks, condition))
+
+
+def common_tasks(lines: Sequence[Line], conditions: Sequence[str]) -> list[str]:
+    """The tasks that every line has under each of the conditions that it has at all: means over them can be compared."""
+    found = [t.name for t in TASKS]
+    for line in lines:
+        has = [c for c in conditions if any(line.cell(t, c) for t in line.tasks())]
+        found = [t for t in found if has and all(line.cell(t, c) for c in has)]
+    return found if lines else []
 
 
 def mean_score(line: Line, tasks: Sequence[str], condition: str) -> Difference | None:

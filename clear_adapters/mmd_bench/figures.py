@@ -12,7 +12,7 @@ from typing import Any
 
 from clear_adapters.degradations import get_degradation
 from clear_adapters.mmd_bench import published as paper
-from clear_adapters.mmd_bench.compare import Line, gain
+from clear_adapters.mmd_bench.compare import Line, common_tasks, gain
 from clear_adapters.mmd_bench.systems import get_system
 from clear_adapters.mmd_bench.tasks import CORRUPTIONS, LEVELS, TASKS, get_task
 
@@ -79,6 +79,14 @@ def _panels(lines: Sequence[Line]) -> list[str]:
     return [*tasks, "mean"] if len(tasks) > 1 else tasks
 
 
+def _entry(line: Line, condition: str, task: str, panels: Sequence[str]) -> dict[str, Any] | None:
+    """An entry of a panel; a mean only where it is over all benchmarks that have panels, so that means can be compared."""
+    found: dict[str, Any] | None = (line.entry("mixed", condition) or {}).get(task)
+    if found is not None and task == "mean" and set(found["tasks"]) != set(panels) - {"mean"}:
+        return None
+    return found
+
+
 def _accuracy(lines: Sequence[Line], published: bool) -> Any:
     levels = [
         c for c in LEVELS if any(x.entry("mixed", c) for x in lines if get_system(x.system).sees != "clean")
@@ -92,7 +100,7 @@ def _accuracy(lines: Sequence[Line], published: bool) -> Any:
     figure, axes = _figure(columns, rows, (max(4.6, 3.1 * columns), 2.9 * rows + 0.9))
     for ax, task in zip(axes, panels, strict=False):
         for number, line in enumerate(lines):
-            found = [(i, (line.entry("mixed", c) or {}).get(task)) for i, c in enumerate(levels)]
+            found = [(i, _entry(line, c, task, panels)) for i, c in enumerate(levels)]
             there = [(i, e) for i, e in found if e is not None]
             if not there:
                 continue
@@ -114,21 +122,15 @@ def _accuracy(lines: Sequence[Line], published: bool) -> Any:
                 linewidth=1.3,
                 label=line.label,
             )
-        if published:
+        counts = {e["n"] for x in lines for c in levels if (e := _entry(x, c, task, panels)) is not None}
+        if published and counts:
             _published_line(
                 ax, levels, {c: paper.BY_SEVERITY.get(c, {}).get(task) for c in levels}, panels, task
             )
-        n = next(
-            (
-                e["n"]
-                for x in lines
-                for c in levels
-                if (e := (x.entry("mixed", c) or {}).get(task)) is not None
-            ),
-            0,
-        )
         title = "mean" if task == "mean" else get_task(task).title
-        ax.set_title(f"{title} (N {n:,})", fontsize=10)
+        if counts:
+            title += f" (N {' to '.join(f'{n:,}' for n in sorted({min(counts), max(counts)}))})"
+        ax.set_title(title, fontsize=10)
         ax.set_xticks(range(len(levels)), levels)
         ax.set_xlim(-0.35, len(levels) - 0.65)
         ax.grid(axis="y", alpha=0.3)
@@ -168,10 +170,12 @@ def _restored(lines: Sequence[Line], published: bool) -> Any:
     figure, axes = _figure(columns, rows, (max(4.6, 3.1 * columns), 2.7 * rows + 0.8))
     for ax, task in zip(axes, panels, strict=False):
         for line in deciding:
-            found = [(i, (line.entry("mixed", c) or {}).get(task)) for i, c in enumerate(levels)]
+            found = [(i, _entry(line, c, task, panels)) for i, c in enumerate(levels)]
             there = [
                 (i, 100 * e["restored"]) for i, e in found if e is not None and e["restored"] is not None
             ]
+            if not there:
+                continue
             ax.plot(
                 [i for i, _ in there],
                 [r for _, r in there],
@@ -181,7 +185,7 @@ def _restored(lines: Sequence[Line], published: bool) -> Any:
                 linewidth=1.3,
                 label=line.label,
             )
-        if published:
+        if published and ax.lines:
             rates = {c: paper.RESTORED.get(task, {}).get(c) for c in levels}
             _published_line(ax, levels, rates, panels, task)
         ax.set_title("mean" if task == "mean" else get_task(task).title, fontsize=10)
@@ -204,8 +208,12 @@ def _gains(lines: Sequence[Line], published: bool) -> Any:
         for x in lines
         if x.system != "base" and id(x.result) in bases and get_system(x.system).sees != "clean"
     ]
+    measured_on = [*compared, *(bases[id(x.result)] for x in compared)]
+    measured = [c for c in CORRUPTIONS if any(x.cell(t, c) for x in compared for t in x.tasks())]
+    there = [x for x in measured_on if any(x.cell(t, c) for c in measured for t in x.tasks())]
+    tasks = common_tasks(there, measured)
     found = {
-        x.label: {c: g for c in CORRUPTIONS if (g := gain(x, bases[id(x.result)], x.tasks(), c)) is not None}
+        x.label: {c: g for c in measured if (g := gain(x, bases[id(x.result)], tasks, c)) is not None}
         for x in compared
     }
     shown = [c for c in CORRUPTIONS if any(c in own for own in found.values())]
@@ -214,6 +222,8 @@ def _gains(lines: Sequence[Line], published: bool) -> Any:
     figure, (ax,) = _figure(1, 1, (6.6, 0.9 + 0.34 * len(shown) + 0.25 * len(compared)))
     for line in compared:
         own = found[line.label]
+        if not own:
+            continue
         shift = (compared.index(line) - (len(compared) - 1) / 2) * 0.18
         places = [shown.index(c) + shift for c in own]
         spread = [[g.value - g.low for g in own.values()], [g.high - g.value for g in own.values()]]

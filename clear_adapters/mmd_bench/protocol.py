@@ -37,6 +37,11 @@ class Cell:
     records: Sequence[Mapping[str, Any]]
 
     @property
+    def name(self) -> str:
+        """Its key in a result file."""
+        return f"{self.task.name}/{self.condition}/{self.system}"
+
+    @property
     def values(self) -> dict[str, Values]:
         """What the benchmark counts, by metric; the main one first."""
         return count(self.task, self.records)
@@ -52,6 +57,7 @@ class Cell:
             "system": self.system,
             "rows": len(self.records),
             "metrics": {name: summary(v, seed) for name, v in values.items()},
+            "units": pack_ids([u for units in main.values() for u in units]),
             "values": _compact([v for units in main.values() for v in units.values()]),
             "unanswered": sum(r.get("answered") is False for r in self.records),
             "answers": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16],
@@ -66,6 +72,27 @@ def _compact(values: Sequence[float]) -> str | list[float]:
     return [round(v, 4) for v in values]
 
 
+def pack_ids(ids: Sequence[str]) -> str | list[str]:
+    """Ids in a short form: whole numbers as `0-199,205`, in their order; others as they are."""
+    if not all(i.isascii() and i.isdigit() and i == str(int(i)) for i in ids):
+        return list(ids)
+    runs: list[list[int]] = []
+    for number in map(int, ids):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def unpack_ids(packed: str | Sequence[str]) -> list[str]:
+    """What `pack_ids` packed."""
+    if not isinstance(packed, str):
+        return list(packed)
+    runs = [run.partition("-") for run in packed.split(",") if run]
+    return [str(i) for first, _, last in runs for i in range(int(first), int(last or first) + 1)]
+
+
 def costs(cells: Iterable[Cell]) -> dict[str, Any]:
     """Restore rate (None of systems that cannot restore), seconds a question and unreadable answers of some cells."""
     records = [r for c in cells for r in c.records]
@@ -74,6 +101,16 @@ def costs(cells: Iterable[Cell]) -> dict[str, Any]:
         "restored": round(fmean(restored), 6) if restored else None,
         "seconds_per_question": round(fmean(r["seconds"] for r in records), 5),
         "unreadable": sum(r["read"] is None for r in records),
+    }
+
+
+def _mean_costs(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same of several tasks, each of which counts the same, as in their mean score; unreadable answers are a sum."""
+    restored = [t["restored"] for t in tasks if t["restored"] is not None]
+    return {
+        "restored": round(fmean(restored), 6) if restored else None,
+        "seconds_per_question": round(fmean(t["seconds_per_question"] for t in tasks), 5),
+        "unreadable": sum(t["unreadable"] for t in tasks),
     }
 
 
@@ -87,7 +124,7 @@ def protocols(cells: Sequence[Cell], seeds: Mapping[str, Any], seed: int = 0) ->
 
     Returns:
         `mixed`: by system and condition, an entry a task and `mean`; `macro16`: by system, the same. A mean over
-        several tasks counts each of them once; `tasks` in it says which. At high, `mean_with_real` counts the tasks
+        several tasks counts each of them once, in its restore rate and seconds too; `tasks` in it says which. At high, `mean_with_real` counts the tasks
         that are distorted already as well, as the published mean does.
     """
     by_place = {(c.task.name, c.condition, c.system): c for c in cells}
@@ -128,7 +165,7 @@ def _entries(by_task: Mapping[str, list[Cell]], seeds: Mapping[str, Any], seed: 
     together = {name: v for name, units in main.items() for v in [_flat(units)]}
     entries["mean"] = (
         summary(together, seed)
-        | costs([c for sets in by_task.values() for c in sets])
+        | _mean_costs([costs(sets) for sets in by_task.values()])
         | dict(seeds)
         | {"tasks": list(main)}
     )

@@ -7,7 +7,8 @@ import binascii
 import hashlib
 import json
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,21 +94,46 @@ class QuestionSet:
         kept = set(list(dict.fromkeys(q.group for q in self.questions))[:units])
         return replace(self, questions=tuple(q for q in self.questions if q.group in kept))
 
-    def readable(self) -> QuestionSet:
-        """The same without the groups of which a picture cannot be decoded; every picture is decoded once."""
-        broken: dict[tuple[int, int], TsvError] = {}
-        for place in dict.fromkeys(q.picture for q in self.questions):
+    def undecodable(self) -> list[TsvError]:
+        """What is wrong with pictures that cannot be decoded; every picture is decoded once."""
+
+        def tried(place: tuple[int, int]) -> TsvError | None:
             try:
                 read_picture(self.file, place)
             except TsvError as error:
-                broken[place] = error
-        lost = {q.group for q in self.questions if q.picture in broken}
-        kept = tuple(q for q in self.questions if q.group not in lost)
-        left = len(self.questions) - len(kept) - sum(q.place in broken for q in self.questions)
+                return error
+            return None
+
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(tried, dict.fromkeys(q.picture for q in self.questions))
+            return [error for error in found if error is not None]
+
+    def readable(self) -> QuestionSet:
+        """The same without the groups of which a picture cannot be decoded; every picture is decoded once."""
+        broken = self.undecodable()
+        lines = {error.line for error in broken}
+        return self._without({q.group for q in self.questions if q.picture[0] in lines}, broken)
+
+    def among(self, indices: Collection[str], reason: str) -> QuestionSet:
+        """The same without the groups of which a row is not among some; the reason goes into `skipped`."""
+        lacking = [q for q in self.questions if q.index not in indices]
+        errors = [TsvError(self.file.path, q.place[0], f"row {q.index!r} {reason}") for q in lacking]
+        return self._without({q.group for q in lacking}, errors)
+
+    def _without(self, groups: Collection[str], errors: Sequence[TsvError]) -> QuestionSet:
+        kept = tuple(q for q in self.questions if q.group not in groups)
+        lines = {error.line for error in errors}
+        left = len(self.questions) - len(kept) - sum(q.place[0] in lines for q in self.questions)
+        if errors and not kept:
+            raise TsvError(
+                self.file.path,
+                None,
+                f"no question is left that can be asked; the first one lost: {errors[0]}",
+            )
         return replace(
             self,
             questions=kept,
-            skipped=(*self.skipped, *broken.values()),
+            skipped=(*self.skipped, *errors),
             left_with_group=self.left_with_group + left,
         )
 

@@ -68,6 +68,8 @@ def _facts(result: ResultFile) -> dict[str, Any]:
         "judge": result.payload["judge"],
         "settings": result.payload["settings"],
         "missing": result.payload["missing"],
+        "without_marks": result.payload.get("without_marks", []),
+        "revisions": result.payload.get("revisions", {}),
         "device": result.device,
         "date": result.date,
         "commit": result.commit,
@@ -91,4 +93,6 @@ def _origin(number: int, result: ResultFile) -> str:
         parts.append(f"the first {p['settings']['limit']} questions of every set")
     if p["missing"]:
         parts.append(f"missing: {', '.join(p['missing'])}")
+    if p.get("without_marks"):
+        parts.append(f"without marks of the judge: {', '.join(p['without_marks'])}")
     return ", ".join(parts) + "."

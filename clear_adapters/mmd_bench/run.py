@@ -2,6 +2,7 @@
 
     OUTPUT/run.json                                   settings; another run is not mixed in
     OUTPUT/answers/TASK/CONDITION/SYSTEM.jsonl        a line a question, written batch by batch
+    OUTPUT/run.lock                                   held by the process that is at work
     OUTPUT/result.json                                the result file
 
 A run that was killed goes on where it was and ends with the same result.
@@ -17,8 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearError, ClearValueError
 from clear_adapters.mmd_bench.answers import AnswerFile
 from clear_adapters.mmd_bench.protocol import Cell, protocols
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 KIND = "mmd_bench"
 RESULT = "result.json"
 RUN = "run.json"
+LOCK = "run.lock"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Settings:
         max_new_tokens: longest turn; None is the adapter's own.
         steps: points of the flow schedule; None is the adapter's own.
         limit: first units of every set; None is all.
+        dtype: in which the model computes, in words: other types give other answers.
+        device_kind: `cpu`, `cuda`, ...: the same holds for it.
 
     Raises:
         ClearValueError: a number out of its range.
@@ -66,6 +72,8 @@ class Settings:
     max_new_tokens: int | None = None
     steps: int | None = None
     limit: int | None = None
+    dtype: str | None = None
+    device_kind: str | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("batch_size", 1), ("seed", 0), ("max_new_tokens", 1), ("steps", 2), ("limit", 1)):
@@ -125,6 +133,7 @@ def run(
     device: str,
     judge: BenchJudge | None = None,
     missing: Sequence[str] = (),
+    revisions: Mapping[str, str] | None = None,
     progress: bool = True,
     command: str | None = None,
 ) -> ResultFile:
@@ -139,6 +148,7 @@ def run(
         device: in words, for the result file.
         judge: for tasks with a judge.
         missing: names of files that no source has, for the result file.
+        revisions: commit by dataset repository, for the result file.
         progress: show a bar.
         command: for the result file; None is the running one.
 
@@ -146,9 +156,11 @@ def run(
         The result file, written to `result.json`.
 
     Raises:
-        ClearValueError: the folder holds a run of other settings, or a system needs an adapter.
+        ClearValueError: the folder holds a run of other settings, another process is at work in it, or a system needs
+            an adapter.
         TsvError: a picture cannot be decoded.
-        JudgeError: answers could not be judged; those of other tasks stay.
+        MissingMarksError: some answers have no mark of the judge; the result of the other sets is written before.
+        EndpointError: the same, where the judge refuses every request or failed too often.
     """
     output = Path(output)
     for system in systems:
@@ -160,7 +172,45 @@ def run(
                 f"{data.task.title} is marked by a judge: name a service and a model (--judge-url, --judge-model)"
             )
     jobs = plan(output, sets, systems)
-    claim(output, settings, sets)
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ClearValueError(
+            f"another process is at work in {output}: wait until it is done, or choose another folder"
+        ) from None
+    try:
+        claim(output, settings, sets)
+        return _measure(
+            output,
+            jobs,
+            settings,
+            load,
+            judge,
+            progress,
+            lambda cells, unmarked: ResultFile.collect(
+                KIND,
+                payload(cells, sets, settings, missing, judge, revisions, unmarked),
+                device=device,
+                seeds=[settings.seed],
+                command=command,
+            ),
+        )
+    finally:
+        lock.release()
+
+
+def _measure(
+    output: Path,
+    jobs: Sequence[Job],
+    settings: Settings,
+    load: Callable[[], AttachedModel],
+    judge: BenchJudge | None,
+    progress: bool,
+    collect: Callable[[Sequence[Cell], Sequence[str]], ResultFile],
+) -> ResultFile:
+    """Asks what is left to ask, has it marked, and writes the result."""
     model: AttachedModel | None = None
     cells: list[Cell] = []
     with Progress(
@@ -185,17 +235,40 @@ def run(
             cells.append(Cell(job.data.task, job.data.condition, job.system.name, answers.records))
             bar.update(line, visible=False)
             bar.advance(whole)
-    if judge is not None:
-        cells = [judge.marked(c) if c.task.rule == "judge" else c for c in cells]
-    result = ResultFile.collect(
-        KIND,
-        payload(cells, sets, settings, missing, judge),
-        device=device,
-        seeds=[settings.seed],
-        command=command,
-    )
-    result.write(output / RESULT)
-    return result
+    cells, unmarked, failure = _marked(cells, judge)
+    if failure is None:
+        result = collect(cells, [])
+        result.write(output / RESULT)
+        return result
+    if not cells:
+        raise failure
+    written = collect(cells, unmarked).write(output / RESULT)
+    raise type(failure)(f"{failure} {written} holds the other sets.") from failure
+
+
+def _marked(
+    cells: Sequence[Cell], judge: BenchJudge | None
+) -> tuple[list[Cell], list[str], EndpointError | None]:
+    """The cells that have a score, the names of those that lack marks, and why the first of them does."""
+    if judge is None:
+        return list(cells), [], None
+    from clear_adapters.mmd_bench.judge import MissingMarksError
+
+    scored: list[Cell] = []
+    unmarked: list[str] = []
+    failure: EndpointError | None = None
+    for cell in cells:
+        if cell.task.rule != "judge":
+            scored.append(cell)
+            continue
+        try:
+            if failure is not None and not isinstance(failure, MissingMarksError):
+                raise failure  # the service is down: it is not asked again
+            scored.append(judge.marked(cell))
+        except EndpointError as error:
+            unmarked.append(cell.name)
+            failure = failure if failure is not None and isinstance(error, MissingMarksError) else error
+    return scored, unmarked, failure
 
 
 def payload(
@@ -204,6 +277,8 @@ def payload(
     settings: Settings,
     missing: Sequence[str],
     judge: BenchJudge | None,
+    revisions: Mapping[str, str] | None = None,
+    unmarked: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What the result file holds."""
     facts = {f"{s.task.name}/{s.condition}": s.facts() for s in sets}
@@ -217,13 +292,39 @@ def payload(
         "judge": None if judge is None else judge.facts(),
         "sets": facts,
         "missing": list(missing),
-        "cells": {f"{c.task.name}/{c.condition}/{c.system}": c.facts(settings.seed) for c in cells},
+        "without_marks": list(unmarked),
+        "revisions": dict(revisions or {}),
+        "cells": {c.name: c.facts(settings.seed) for c in cells},
         "protocols": protocols(cells, seeds, settings.seed),
     }
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
     return {k: v for k, v in asdict(settings).items() if k not in ("model", "adapter")}
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, old and new value of what differs."""
+    before = old.get("settings") or {}
+    for name, value in new["settings"].items():
+        if before.get(name) != value:
+            yield name, before.get(name), value
+    for name in ("model", "adapter", "prompts"):
+        if old.get(name) != new[name]:
+            yield name, old.get(name), new[name]
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    try:
+        old = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ClearValueError(
+            f"{file} is damaged ({error}), so that nothing says with which settings the answers beside it were given: "
+            "choose another folder, or delete this one"
+        ) from None
+    if not isinstance(old, dict) or not isinstance(old.get("sets"), dict):
+        raise ClearValueError(f"{file} is not that of a benchmark run: choose another folder")
+    return old
 
 
 def claim(output: Path, settings: Settings, sets: Sequence[BenchSet]) -> None:
@@ -243,15 +344,19 @@ def claim(output: Path, settings: Settings, sets: Sequence[BenchSet]) -> None:
         "sets": {f"{s.task.name}/{s.condition}": [s.facts()["bytes"], s.questions.digest()] for s in sets},
     }
     if file.is_file():
-        old = json.loads(file.read_text(encoding="utf-8"))
-        for name in ("settings", "model", "adapter", "prompts"):
-            if old.get(name) != new[name]:
-                raise ClearValueError(
-                    f"{output} holds a run with {name} = {old.get(name)!r}, not {new[name]!r}: choose another folder"
-                )
+        old = _read_run(file)
+        for name, was, now in _changed(old, new):
+            raise ClearValueError(
+                f"{output} holds a run with {name} = {was!r}, not {now!r}; answers of both in one result would be "
+                "those of neither: choose another folder, or go on with what was chosen first"
+            )
         for name, facts in new["sets"].items():
             if name in old["sets"] and old["sets"][name] != facts:
-                raise ClearValueError(f"{output} holds answers to another set {name}: choose another folder")
+                raise ClearValueError(
+                    f"{output} holds answers to another set {name}: its file was changed, or other rows of it are left "
+                    "out as bad (--skip-bad, systems that need clean pictures). Seeds and batches go by a row's place, "
+                    "so these answers cannot be gone on with: choose another folder, or ask as before"
+                )
         new["sets"] = old["sets"] | new["sets"]
     elif (output / "answers").exists():
         raise ClearValueError(f"{output} holds answers and no {RUN}: choose another folder")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clear_adapters.datasets.hub import Found, Source, locate
+from clear_adapters.datasets.tsv import TsvError
 from clear_adapters.errors import ClearValueError
 from clear_adapters.mmd_bench.questions import Question, QuestionSet, read_questions
 from clear_adapters.mmd_bench.tasks import CLEAN, REAL, Task
@@ -77,7 +78,9 @@ def read_sets(
     limit: int | None = None,
     skip_bad: bool = False,
 ) -> list[BenchSet]:
-    """Reads the sets that were found, in the order of tasks and conditions.
+    """Reads the sets that were found, in the order of tasks and conditions, and decodes every picture once.
+
+    What is found here would otherwise stop a run after hours.
 
     Args:
         found: as `find_sets` gives it.
@@ -85,23 +88,23 @@ def read_sets(
         conditions: which; a task that is distorted already has its own.
         needs_clean: whether every row needs its clean picture as well.
         limit: first units of every set; None is all.
-        skip_bad: leave bad rows out.
+        skip_bad: leave bad rows out, and rows of which the clean counterpart is bad.
 
     Raises:
-        TsvError: a file has a bad row.
+        TsvError: a file has a bad row, or a picture that cannot be decoded.
         ClearValueError: a row has no clean counterpart.
     """
     sets: list[BenchSet] = []
     for task in tasks:
         whole: QuestionSet | None = None
+        tried: set[str] = set()  # indices of clean pictures that were decoded
         for condition in task.conditions(tuple(conditions)):
             path = found.files.get(task.file_name(condition))
             if path is None:
                 continue
             questions = read_questions(path, task, skip_bad=skip_bad)
             asked = questions.first(limit)
-            if skip_bad:
-                asked = asked.readable()
+            asked = asked.readable() if skip_bad else _decoded(asked)
             if needs_clean and condition not in (CLEAN, REAL) and whole is None:
                 clean_path = found.files.get(task.file_name(CLEAN))
                 if clean_path is None:
@@ -109,13 +112,35 @@ def read_sets(
                         f"{task.file_name(CLEAN)} is missing, and a system that was asked for needs the clean pictures"
                     )
                 whole = read_questions(clean_path, task, skip_bad=skip_bad)
-            clean = {CLEAN: questions, REAL: None}.get(condition, whole)
-            if clean is not None:
+                whole = whole.readable() if skip_bad else whole
+            clean = {CLEAN: asked, REAL: None}.get(condition, whole)
+            if clean is not None and clean is not asked:
                 known = {q.index for q in clean.questions}
+                if skip_bad:
+                    asked = asked.among(known, f"has no good counterpart in {clean.file.path.name}")
                 lacking = next((q for q in asked.questions if q.index not in known), None)
                 if lacking is not None:
                     raise ClearValueError(
-                        f"{path}, line {lacking.place[0]}: row {lacking.index!r} has no counterpart in {task.file_name(CLEAN)}"
+                        f"{path}, line {lacking.place[0]}: row {lacking.index!r} has no counterpart in "
+                        f"{task.file_name(CLEAN)}; --skip-bad leaves such rows out"
                     )
+                if not skip_bad:
+                    wanted = {q.index for q in asked.questions} - tried
+                    _decoded(replace(clean, questions=tuple(q for q in clean.questions if q.index in wanted)))
+                    tried |= wanted
             sets.append(BenchSet(condition, asked, clean if needs_clean else None))
     return sets
+
+
+def _decoded(questions: QuestionSet) -> QuestionSet:
+    """The same set, of which every picture was decoded.
+
+    Raises:
+        TsvError: one cannot be.
+    """
+    broken = questions.undecodable()
+    if broken:
+        first = broken[0]
+        more = f" ({len(broken)} pictures of this file cannot)" if len(broken) > 1 else ""
+        raise TsvError(first.path, first.line, f"{first.reason}{more}; --skip-bad leaves such rows out")
+    return questions

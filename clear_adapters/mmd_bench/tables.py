@@ -8,9 +8,19 @@ from typing import Any
 
 from clear_adapters.degradations import CATEGORIES, list_degradations
 from clear_adapters.mmd_bench import published as paper
-from clear_adapters.mmd_bench.compare import Difference, Line, drop, gain, mean_score
+from clear_adapters.mmd_bench.compare import (
+    Difference,
+    Line,
+    apart,
+    common_tasks,
+    drop,
+    drop_pairs,
+    gain,
+    gain_pairs,
+    mean_score,
+)
 from clear_adapters.mmd_bench.systems import get_system
-from clear_adapters.mmd_bench.tasks import CORRUPTIONS, LEVELS, REAL, TASKS, get_task
+from clear_adapters.mmd_bench.tasks import CLEAN, CORRUPTIONS, LEVELS, REAL, TASKS, get_task
 from clear_adapters.results import ResultFile
 
 Entry = Mapping[str, Any]
@@ -76,7 +86,7 @@ def overview(result: ResultFile) -> str:
                 for task, e in entries.items():
                     if task == "mean_with_real" or (task == "mean" and len(e["tasks"]) == 1):
                         continue
-                    title = "mean" if task == "mean" else get_task(task).title
+                    title = f"mean of {len(e['tasks'])}" if task == "mean" else get_task(task).title
                     place = f"{title}, {protocol}, {condition}"
                     rows.append([place, get_system(system).title, str(e["n"]), percent(e), *_costs(e)])
     head = ["set", "system", "N", "right, % [95 %]", *COSTS]
@@ -116,38 +126,85 @@ def protocol_table(lines: Sequence[Line], protocol: str, condition: str, publish
     tasks = [t for t in _tasks(lines) if any(t in e for _, e in entries)]
     seven = any("mean_with_real" in e for _, e in entries)
     means = [("mean", "mean")] * (len(tasks) > 1) + [("mean_with_real", "mean with R-Bench-Dis")] * seven
-    rows, data = [], []
+    n = {t: next(e[t]["n"] for _, e in entries if t in e) for t in tasks}
+    rows, data, whole = [], [], False
     for line, e in entries:
-        total = e.get("mean_with_real", e["mean"]) if seven else e["mean"]
-        cells = [percent(e.get(t)) for t in (*tasks, *(key for key, _ in means))]
-        rows.append((line.label, *cells, *_costs(total)))
+        cells = [_score(e.get(t), n[t]) for t in tasks]
+        # A mean over fewer benchmarks than the table has is no lower or higher than the one beside it.
+        all_there = set(e["mean"]["tasks"]) == set(tasks)
+        whole = whole or all_there
+        cells += [percent(e.get(key) if all_there else None) for key, _ in means]
+        rows.append((line.label, *cells, *(_costs(e["mean"]) if all_there else ["–"] * len(COSTS))))
         data.append({"label": line.label, "system": line.system, "published": False, **e})
     if published:
-        six = set(paper.MAIN) <= set(tasks)
+        six = set(paper.MAIN) == set(tasks) and whole
         for row in paper.rows(condition):
             if set(row.scores) & set(tasks):
                 scores = [_printed(row.scores.get(t)) for t in tasks]
                 scores += [_printed(row.scores.get(key) if six else None) for key, _ in means]
                 rows.append((f"*{row.model}, published*", *scores, "–", "–", "–"))
                 data.append({"label": row.model, "published": True, **row.scores})
-    n = {t: next(e[t]["n"] for _, e in entries if t in e) for t in tasks}
     head = (
         "system",
         *(f"{get_task(t).title} (N {n[t]})" for t in tasks),
         *(title for _, title in means),
         *COSTS,
     )
-    first = entries[0][1]["mean"]
     where = "sixteen types, all pictures with each, at high" if protocol == "macro16" else condition
     note = (
-        f"Right answers in percent, with the 95 % interval of a bootstrap over questions (2,000 samples). Seed of the sets: "
-        f"{first['set_seed'] if first['set_seed'] is not None else 'none recorded'}; of sampling: {first['seed']}."
+        "Right answers in percent, with the 95 % interval of a bootstrap over questions (2,000 samples). "
+        f"{_seeds(entries)}"
     )
+    if not all(set(e["mean"]["tasks"]) == set(tasks) for _, e in entries):
+        note += " The mean is over all benchmarks of the table: a line that lacks one has none, nor costs."
     if published and any(d["published"] for d in data):
         note += f" Rows in italics are as published ({paper.SOURCE}), for BAGEL-7B and others: single runs, no intervals."
     return Table(
         f"{protocol}_{condition}", f"Protocol {protocol}: {where}", head, tuple(rows), tuple(data), note
     )
+
+
+def _score(entry: Entry | None, usual: int) -> str:
+    """A score, with its N where that is not the one in the head."""
+    other = "" if entry is None or entry["n"] == usual else f" (N {entry['n']})"
+    return percent(entry) + other
+
+
+def _seeds(entries: Sequence[tuple[Line, Entry]]) -> str:
+    """The seeds of every result: once where they are the same."""
+    by_result = {id(line.result): (e["mean"]["set_seed"], e["mean"]["seed"]) for line, e in entries}
+    labels = {id(line.result): line.number for line, _ in entries}
+    if len(set(map(str, by_result.values()))) == 1:
+        of_sets, of_sampling = next(iter(by_result.values()))
+        return f"Seed of the sets: {_said(of_sets)}; of sampling: {of_sampling}."
+    parts = [f"result {labels[r]}: {_said(of_sets)} and {own}" for r, (of_sets, own) in by_result.items()]
+    return f"Seeds of the sets and of sampling: {'; '.join(parts)}."
+
+
+def _said(seed: Any) -> str:
+    return "none recorded" if seed is None else str(seed)
+
+
+def _over(tasks: Sequence[str], lines: Sequence[Line]) -> str:
+    """Says of which benchmarks a mean is, where some line has others as well."""
+    left = [t for t in _tasks(lines) if t not in tasks and not get_task(t).real]
+    if not left:
+        return "mean over benchmarks"
+    if not tasks:
+        return "no mean, since there is no benchmark that every line has under all conditions"
+    names = ", ".join(get_task(t).title for t in tasks)
+    without = ", ".join(get_task(t).title for t in left)
+    return f"mean over {names}, which every line has under all conditions shown (not {without})"
+
+
+def _not_compared(places: Mapping[str, Sequence[str]]) -> str:
+    """Says what could not be compared: benchmarks by place."""
+    parts = [
+        f"{place}: {', '.join(get_task(t).title for t in found)}" for place, found in places.items() if found
+    ]
+    if not parts:
+        return ""
+    return f" Not compared, as the two sets of answers have no question in common: {'; '.join(parts)}."
 
 
 def _printed(score: float | None) -> str:
@@ -183,25 +240,29 @@ def also_table(lines: Sequence[Line]) -> Table | None:
 def drop_table(lines: Sequence[Line], published: bool) -> Table | None:
     """What every system loses from clean to each severity, over all its benchmarks."""
     rows, data = [], []
-    levels = [c for c in LEVELS[1:] if any(drop(x, x.tasks(), c) for x in lines)]
-    for line in lines:
-        if get_system(line.system).sees == "clean":
-            continue
-        drops = {c: drop(line, line.tasks(), c) for c in levels}
-        if any(drops.values()):
-            clean = mean_score(line, line.tasks(), "clean")
-            rows.append((line.label, percent(clean), *(points(drops[c]) for c in levels)))
-            data.append(
-                {"label": line.label, "published": False}
-                | {c: asdict(d) for c, d in drops.items() if d is not None}
-            )
+    own = [x for x in lines if get_system(x.system).sees != "clean"]
+    levels = [c for c in LEVELS[1:] if any(drop_pairs(x, x.tasks(), c) for x in own)]
+    own = [x for x in own if any(drop_pairs(x, x.tasks(), c) for c in levels)]
+    tasks = common_tasks(own, (CLEAN, *levels))
+    for line in own:
+        drops = {c: drop(line, tasks, c) for c in levels}
+        rows.append(
+            (line.label, percent(mean_score(line, tasks, CLEAN)), *(points(drops[c]) for c in levels))
+        )
+        data.append(
+            {"label": line.label, "published": False}
+            | {c: asdict(d) for c, d in drops.items() if d is not None}
+        )
     if published and rows and "high" in levels:
         for model, (clean_score, hard) in paper.ROBUSTNESS.items():
             shown = [f"{clean_score - hard:+.2f}" if c == "high" else "–" for c in levels]
             rows.append((f"*{model}, published (six benchmarks)*", f"{clean_score:.2f}", *shown))
             data.append({"label": model, "published": True, "clean": clean_score, "high": clean_score - hard})
     head = ("system", "clean, % [95 %]", *(f"lost at {c}, points" for c in levels))
-    note = "Mean over benchmarks; differences are paired question by question."
+    places = {f"{x.label}, {c}": apart(drop_pairs(x, tasks, c)) for x in own for c in levels}
+    over = _over(tasks, own)
+    note = f"{over[:1].upper()}{over[1:]}; differences are paired question by question."
+    note += _not_compared(places)
     return Table("drop", "Drop from clean", head, tuple(rows), tuple(data), note)
 
 
@@ -215,18 +276,19 @@ def corruption_tables(lines: Sequence[Line], published: bool) -> list[Table]:
     ]
     if not measured:
         return []
+    tasks = common_tasks(shown, measured)
     bases = {id(x.result): x for x in shown if x.system == "base"}
     compared = [x for x in shown if x.system != "base" and id(x.result) in bases]
     categories = {d.name: d.category for d in list_degradations()}
     rows, data, gains, gain_data = [], [], [], []
     for name in sorted(measured, key=lambda c: CATEGORIES.index(categories[c])):
-        scores = {x.label: mean_score(x, x.tasks(), name) for x in shown}
+        scores = {x.label: mean_score(x, tasks, name) for x in shown}
         rows.append((name, categories[name], *(percent(s) for s in scores.values())))
         data.append(
             {"corruption": name, "category": categories[name]}
             | {k: asdict(s) for k, s in scores.items() if s}
         )
-        above = {x.label: gain(x, bases[id(x.result)], x.tasks(), name) for x in compared}
+        above = {x.label: gain(x, bases[id(x.result)], tasks, name) for x in compared}
         was, became = paper.BY_CORRUPTION[name]
         gains.append(
             (name, *(points(g) for g in above.values()), *([f"{became - was:+.2f}"] if published else []))
@@ -243,7 +305,7 @@ def corruption_tables(lines: Sequence[Line], published: bool) -> list[Table]:
             ("corruption", "category", *(x.label for x in shown)),
             tuple(rows),
             tuple(data),
-            "Right answers in percent, mean over benchmarks.",
+            f"Right answers in percent, {_over(tasks, shown)}.",
         )
     ]
     if compared:
@@ -252,7 +314,15 @@ def corruption_tables(lines: Sequence[Line], published: bool) -> list[Table]:
             *(x.label for x in compared),
             *(["*CLEAR-RL over Bagel, published (six benchmarks)*"] if published else []),
         )
-        note = "Points above the base of the same result, paired question by question."
+        places = {
+            f"{x.label}, {c}": apart(gain_pairs(x, bases[id(x.result)], tasks, c))
+            for x in compared
+            for c in measured
+        }
+        note = (
+            f"Points above the base of the same result, {_over(tasks, shown)}, paired question by question."
+            f"{_not_compared(places)}"
+        )
         found.append(
             Table("gains", "Gain by corruption, at high", head, tuple(gains), tuple(gain_data), note)
         )
