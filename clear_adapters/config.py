@@ -30,6 +30,7 @@ _MAX_RANK = 4096
 
 _BUILTIN = re.compile(r"builtin:[A-Za-z0-9][A-Za-z0-9._-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
 
 
 def is_builtin_name(name: str) -> bool:
@@ -40,6 +41,11 @@ def is_builtin_name(name: str) -> bool:
 def is_hub_id(name: str) -> bool:
     """Whether a string has the form of a Hub id, `owner/name`."""
     return _HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def is_revision(name: str) -> bool:
+    """Whether a string has the form of a branch, tag, commit or `refs/pr/N`; the Hub's client looks it up as a path."""
+    return _REVISION.fullmatch(name) is not None and ".." not in name and "//" not in name
 
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -205,6 +211,10 @@ class ClearConfig:
         for name in ("base_model", "base_revision", "stage"):
             if not isinstance(getattr(self, name), str | None):
                 raise AdapterError(f"{name}={getattr(self, name)!r}: must be a string or null")
+        if self.base_revision is not None and not is_revision(self.base_revision):
+            raise AdapterError(
+                f"base_revision={self.base_revision!r}: must be a branch, tag or commit of the Hub, which has no '..' and no spaces"
+            )
         if self.base_model is not None and not (
             is_builtin_name(self.base_model) or is_hub_id(self.base_model)
         ):

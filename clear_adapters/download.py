@@ -154,11 +154,14 @@ def explain(error: BaseException, repo_id: str, revision: str | None, token: str
 
 
 def hide(text: str, token: str | None) -> str:
-    """A text without the token, and without anything that has the form of one."""
+    """A text without the token, the one that the client is logged in with, and anything that has the form of one."""
+    from huggingface_hub import get_token
+
+    known = [t for t in (token, get_token()) if isinstance(t, str)]
     # Some errors quote it as Python writes strings.
-    secrets = {token, token.strip(), repr(token)[1:-1]} if isinstance(token, str) else set()
+    secrets = {form for t in known for form in (t, t.strip(), repr(t)[1:-1])}
     patterns = [re.escape(s) for s in sorted(secrets, key=len, reverse=True) if len(s) >= _SHORTEST]
-    return re.sub("|".join([*patterns, r"hf_\w+"]), "<token>", text)
+    return re.sub("|".join([*patterns, r"(?<=Bearer )[^\s'\"]+", r"hf_[\w.-]+"]), "<token>", text)
 
 
 def status_of(error: BaseException) -> int | None:

@@ -118,7 +118,12 @@ def check_folder(folder: Path) -> None:
     todo = [folder]
     while todo:
         for path in sorted(todo.pop().iterdir()):
-            target = path.resolve()
+            try:
+                target = path.resolve(strict=path.is_symlink())
+            except (OSError, RuntimeError):  # a loop is either, by the version of Python
+                raise AdapterError(
+                    f"{folder} holds {path.relative_to(folder)}, a link that leads nowhere: take it out"
+                ) from None
             if path.is_symlink() and not (target.is_relative_to(root) or target.is_relative_to(blobs)):
                 raise AdapterError(
                     f"{folder} holds {path.relative_to(folder)}, a link to {target}, out of the folder: an adapter consists "

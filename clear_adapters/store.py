@@ -32,7 +32,7 @@ from torch import Tensor
 
 from clear_adapters.backbones.base import Backbone
 from clear_adapters.bridge import BridgeConfig
-from clear_adapters.config import ClearConfig, is_builtin_name, is_hub_id
+from clear_adapters.config import ClearConfig, is_builtin_name, is_hub_id, is_revision
 from clear_adapters.download import commit_of, download, explain, hide, is_damaged, listing_of
 from clear_adapters.errors import (
     AdapterError,
@@ -115,6 +115,10 @@ def resolve(name: str | Path, kind: Kind, *, revision: str | None = None, token:
         raise error(f"{text!r} is a file, and the {kind} is a folder: pass the folder that holds it")
     if isinstance(name, Path) or not is_hub_id(text):
         raise error(_no_place(text, kind))
+    if revision is not None and not is_revision(revision):
+        raise AdapterError(
+            f"revision={revision!r} of {text!r}: must be a branch, tag or commit of the Hub, which has no '..' and no spaces"
+        )
     return _download(text, kind, revision, token)
 
 

@@ -3,14 +3,19 @@
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from clear_adapters import attach, store
 from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters.config import LoraSettings
 from clear_adapters.datasets.world import build as build_world
+from clear_adapters.download import hide
 from clear_adapters.errors import AdapterError, ClearValueError
-from clear_adapters.training.recipe import load_recipe
+from clear_adapters.training.publish import Publisher
+from clear_adapters.training.recipe import HubSettings, load_recipe
 from clear_adapters.training.run import train
 from tests.hub_client import ANSWER, DEPRECATED, answer_elsewhere, turn_to
 from tests.local_hub import local_hub
@@ -111,6 +116,34 @@ def test_a_push_that_fails_on_the_way_does_not_end_the_run(hub, data, tmp_path, 
     assert "The run goes on" in caplog.text
 
 
+def test_an_adapter_that_says_nothing_of_its_making_is_anyones(tmp_path):
+    config = attach(build(0), lora=LoraSettings({"understanding": 2})).config
+    publisher = Publisher(
+        HubSettings(repo_id="user/mine"), {"data_hash": "x"}, {}, save=lambda folder: folder
+    )
+    assert config.provenance == {}
+    assert not publisher._is_ours(config)
+
+
+def test_a_disk_that_fills_up_on_the_way_does_not_end_the_run(tmp_path, caplog):
+    def save(folder):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    publisher = Publisher(HubSettings(repo_id="user/mine", every=1), {}, None, save=save)
+    with caplog.at_level(logging.WARNING):
+        publisher.on_step_end(
+            None, SimpleNamespace(global_step=1, max_steps=3, is_world_process_zero=True), None
+        )
+    assert "No space left" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["Bearer {}", "Illegal header value b'Bearer {}'", "said {} twice: {}"])
+def test_a_token_of_the_login_is_hidden_as_well(monkeypatch, text):
+    monkeypatch.setenv("HF_TOKEN", "s3cretsecret.of-the.login")
+    assert "s3cret" not in hide(text.format("s3cretsecret.of-the.login", "x"), None)
+    assert "secret" not in hide("Bearer hf_jwt_aaaa.bbbb-secret.cccc", None)
+
+
 def test_a_closed_door_is_found_before_the_run(hub, data, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(
@@ -122,7 +155,12 @@ def test_a_closed_door_is_found_before_the_run(hub, data, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("hub.repo_id=mine", "owner/name"), ("hub.repo_id=../x", "owner/name"), ("hub.every=-1", "every=-1")],
+    [
+        ("hub.repo_id=mine", "owner/name"),
+        ("hub.repo_id=../x", "owner/name"),
+        ("hub.every=-1", "every=-1"),
+        ("hub.revision=../x", "revision="),
+    ],
 )
 def test_settings_that_cannot_work(override, message):
     with pytest.raises(ClearValueError, match=message):

@@ -119,6 +119,11 @@ CASES = {
     ),
     "link of another file": (linked("notes.txt", "/etc/hostname"), r"notes\.txt, a link to /etc/hostname"),
     "link to a folder outside": (linked("data", "/etc"), "data, a link to /etc"),
+    "link that leads in a circle": (linked("circle", "circle"), "circle, a link that leads nowhere"),
+    "revision of the base leads up": (
+        edited(CONFIG, base_revision="../../../../etc/passwd"),
+        r"base_revision='\.\./",
+    ),
     "base is a path": (edited(CONFIG, base_model="/models/x"), r"base_model='/models/x'"),
     "base leads up": (edited(CONFIG, base_model="../other"), r"base_model='\.\./other'"),
     "base is an address": (edited(CONFIG, base_model="http://evil/x"), r"base_model='http://evil/x'"),

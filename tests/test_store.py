@@ -408,3 +408,9 @@ def test_reading_needs_no_model(original):
     assert stored.config.backbone == "bagel"
     assert set(stored.extra) == {"vae2llm.weight", "vae2llm.bias"}
     assert replace(stored.config) == stored.config
+
+
+def test_a_revision_that_leads_out_of_the_cache_is_refused():
+    for revision in ("../../../outside.txt", "/tmp/outside.txt", "a b", ""):
+        with pytest.raises(AdapterError, match="revision="):
+            store.resolve("user/mine", "adapter", revision=revision)

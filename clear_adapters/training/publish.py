@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from clear_adapters.config import ClearConfig
@@ -52,7 +53,7 @@ class Publisher(TrainerCallback):
         try:
             with tempfile.TemporaryDirectory() as temporary:
                 self._push(self._save(Path(temporary) / "adapter"), f"Upload CLEAR adapter at step {step}")
-        except (ClearError, OSError) as error:
+        except (ClearError, OSError, SafetensorError) as error:
             _LOG.warning(
                 "step %d: %s. The run goes on, and the next push brings what is missing", step, error
             )
@@ -88,7 +89,8 @@ class Publisher(TrainerCallback):
     def _is_ours(self, there: ClearConfig) -> bool:
         made = there.provenance
         return all(made.get(k) == v for k, v in self._facts.items()) or (
-            self._before is not None and dict(made) == dict(self._before)
+            # An adapter that says nothing of its making could be anyone's.
+            bool(self._before) and dict(made) == dict(self._before or {})
         )
 
 

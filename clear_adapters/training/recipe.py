@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from clear_adapters.config import LoraSettings, is_hub_id
+from clear_adapters.config import LoraSettings, is_hub_id, is_revision
 from clear_adapters.errors import ClearValueError, UnknownNameError, unknown_name
 from clear_adapters.prompts import get_protocol
 from clear_adapters.sampling import LatentSampling, TextSampling
@@ -178,6 +178,10 @@ class HubSettings:
     def __post_init__(self) -> None:
         if self.repo_id is not None and not is_hub_id(self.repo_id):
             raise ClearValueError(f"repo_id={self.repo_id!r}: a repository of the Hub is named 'owner/name'")
+        if self.revision is not None and not is_revision(self.revision):
+            raise ClearValueError(
+                f"revision={self.revision!r}: must be a branch, which has no '..' and no spaces"
+            )
         if not 0 <= self.every <= 10**8:
             raise ClearValueError(f"every={self.every}: must be from 0 to {10**8}")
 
