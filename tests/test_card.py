@@ -20,7 +20,7 @@ from clear_adapters.hub.card import limits, percent, plain, render_card, render_
 from clear_adapters.hub.facts import CardFacts, collect_facts
 from clear_adapters.hub.figure import FACTS_KEY, scores_hash
 from clear_adapters.hub.push import push_folder
-from clear_adapters.hub.scores import Interval, read_scores
+from clear_adapters.hub.scores import Interval, folder_digest, read_scores
 from clear_adapters.hub.write import write_card
 from clear_adapters.results import read_result
 from tests.hub_client import DEPRECATED, ROOT, turn_to
@@ -222,6 +222,37 @@ def test_scores_of_other_weights_are_refused(folder, hub):
     assert hub.requests == []
 
 
+def test_digests_are_those_that_were_recorded():
+    payload = read_result(RESULTS).payload
+    assert folder_digest(BUILTIN / "bagel-tiny") == payload["model"]["digest"]
+    for name, system in SYSTEMS.items():
+        assert folder_digest(BUILTIN / name) == payload["cells"][f"{system}/clean/0"]["adapter"]["digest"]
+
+
+def test_a_digest_is_of_the_adapters_own_files_whole(folder):
+    before = folder_digest(folder)
+    (folder / "facts.json").write_text("{}")
+    (folder / "lora" / "notes.json").write_text("{}")
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "model.safetensors").write_bytes(b"x")
+    assert folder_digest(folder) == before
+    weights = folder / "extra.safetensors"
+    weights.write_bytes(bytes(2**22))
+    large = folder_digest(folder)
+    with weights.open("r+b") as file:
+        file.seek(2**21)
+        file.write(b"x")
+    assert len({before, large, folder_digest(folder)}) == 3
+
+
+def test_a_card_with_its_facts_in_the_adapters_own_folder_is_rendered_again(folder):
+    write_card(folder, folder, results=[RESULTS])
+    before = (folder / "README.md").read_text()
+    assert (folder / "facts.json").is_file()
+    write_card(folder, folder, results=[RESULTS])
+    assert (folder / "README.md").read_text() == before
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -353,7 +384,7 @@ def test_the_command_writes_into_the_adapters_own_folder(folder, monkeypatch):
     assert (folder / "clear-scores.png").is_file()
     assert {p: p.read_bytes() for p in before} == before
     assert store.read_adapter(folder).config.stage == "grpo"
-    assert not (folder / "facts.json").exists()  # it would change what result files name the adapter by
+    assert not (folder / "facts.json").exists()
     # Rendered again without scores: figure and scores of before are taken away, the words stay.
     assert run(main, ["card", str(folder)]).exit_code == 0
     assert "My words." in (folder / "README.md").read_text()
