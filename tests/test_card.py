@@ -20,7 +20,7 @@ from clear_adapters.hub.card import limits, percent, plain, render_card, render_
 from clear_adapters.hub.facts import CardFacts, collect_facts
 from clear_adapters.hub.figure import FACTS_KEY, scores_hash
 from clear_adapters.hub.push import push_folder
-from clear_adapters.hub.scores import Interval, read_scores
+from clear_adapters.hub.scores import Interval, folder_digest, read_scores
 from clear_adapters.hub.write import write_card
 from clear_adapters.results import read_result
 from tests.hub_client import DEPRECATED, ROOT, turn_to
@@ -179,6 +179,38 @@ def test_a_push_brings_scores_and_figure_and_takes_those_of_before_away(hub):
     assert "None were recorded" in files["README.md"].decode()
 
 
+def test_scores_are_not_taken_away_unasked(hub):
+    first = push_folder(MINE, "user/mine", results=[RESULTS])
+    before = hub.repo("user/mine").files()
+    with pytest.raises(AdapterError, match=r"has scores: pass results= again, or overwrite=True"):
+        push_folder(MINE, "user/mine")
+    with pytest.raises(AdapterError, match=r"has scores"):
+        push_folder(BUILTIN / "clear-bagel-tiny-sft", "user/mine", replaces=lambda config: True)
+    assert hub.repo("user/mine").refs == {"main": first.commit}
+    push_folder(MINE, "user/mine", create_pr=True)
+    push_folder(MINE, "user/mine", revision="other")
+    assert hub.repo("user/mine").files() == before
+    readme = {
+        n: c for n, c in before.items() if n not in ("clear-scores.png", ".eval_results/clear-adapters.yaml")
+    }
+    hub.repo("user/mine").commit("main", readme, "by hand")
+    with pytest.raises(AdapterError, match=r"has scores.* to take model-index away"):
+        push_folder(MINE, "user/mine")
+    push_folder(MINE, "user/mine", overwrite=True)
+    assert "model-index" not in hub.repo("user/mine").files()["README.md"].decode()
+
+
+def test_a_figure_of_somebody_else_is_not_replaced_unasked(hub):
+    hub.add("user/mine", {"clear-scores.png": b"theirs"})
+    with pytest.raises(AdapterError, match=r"has scores.*clear-scores\.png"):
+        push_folder(MINE, "user/mine")
+    with pytest.raises(AdapterError, match=r"has clear-scores\.png and no card"):
+        push_folder(MINE, "user/mine", results=[RESULTS])
+    assert hub.repo("user/mine").files() == {"clear-scores.png": b"theirs"}
+    push_folder(MINE, "user/mine", results=[RESULTS], overwrite=True)
+    push_folder(MINE, "user/mine", results=[RESULTS])
+
+
 # ------------------------------------------------------------------------------------------------------ only facts
 
 
@@ -188,6 +220,37 @@ def test_scores_of_other_weights_are_refused(folder, hub):
     with pytest.raises(ClearValueError, match=r"no score of this adapter.*clear0 \(e721676da6282650\)"):
         push_folder(folder, "user/mine", results=[RESULTS])
     assert hub.requests == []
+
+
+def test_digests_are_those_that_were_recorded():
+    payload = read_result(RESULTS).payload
+    assert folder_digest(BUILTIN / "bagel-tiny") == payload["model"]["digest"]
+    for name, system in SYSTEMS.items():
+        assert folder_digest(BUILTIN / name) == payload["cells"][f"{system}/clean/0"]["adapter"]["digest"]
+
+
+def test_a_digest_is_of_the_adapters_own_files_whole(folder):
+    before = folder_digest(folder)
+    (folder / "facts.json").write_text("{}")
+    (folder / "lora" / "notes.json").write_text("{}")
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "model.safetensors").write_bytes(b"x")
+    assert folder_digest(folder) == before
+    weights = folder / "extra.safetensors"
+    weights.write_bytes(bytes(2**22))
+    large = folder_digest(folder)
+    with weights.open("r+b") as file:
+        file.seek(2**21)
+        file.write(b"x")
+    assert len({before, large, folder_digest(folder)}) == 3
+
+
+def test_a_card_with_its_facts_in_the_adapters_own_folder_is_rendered_again(folder):
+    write_card(folder, folder, results=[RESULTS])
+    before = (folder / "README.md").read_text()
+    assert (folder / "facts.json").is_file()
+    write_card(folder, folder, results=[RESULTS])
+    assert (folder / "README.md").read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -231,6 +294,45 @@ def test_recorded_words_do_nothing_in_a_card(folder):
     assert text.count("```") % 2 == 0
     assert ModelCard(text).data.library_name == "clear-adapters"
     assert "| protocol | x&lt;/details&gt;" in text
+
+
+END = "x <!-- clear-adapters:end --> <img src=x onerror=1> | [free](http://evil)"
+
+
+def marked(value):
+    """The same with a marker in each word."""
+    if isinstance(value, dict):
+        return {f"{k} {END}": marked(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [marked(v) for v in value]
+    return END if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_marker_in_a_recorded_word_ends_nothing(folder, recorded):
+    config = json.loads((folder / "clear_config.json").read_text())
+    made = config["provenance"] if recorded else {}
+    step = made
+    while step:
+        for key, value in step.items():
+            if isinstance(value, str):
+                step[key] = END
+        step["recipe"] = {**marked(step["recipe"]), "stage": END}
+        step["adapter"] = {"name": END, "hash": END, "revision": END}
+        step["final"] = {END: 1.0}
+        step["model"] = {"hash": END}
+        step = step.get("before")
+    config |= {"provenance": made, "stage": END, "library_version": END, "base_revision": END}
+    config["protocol"]["name"] = END
+    (folder / "clear_config.json").write_text(json.dumps(config))
+    found = collect_facts(folder, f"```{END}", revision=END)
+    once = render_card(found)
+    assert render_card(found, once) == once
+    assert "![" not in once
+    fenced = re.sub(r"```.*?```", "", once, flags=re.DOTALL)
+    assert "<img" not in fenced
+    assert not re.search(r"(?<!\\)\]\(http://evil", fenced)
+    compile(snippet(once), "card", "exec")
 
 
 def test_provenance_that_is_no_chain(folder):
@@ -282,7 +384,7 @@ def test_the_command_writes_into_the_adapters_own_folder(folder, monkeypatch):
     assert (folder / "clear-scores.png").is_file()
     assert {p: p.read_bytes() for p in before} == before
     assert store.read_adapter(folder).config.stage == "grpo"
-    assert not (folder / "facts.json").exists()  # it would change what result files name the adapter by
+    assert not (folder / "facts.json").exists()
     # Rendered again without scores: figure and scores of before are taken away, the words stay.
     assert run(main, ["card", str(folder)]).exit_code == 0
     assert "My words." in (folder / "README.md").read_text()
@@ -295,6 +397,20 @@ def test_a_card_with_scores_is_not_pushed_without_them(folder, hub):
     with pytest.raises(ClearValueError, match=r"pass the result files again"):
         push_folder(folder, "user/mine")
     push_folder(folder, "user/mine", results=[RESULTS])
+
+
+@pytest.mark.parametrize("name", ["facts.json", "clear-scores.png", ".eval_results/clear-adapters.yaml"])
+@pytest.mark.parametrize("readme", [None, "# Theirs\n"])
+def test_files_without_a_card_are_not_written_over(tmp_path, name, readme):
+    target = tmp_path / "there"
+    (target / name).parent.mkdir(parents=True)
+    (target / name).write_text("theirs")
+    if readme is not None:
+        (target / "README.md").write_text(readme)
+    with pytest.raises(AdapterError, match=rf"has {re.escape(name)} and no README\.md with a card"):
+        write_card(MINE, target)
+    assert (target / name).read_text() == "theirs"
+    assert (target / "README.md").exists() == (readme is not None)
 
 
 @pytest.mark.parametrize("adapter", ["builtin:clear-bagel-tiny", "user/mine"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from typer.testing import CliRunner
@@ -252,6 +253,36 @@ def test_a_readme_keeps_its_own_text(hub):
     assert again.count("<!-- clear-adapters:begin -->") == 1
     assert "sft, then bridge" in first
     assert "sft, then bridge" not in again
+
+
+def test_a_readme_without_a_card_keeps_its_metadata(hub):
+    held = {
+        "library_name": "transformers",
+        "base_model": "somebody/base",
+        "model-index": [
+            {
+                "name": "theirs",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"type": "some/set", "name": "set", "note": "unknown to the client"},
+                        "metrics": [{"type": "accuracy", "value": 1.5}],
+                    }
+                ],
+            }
+        ],
+    }
+    hub.add("user/mine", {"README.md": f"---\n{yaml.safe_dump(held)}---\n# Theirs\n".encode()})
+    push_folder(MINE, "user/mine")
+    for _ in range(2):
+        card = card_of(hub.repo("user/mine").files())
+        assert {k: card[k] for k in held} == held
+        assert "base_model_relation" not in card
+        assert "clear-adapters" in card["tags"]
+        assert not push_folder(MINE, "user/mine").changed
+    push_folder(OTHER, "user/mine", overwrite=True)  # the marker is there, the keys are theirs still
+    card = card_of(hub.repo("user/mine").files())
+    assert {k: card[k] for k in held} == held
 
 
 @pytest.mark.parametrize(

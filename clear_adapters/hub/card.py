@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
@@ -34,6 +35,12 @@ _TAGS = (TAG, "clear", "lora", "peft", "image-restoration")
 _OWNERS = ("license", "license_name", "license_link", "language", "pipeline_tag", "model_name")
 """Keys of the metadata that stay as they are where a README has them."""
 
+_WEIGHTS = ("base_model", "base_model_relation", "library_name", "model-index")
+"""Keys that are replaced with the weights, but kept where they were there before the first card."""
+
+_KEEPS = re.compile(r"<!-- clear-adapters:keeps ([a-z_ -]+) -->\n")
+"""First line of what is rendered, where some of these are kept: the next card could not tell them from its own."""
+
 
 def render_card(facts: CardFacts, existing: str | None = None) -> str:
     """The whole README.md.
@@ -50,7 +57,9 @@ def render_card(facts: CardFacts, existing: str | None = None) -> str:
     if isinstance(license, str):
         facts = replace(facts, license=license)  # its owner's word
     data = card_data(facts)
-    block = f"{BEGIN}\n{render_text(facts)}{END}\n"
+    kept = () if card is None else _kept(card)
+    keeps = f"<!-- clear-adapters:keeps {' '.join(kept)} -->\n" if kept else ""
+    block = f"{BEGIN}\n{keeps}{render_text(facts)}{END}\n"
     if card is None:
         return f"---\n{data.to_yaml()}\n---\n\n{block}"
     text = card.text
@@ -64,7 +73,7 @@ def render_card(facts: CardFacts, existing: str | None = None) -> str:
         text = before + block + rest.split(END)[1].removeprefix("\n")
     else:
         text = f"{text.rstrip()}\n\n{block}" if text.strip() else f"\n{block}"
-    return f"---\n{_merged(card, data)}\n---\n{text}"
+    return f"---\n{_merged(card, data, kept, metadata_of(existing or ''))}\n---\n{text}"
 
 
 def _parsed(existing: str) -> ModelCard:
@@ -77,6 +86,27 @@ def _parsed(existing: str) -> ModelCard:
         raise AdapterError(
             f"the {README} that is there has metadata that cannot be read ({' '.join(str(error).split())}): mend or remove it"
         ) from error
+
+
+def metadata_of(text: str) -> dict[str, Any]:
+    """The metadata of a README as it is written; empty where there is none that can be read."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    found = REGEX_YAML_BLOCK.search(text)
+    try:
+        data = None if found is None else yaml.safe_load(found[2])
+    except yaml.YAMLError:
+        data = None
+    return data if isinstance(data, dict) else {}
+
+
+def _kept(card: ModelCard) -> tuple[str, ...]:
+    """Those of the keys of weights that are the owner's."""
+    held = {k for k, v in card.data.to_dict().items() if v is not None}
+    if BEGIN in card.text:
+        told = _KEEPS.match(card.text.split(BEGIN)[1].lstrip("\r\n"))
+        held &= set() if told is None else set(told[1].split())
+    return tuple(k for k in _WEIGHTS if k in held)
 
 
 def card_data(facts: CardFacts) -> ModelCardData:
@@ -149,16 +179,24 @@ def render_text(facts: CardFacts) -> str:
         "percent": percent,
         "points": points,
         "number": lambda v: f"{v:g}",
-        "quoted": lambda v: json.dumps(v, ensure_ascii=False),
-        "yaml": lambda v: yaml.safe_dump(v, default_flow_style=None, allow_unicode=True, width=110).replace(
-            "```", "'''"
-        ),
+        "quoted": _quoted,
+        "yaml": _yaml,
     }
     template = (resources.files("clear_adapters.hub") / "card.md.jinja").read_text(encoding="utf-8")
     text = environment.from_string(template).render(
         f=facts, base=_base(facts), limits=limits(facts), figure=FIGURE if facts.scores else None
     )
     return str(text)
+
+
+def _quoted(value: Any) -> str:
+    """A word in Python, that ends neither the block of code nor what is rendered."""
+    return json.dumps(value, ensure_ascii=False).replace("`", "\\u0060").replace("<!--", "\\u003c!--")
+
+
+def _yaml(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=None, allow_unicode=True, width=110)
+    return text.replace("```", "'''").replace("<!--", "<! --")
 
 
 def _base(facts: CardFacts) -> str:
@@ -227,15 +265,19 @@ def points(value: Interval) -> str:
     return f"{value.value * 100:+.1f} [{value.low * 100:+.1f}, {value.high * 100:+.1f}]"
 
 
-def _merged(card: ModelCard, data: ModelCardData) -> str:
+def _merged(card: ModelCard, data: ModelCardData, kept: Sequence[str], written: dict[str, Any]) -> str:
     """The metadata of both: ours, but the owner's own keys and all tags are kept."""
     held = card.data.to_dict()
     found = {**held, **data.to_dict()}
     found |= {k: held[k] for k in _OWNERS if held.get(k) is not None}
     found["tags"] = list(dict.fromkeys([*_strings(held.get("tags")), *_strings(data.tags)]))
-    for key in ("base_model", "base_model_relation", "model-index"):
-        if key not in data.to_dict():
-            found.pop(key, None)  # of weights that were there before
+    for key in _WEIGHTS:
+        # The client's reading of `model-index` drops what it does not know: as it was written, then.
+        if key in kept:
+            found[key] = written.get(key, held[key])
+        elif key not in data.to_dict() or (key == "base_model_relation" and "base_model" in kept):
+            found.pop(key, None)  # of weights that were there before, or of a base that is not named
+    found = {k: found[k] for k in (*written, *found) if k in found}  # as written: the same again is no change
     return str(yaml.safe_dump(found, sort_keys=False, allow_unicode=True)).rstrip("\n")
 
 

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 from clear_adapters.config import ClearConfig, is_hub_id
 from clear_adapters.download import explain, git_oid, hide, is_transport, status_of
 from clear_adapters.errors import AdapterError, ClearError, ClearValueError
-from clear_adapters.hub.card import EVAL_RESULTS, FIGURE, GENERATED, README, render_card, render_scores
+from clear_adapters.hub.card import (
+    BEGIN,
+    EVAL_RESULTS,
+    FIGURE,
+    GENERATED,
+    README,
+    metadata_of,
+    render_card,
+    render_scores,
+)
 from clear_adapters.hub.facts import CardFacts, collect_facts
 from clear_adapters.hub.figure import draw_figure
 from clear_adapters.store import CONFIG, FILES
@@ -73,7 +82,8 @@ def push_folder(
         create_pr: propose the files in a pull request instead.
         token: None is the one of `hf auth login` or `HF_TOKEN`.
         commit_message: of the commit.
-        overwrite: replace another adapter that is there. A pull request overwrites nothing and needs it not.
+        overwrite: replace another adapter that is there, and take scores away that are there and not in `results`. A pull
+            request overwrites nothing and needs it not.
         results: result files whose scores of this very adapter the card shows.
         license: of the adapter, as the Hub writes it (`apache-2.0`); None leaves it open.
         replaces: told what the adapter that is there says about itself, whether it may be replaced without `overwrite`.
@@ -82,8 +92,8 @@ def push_folder(
         ClearValueError: no Hub id; a result file that did not measure this adapter; or a public repository where a private
             one is asked for.
         BrokenEntryError: there are scores, and matplotlib, which draws them, is not installed.
-        AdapterError: the folder is no adapter, another adapter is there, or the Hub does not take the files; nothing was
-            changed then but that a repository or branch may have been made, as the message says.
+        AdapterError: the folder is no adapter, another adapter or scores are there, or the Hub does not take the files;
+            nothing was changed then but that a repository or branch may have been made, as the message says.
     """
     if not is_hub_id(repo_id):
         raise ClearValueError(f"repo_id={repo_id!r}: a repository of the Hub is named 'owner/name'")
@@ -153,7 +163,8 @@ def _push(
     there = _remote(api, repo_id, head)
     differing = [n for n in FILES if n in there and (n not in files or there[n] != _oid(files[n], there[n]))]
     # A branch of this push's own begins as a copy of the main one.
-    allowed = not differing or settings.overwrite or settings.create_pr or bool(made)
+    is_free = settings.overwrite or settings.create_pr or bool(made)
+    allowed = is_free or not differing
     if not allowed and settings.replaces is not None and CONFIG in there:
         config = ClearConfig.from_json(_fetched(api, repo_id, CONFIG, head), f"{repo_id}: {CONFIG}")
         allowed = settings.replaces(config)
@@ -165,7 +176,10 @@ def _push(
         )
     if README in there:
         own = _fetched(api, repo_id, README, head)
-    files = {**files, README: render_card(facts, own).encode()}
+    card = render_card(facts, own)
+    if not is_free:
+        _keep_scores(repo_id, there, files, own if README in there else None, card)
+    files = {**files, README: card.encode()}
     deleted = [name for name in there if name not in files]
     for wait in (*_WAITS, None):
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
@@ -191,6 +205,27 @@ def _push(
                 raise
             time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def _keep_scores(
+    repo_id: str, there: dict[str, str], files: dict[str, bytes], readme: str | None, card: str
+) -> None:
+    """Refuses to take scores away that this push has not, or to write over some that no card of ours has."""
+    drawn = [n for n in (EVAL_RESULTS, FIGURE) if n in there]
+    lost = [n for n in drawn if n not in files]
+    if "model-index" in metadata_of(readme or "") and "model-index" not in metadata_of(card):
+        lost.append("model-index")
+    if lost:
+        raise AdapterError(
+            f"{repo_id!r} has scores: pass results= again, or overwrite=True (--results, --overwrite) to take "
+            f"{', '.join(lost)} away"
+        )
+    foreign = [n for n in drawn if there[n] != _oid(files[n], there[n])]
+    if foreign and BEGIN not in (readme or ""):
+        raise AdapterError(
+            f"{repo_id!r} has {', '.join(foreign)} and no card that they are of: pass overwrite=True (--overwrite) to replace "
+            "them"
+        )
 
 
 def _may_pass(error: Exception) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clear_adapters.config import is_builtin_name, is_hub_id
 from clear_adapters.errors import AdapterError, ClearValueError
-from clear_adapters.hub.card import GENERATED, README, render_card
+from clear_adapters.hub.card import BEGIN, EVAL_RESULTS, FIGURE, GENERATED, README, render_card
 from clear_adapters.hub.facts import CardFacts, collect_facts
 from clear_adapters.hub.push import drawn_files
 from clear_adapters.store import resolve
@@ -42,7 +42,8 @@ def write_card(
     Raises:
         ClearValueError: no `output` for an adapter that is not a folder of one's own, a result file that did not measure
             this adapter, or an id or a license that are none.
-        AdapterError: the adapter cannot be read, or the README that is there cannot be kept.
+        AdapterError: the adapter cannot be read, the README that is there cannot be kept, or files that a card has lie
+            there without one.
         BrokenEntryError: there are scores, and matplotlib, which draws them, is not installed.
     """
     name = str(adapter)
@@ -54,6 +55,13 @@ def write_card(
     folder = resolve(adapter, "adapter")
     facts = collect_facts(folder, repo_id or (name if is_public else None), results=results, license=license)
     target = folder if output is None else Path(output)
+    wanted = (FIGURE, EVAL_RESULTS, *(() if output is None else (FACTS,)))
+    foreign = [n for n in wanted if (target / n).exists()]
+    if foreign and BEGIN not in (_own(target) or ""):
+        raise AdapterError(
+            f"{target} has {', '.join(foreign)} and no {README} with a card that they are of: move them away, or pass another "
+            "output= (--output)"
+        )
     texts = files_of(facts, target)
     if output is not None:
         texts[FACTS] = facts.to_json().encode()
@@ -86,9 +94,13 @@ def files_of(facts: CardFacts, target: Path) -> dict[str, bytes]:
         AdapterError: the README that is there cannot be kept.
         BrokenEntryError: matplotlib is not installed.
     """
+    return {README: render_card(facts, _own(target)).encode(), **drawn_files(facts)}
+
+
+def _own(target: Path) -> str | None:
+    """The README that is there."""
     there = target / README
     try:
-        own = there.read_text(encoding="utf-8-sig") if there.is_file() else None
+        return there.read_text(encoding="utf-8-sig") if there.is_file() else None
     except UnicodeDecodeError as error:
         raise AdapterError(f"{there} is not UTF-8 text: mend or remove it") from error
-    return {README: render_card(facts, own).encode(), **drawn_files(facts)}
