@@ -322,7 +322,7 @@ def test_a_marker_in_a_recorded_word_ends_nothing(folder, recorded):
         step["final"] = {END: 1.0}
         step["model"] = {"hash": END}
         step = step.get("before")
-    config |= {"provenance": made, "stage": END, "library_version": END, "base_revision": END}
+    config |= {"provenance": made, "stage": END, "library_version": END}
     config["protocol"]["name"] = END
     (folder / "clear_config.json").write_text(json.dumps(config))
     found = collect_facts(folder, f"```{END}", revision=END)
