@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from clear_adapters._version import __version__
 from clear_adapters.errors import AdapterError, ClearError, ClearTypeError, ClearValueError
@@ -311,14 +311,22 @@ class ClearConfig:
             AdapterError: it is not JSON, or as for `from_dict`.
         """
         try:
-            data = json.loads(text, parse_constant=_refuse)
+            data = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_finite)
+            json.dumps(data, ensure_ascii=False).encode()  # an escape may stand for half a character
         except (ValueError, RecursionError) as error:
             raise AdapterError(f"{source} is not valid JSON: {error}") from error
         return cls.from_dict(data, source)
 
 
-def _refuse(constant: str) -> None:
+def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not abs(number) < 1e20:  # also where it is infinite, and no count of anything
+        return _refuse(digits[:40])
+    return number if set(digits) & set(".eE") else int(digits)
 
 
 def _known(values: dict[str, Any], cls: type, source: str) -> dict[str, Any]:

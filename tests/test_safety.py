@@ -124,6 +124,11 @@ CASES = {
         edited(CONFIG, base_revision="../../../../etc/passwd"),
         r"base_revision='\.\./",
     ),
+    "a number without bounds": (
+        edited(CONFIG, provenance={"seconds": 10**400}),
+        r"not valid JSON: 10{39} is no number",
+    ),
+    "half a character": (edited(CONFIG, provenance={"device": "\ud800"}), "not valid JSON: .*surrogates"),
     "base is a path": (edited(CONFIG, base_model="/models/x"), r"base_model='/models/x'"),
     "base leads up": (edited(CONFIG, base_model="../other"), r"base_model='\.\./other'"),
     "base is an address": (edited(CONFIG, base_model="http://evil/x"), r"base_model='http://evil/x'"),
