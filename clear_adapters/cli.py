@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 
 from clear_adapters._version import __version__
 from clear_adapters.cli_bench import bench
+from clear_adapters.cli_options import ADAPTER, AdapterName, Device, Formulas, ModelName
 from clear_adapters.errors import ClearError, ClearValueError
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from clear_adapters.reply import Event, Reply
 
 MODEL = "builtin:bagel-tiny"
-ADAPTER = "builtin:clear-bagel-tiny"
 
 
 class _Guarded(TyperGroup):
@@ -76,13 +76,6 @@ class Restoring(StrEnum):
     never = "never"
 
 
-class Formulas(StrEnum):
-    """Which formulas corrupt."""
-
-    legacy = "legacy"
-    fixed = "fixed"
-
-
 class Weights(StrEnum):
     """How often each corruption is drawn."""
 
@@ -104,12 +97,6 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     pass
-
-
-Device = Annotated[
-    str | None,
-    typer.Option(help="cpu, cuda or mps; where none is named, the CUDA GPU if there is one, else the CPU."),
-]
 
 
 @main.command(epilog="Example: clear-adapters quickstart --scenes 12 --json answers.json")
@@ -135,16 +122,8 @@ def quickstart(
 def answer(
     image: Annotated[Path, typer.Argument(help="Any picture: JPEG, PNG, WebP, ...")],
     question: Annotated[str, typer.Argument(help="What you want to know.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="builtin:NAME, a folder or a Hub id; the adapter's own base by default."),
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            help=f"builtin:NAME, a folder, a Hub id, or 'none' for the plain model; {ADAPTER} unless --model says else."
-        ),
-    ] = None,
+    model: ModelName = None,
+    adapter: AdapterName = None,
     restore: Annotated[
         Restoring, typer.Option(help="Let the model decide, or decide for it.")
     ] = Restoring.auto,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clear_adapters.cli_options import ADAPTER, AdapterName, Device, Formulas, ModelName
 from clear_adapters.errors import ClearValueError
 
 if TYPE_CHECKING:
@@ -16,16 +16,8 @@ if TYPE_CHECKING:
 
 bench = typer.Typer(no_args_is_help=True, help="MMD-Bench: build its sets, run a model on them, report.")
 
-ADAPTER = "builtin:clear-bagel-tiny"
 MINIATURE = "builtin:miniature"
 MINIATURE_QUESTIONS = 1000
-
-
-class Formulas(StrEnum):
-    """Formulas of the degradations."""
-
-    legacy = "legacy"
-    fixed = "fixed"
 
 
 Revision = Annotated[
@@ -119,16 +111,8 @@ def build(
 )
 def run(
     output: Annotated[Path, typer.Option(help="Folder of answers and result; a run goes on where it was.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="builtin:NAME, a folder or a Hub id; the adapter's own base by default."),
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            help=f"builtin:NAME, a folder, a Hub id, or 'none' for the plain model; {ADAPTER} unless --model says else."
-        ),
-    ] = None,
+    model: ModelName = None,
+    adapter: AdapterName = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -162,7 +146,7 @@ def run(
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="Name of the model there.")] = None,
     judge_key_env: Annotated[str | None, typer.Option(help="Environment variable with its key.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; the GPU if there is one.")] = None,
+    device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored by default.")] = None,
     revision: Revision = None,
 ) -> None:

@@ -245,11 +245,15 @@ class Backbone(ABC):
     ) -> Context:
         """Appends restorations through the bridge, wrapped as the family wraps an image."""
 
-    @abstractmethod
+    @torch.no_grad()
     def reencode(
         self, context: Context, restorations: Sequence[Restoration], rows: Sequence[int] | None = None
     ) -> Context:
         """Decodes, encodes with the understanding encoder, appends."""
+        drawn = self.decode_each(restorations)
+        images = [self.prepare(image) for image in drawn if image is not None]
+        names = named_rows(context, rows, len(images))
+        return self.read_image(context, images, as_condition=False, rows=names)
 
     # -- the uncached path
 

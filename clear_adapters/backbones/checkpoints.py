@@ -23,6 +23,18 @@ def folder_config(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def refuse_quantization(quantization: str | None, family: str) -> None:
+    """Says that a family has no quantized loading.
+
+    Raises:
+        ClearValueError: one is asked for.
+    """
+    if quantization is not None:
+        raise ClearValueError(
+            f"quantization={quantization!r}: backbone {family!r} has no quantized loading; leave it out"
+        )
+
+
 def load_transformers(
     folder: str,
     model_class: Any,

@@ -152,25 +152,11 @@ class CodesBackbone(Backbone):
 
     @torch.no_grad()
     def start(self, rows: int, seeds: Sequence[int]) -> Context:
-        if len(seeds) != rows:
-            raise ClearValueError(f"{len(seeds)} seeds for {rows} rows: give one seed a row")
         config = self.decoder.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        empty = Context(
-            cache=Cache.empty(
-                self.layers,
-                rows,
-                config.num_key_value_heads or config.num_attention_heads,
-                head,
-                self.dtype,
-                self.device,
-            ),
-            length=0,
-            valid=torch.zeros(rows, 0, dtype=torch.bool, device=self.device),
-            position=torch.zeros(rows, dtype=torch.int64, device=self.device),
-            random=RowRandom.from_seeds(list(seeds), self.device),
-            sizes=(None,) * rows,
-        )
+        heads = config.num_key_value_heads or config.num_attention_heads
+        cache = Cache.empty(self.layers, rows, heads, head, self.dtype, self.device)
+        empty = Context.empty(cache, rows, seeds, self.device)
         return self._read(empty, [self.frames.start] * rows, range(rows)) if self.frames.start else empty
 
     @torch.no_grad()
@@ -223,15 +209,6 @@ class CodesBackbone(Backbone):
         names = named_rows(context, rows, len(restorations))
         frames = [self.frames.restoration(r.grid) for r in restorations]
         return self._read_codes(context, restorations, frames, names, bridge)
-
-    @torch.no_grad()
-    def reencode(
-        self, context: Context, restorations: Sequence[Restoration], rows: Sequence[int] | None = None
-    ) -> Context:
-        drawn = self.decode_each(restorations)
-        images = [self.prepare(image) for image in drawn if image is not None]
-        names = named_rows(context, rows, len(images))
-        return self.read_image(context, images, as_condition=False, rows=names)
 
     def write_text_steps(
         self, context: Context, sampling: TextSampling, rows: Sequence[int] | None = None

@@ -146,6 +146,30 @@ class Context:
     random: RowRandom
     sizes: tuple[tuple[int, int] | None, ...]
 
+    @classmethod
+    def empty(cls, cache: Any, rows: int, seeds: Sequence[int], device: torch.device) -> Context:
+        """One that has read nothing.
+
+        Args:
+            cache: an empty one for so many rows.
+            rows: B.
+            seeds: of the rows' random streams.
+            device: of the cache.
+
+        Raises:
+            ClearValueError: not a seed a row.
+        """
+        if len(seeds) != rows:
+            raise ClearValueError(f"{len(seeds)} seeds for {rows} rows: give one seed a row")
+        return cls(
+            cache=cache,
+            length=0,
+            valid=torch.zeros(rows, 0, dtype=torch.bool, device=device),
+            position=torch.zeros(rows, dtype=torch.int64, device=device),
+            random=RowRandom.from_seeds(list(seeds), device),
+            sizes=(None,) * rows,
+        )
+
     @property
     def rows(self) -> int:
         """B."""

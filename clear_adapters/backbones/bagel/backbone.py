@@ -23,6 +23,7 @@ from clear_adapters.backbones.bagel.packing import Marks, Packer, grid_places, p
 from clear_adapters.backbones.bagel.spec import SPEC
 from clear_adapters.backbones.base import Backbone, Context, FlowTrace, Restoration, named_rows
 from clear_adapters.backbones.cache import Cache, Slots, stack
+from clear_adapters.backbones.checkpoints import refuse_quantization
 from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
 from clear_adapters.backbones.pixels import to_pil
 from clear_adapters.backbones.writer import Writer, can_capture, write_turn
@@ -107,10 +108,7 @@ class BagelBackbone(Backbone):
             ClearValueError: a quantization is asked for.
             CheckpointError: the folder does not hold a BAGEL model.
         """
-        if quantization is not None:
-            raise ClearValueError(
-                f"quantization={quantization!r}: backbone 'bagel' has no quantized loading; leave it out"
-            )
+        refuse_quantization(quantization, "bagel")
         where = torch.device(device) if device is not None else torch.device("cpu")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -202,19 +200,10 @@ class BagelBackbone(Backbone):
     # -- the cached path
 
     def start(self, rows: int, seeds: Sequence[int]) -> Context:
-        if len(seeds) != rows:
-            raise ClearValueError(f"{len(seeds)} seeds for {rows} rows: give one seed a row")
         attention: Any = self.model.language_model.model.layers[0].self_attn
-        return Context(
-            cache=Cache.empty(
-                self.layers, rows, attention.kv_heads, attention.head_dim, self.dtype, self.device
-            ),
-            length=0,
-            valid=torch.zeros(rows, 0, dtype=torch.bool, device=self.device),
-            position=torch.zeros(rows, dtype=torch.int64, device=self.device),
-            random=RowRandom.from_seeds(list(seeds), self.device),
-            sizes=(None,) * rows,
-        )
+        heads, width = attention.kv_heads, attention.head_dim
+        cache = Cache.empty(self.layers, rows, heads, width, self.dtype, self.device)
+        return Context.empty(cache, rows, seeds, self.device)
 
     @torch.no_grad()
     def read_text(
@@ -274,16 +263,6 @@ class BagelBackbone(Backbone):
         rows: Sequence[int] | None = None,
     ) -> Context:
         return self._read_latents(context, restorations, bridge, named_rows(context, rows, len(restorations)))
-
-    @torch.no_grad()
-    def reencode(
-        self, context: Context, restorations: Sequence[Restoration], rows: Sequence[int] | None = None
-    ) -> Context:
-        drawn = self.decode_each(restorations)
-        images = [self.prepare(image) for image in drawn if image is not None]
-        return self.read_image(
-            context, images, as_condition=False, rows=named_rows(context, rows, len(images))
-        )
 
     def write_text_steps(
         self, context: Context, sampling: TextSampling, rows: Sequence[int] | None = None

@@ -15,7 +15,13 @@ from transformers import AutoTokenizer, Emu3ForConditionalGeneration, Emu3Proces
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 from transformers.models.emu3.modeling_emu3 import Emu3ForCausalLM, Emu3Model, Emu3TextModel, Emu3VQVAE
 
-from clear_adapters.backbones.checkpoints import check_attention, folder_config, inference, load_transformers
+from clear_adapters.backbones.checkpoints import (
+    check_attention,
+    folder_config,
+    inference,
+    load_transformers,
+    refuse_quantization,
+)
 from clear_adapters.backbones.codes import CodesBackbone
 from clear_adapters.backbones.emu3.frames import Emu3Frames
 from clear_adapters.backbones.emu3.spec import SPEC
@@ -143,10 +149,7 @@ class Emu3Backbone(CodesBackbone):
             ClearValueError: a quantization is asked for.
             CheckpointError: the folder does not hold a whole Emu3.
         """
-        if quantization is not None:
-            raise ClearValueError(
-                f"quantization={quantization!r}: backbone 'emu3' has no quantized loading; leave it out"
-            )
+        refuse_quantization(quantization, "emu3")
         model, (tokenizer, images) = load_transformers(
             folder, Emu3ForConditionalGeneration, (AutoTokenizer, Emu3ImageProcessor), dtype, device, _WHOLE
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import Emu3Config, Emu3ForConditionalGeneration, Emu3Processor
 from transformers.models.emu3.configuration_emu3 import Emu3TextConfig, Emu3VQVAEConfig
 from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 
 from clear_adapters.backbones.byte_tokenizer import byte_tokenizer
 from clear_adapters.backbones.emu3.backbone import Emu3Backbone
+from clear_adapters.backbones.random_weights import drawn
 
 CODES = 40
 _SPECIAL = {
@@ -68,18 +68,8 @@ def small_config(*, width: int, layers: int, heads: int, kv_heads: int, mlp: int
     )
 
 
-def initialise(config: Emu3Config, seed: int) -> Emu3ForConditionalGeneration:
-    """A model with random weights from a seed; leaves the global seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Emu3ForConditionalGeneration(config)
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "norm" not in name:
-                torch.nn.init.normal_(parameter, std=1.0 if "embed" in name else parameter.shape[1] ** -0.5)
-    return model.eval()
-
-
 def build(seed: int = 0, layers: int = 2) -> Emu3Backbone:
     """The real classes at toy size with random weights, for the contract tests."""
     config = small_config(width=32, layers=layers, heads=4, kv_heads=2, mlp=48)
-    return Emu3Backbone.wrap(initialise(config, seed), small_processor(24 * 24, 32 * 32))
+    model = drawn(lambda: Emu3ForConditionalGeneration(config), seed)
+    return Emu3Backbone.wrap(model, small_processor(24 * 24, 32 * 32))

@@ -15,7 +15,13 @@ from transformers import AutoTokenizer, JanusForConditionalGeneration, JanusProc
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.janus.modeling_janus import JanusModel, JanusVisionModel, JanusVQVAE
 
-from clear_adapters.backbones.checkpoints import check_attention, folder_config, inference, load_transformers
+from clear_adapters.backbones.checkpoints import (
+    check_attention,
+    folder_config,
+    inference,
+    load_transformers,
+    refuse_quantization,
+)
 from clear_adapters.backbones.codes import CodesBackbone
 from clear_adapters.backbones.janus.frames import JanusFrames
 from clear_adapters.backbones.janus.images import JanusImages
@@ -119,10 +125,7 @@ class JanusBackbone(CodesBackbone):
             ClearValueError: a quantization is asked for.
             CheckpointError: the folder does not hold a whole Janus.
         """
-        if quantization is not None:
-            raise ClearValueError(
-                f"quantization={quantization!r}: backbone 'janus' has no quantized loading; leave it out"
-            )
+        refuse_quantization(quantization, "janus")
         model, (tokenizer, images) = load_transformers(
             folder,
             JanusForConditionalGeneration,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor, LlamaConfig
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from clear_adapters.backbones.byte_tokenizer import byte_tokenizer
 from clear_adapters.backbones.janus.backbone import JanusBackbone
+from clear_adapters.backbones.random_weights import drawn
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 IMAGE, BOI, EOI = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
@@ -85,17 +85,12 @@ def small_config(
 
 
 def initialise(config: JanusConfig, seed: int) -> JanusForConditionalGeneration:
-    """A model with random weights from a seed; leaves the global seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = JanusForConditionalGeneration(config)
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "norm" not in name:
-                torch.nn.init.normal_(parameter, std=1.0 if "embed" in name else parameter.shape[1] ** -0.5)
+    """A model with random weights from a seed; see `drawn`."""
+    model: JanusForConditionalGeneration = drawn(lambda: JanusForConditionalGeneration(config), seed)
     # A checkpoint of the Hub says what opens a picture, and is not marked as made from its config.
     model.generation_config.generation_kwargs = {"boi_token_id": 259}
     model.generation_config._from_model_config = False
-    return model.eval()
+    return model
 
 
 def build(seed: int = 0, layers: int = 2) -> JanusBackbone:
