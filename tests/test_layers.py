@@ -16,7 +16,13 @@ LAYERS = {
     3: ["backbones/*/", "hub/"],
     2: [
         *("backbones/__init__", "backbones/base", "backbones/packed", "backbones/attention"),
-        *("backbones/cache", "backbones/writer", "backbones/layout", "backbones/byte_tokenizer"),
+        *(
+            "backbones/cache",
+            "backbones/writer",
+            "backbones/layout",
+            "backbones/byte_tokenizer",
+            "backbones/random_weights",
+        ),
         *("backbones/codes", "backbones/code_writer", "backbones/codes_packing", "backbones/decoder"),
         *("backbones/pixels", "backbones/checkpoints", "backbones/facts", "backbones/state"),
         *("lora", "bridge", "store"),

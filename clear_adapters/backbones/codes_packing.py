@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from clear_adapters.backbones.layout import SLOT, Frames, Row
+from clear_adapters.backbones.layout import SLOT, Frames, Row, place_tokens
 from clear_adapters.backbones.packed import (
     ImagePiece,
     LatentPiece,
@@ -206,31 +207,12 @@ class CodesPacker:
 
     def _code_tokens(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Codes, where those of pictures come from, and the pictures grouped by the size of their pixels."""
-        sizes: dict[tuple[int, ...], list[int]] = {}
-        for i, picture in enumerate(self._pictures):
-            sizes.setdefault(tuple(picture.pixels.shape[-2:]), []).append(i)
-        first: dict[int, int] = {}
-        total = 0
-        for members in sizes.values():
-            for i in members:
-                height, width = self._grid_of(self._pictures[i].size)
-                first[i] = total
-                total += height * width
-        codes = torch.zeros(self._tokens, dtype=torch.int64)
-        source = torch.full((self._tokens,), -1, dtype=torch.int64)
-        given: list[Tensor] = []
-        at = 0
-        for origin, count, _ in self._codes:
-            if isinstance(origin, int):
-                source[at : at + count] = torch.arange(first[origin], first[origin] + count)
-            else:
-                given.append(origin)
-            at += count
-        if given:
-            # All at once: what was sampled lies on the device, and each copy would wait for it.
-            codes[source < 0] = torch.cat(given).to(codes)
-        pictures = [torch.stack([self._pictures[i].pixels for i in members]) for members in sizes.values()]
-        return codes, source, pictures
+        return place_tokens(
+            torch.zeros(self._tokens, dtype=torch.int64),
+            [(origin, count) for origin, count, _ in self._codes],
+            [p.pixels for p in self._pictures],
+            [math.prod(self._grid_of(p.size)) for p in self._pictures],
+        )
 
     def _feature_tokens(self) -> tuple[Tensor | None, Tensor | None]:
         """Pictures for the understanding encoder, and which of its tokens stand at the places of them."""

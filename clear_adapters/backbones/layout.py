@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 SLOT = -1
 """In a frame: a place that a code, or a token of the understanding encoder, takes."""
@@ -49,6 +53,47 @@ class Row:
         self.branch += [branch] * len(ids)
         self.blocks += 1
         return first
+
+
+def place_tokens(
+    values: Tensor,
+    uses: Sequence[tuple[Tensor | int, int]],
+    pictures: Sequence[Tensor],
+    counts: Sequence[int],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Lays out what restorations are read from: given tokens, and those of pictures that are encoded later.
+
+    Args:
+        values: (T, ...) zeros, filled with given tokens in place.
+        uses: in order, given tokens (n, ...) or the number of a picture, and how many tokens that are; they sum to T.
+        pictures: (3, H, W) pixels.
+        counts: tokens of each picture.
+
+    Returns:
+        The values; (T,) int64 places in the joined tokens of all pictures, -1 where a token is given; and the pictures
+        (n, 3, H, W) grouped by size, in the order of those tokens.
+    """
+    sizes: dict[tuple[int, ...], list[int]] = {}
+    for i, pixels in enumerate(pictures):
+        sizes.setdefault(tuple(pixels.shape[-2:]), []).append(i)
+    first: dict[int, int] = {}
+    total = 0
+    for i in (i for members in sizes.values() for i in members):
+        first[i] = total
+        total += counts[i]
+    source = torch.full((len(values),), -1, dtype=torch.int64)
+    given: list[Tensor] = []
+    at = 0
+    for origin, count in uses:
+        if isinstance(origin, int):
+            source[at : at + count] = torch.arange(first[origin], first[origin] + count)
+        else:
+            given.append(origin)
+        at += count
+    if given:
+        # All at once: what was sampled lies on the device, and each copy would wait for it.
+        values[source < 0] = torch.cat(given).to(values)
+    return values, source, [torch.stack([pictures[i] for i in members]) for members in sizes.values()]
 
 
 class Frames(Protocol):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clear_adapters.backbones.bagel.config import BagelConfig
-from clear_adapters.backbones.layout import Row
+from clear_adapters.backbones.layout import Row, place_tokens
 from clear_adapters.backbones.packed import (
     ImagePiece,
     LatentPiece,
@@ -190,32 +190,13 @@ class Packer:
 
     def _latent_tokens(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Latent tokens, where those of pictures come from, and the pictures grouped by size."""
-        sizes: dict[tuple[int, int], list[int]] = {}
-        for i, picture in enumerate(self._pictures):
-            sizes.setdefault(picture.size, []).append(i)
         stride = self._config.ae.downsample * self._config.latent_patch
-        first: dict[int, int] = {}
-        total = 0
-        for (height, width), members in sizes.items():
-            for i in members:
-                first[i] = total
-                total += (height // stride) * (width // stride)
-        latents = torch.zeros(self._tokens, self._config.latent_width)
-        source = torch.full((self._tokens,), -1, dtype=torch.int64)
-        given: list[Tensor] = []
-        at = 0
-        for origin, grid, _ in self._latents:
-            count = grid[0] * grid[1]
-            if isinstance(origin, int):
-                source[at : at + count] = torch.arange(first[origin], first[origin] + count)
-            else:
-                given.append(origin)
-            at += count
-        if given:
-            # All at once: what was sampled lies on the device, and each copy would wait for it.
-            latents[source < 0] = torch.cat(given).to(latents)
-        pictures = [torch.stack([self._pictures[i].pixels for i in members]) for members in sizes.values()]
-        return latents, source, pictures
+        return place_tokens(
+            torch.zeros(self._tokens, self._config.latent_width),
+            [(origin, h * w) for origin, (h, w), _ in self._latents],
+            [p.pixels for p in self._pictures],
+            [(p.size[0] // stride) * (p.size[1] // stride) for p in self._pictures],
+        )
 
     def _patch_tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         if not self._patches:
