@@ -237,6 +237,24 @@ def test_parts_measured_side_by_side_are_merged(finished, toy, tmp_path, capsys)
     assert whole.read_bytes() == before
 
 
+def test_what_is_said_of_stage_3_is_what_its_logs_say():
+    folder = FOLDER.parent / "results" / "grpo"
+
+    def logged(name, key):
+        lines = (folder / f"{name}.training" / "log.jsonl").read_text().splitlines()
+        return [row[key] for row in map(json.loads, lines) if key in row]
+
+    runs = [logged(f"clear{seed}", "reward/accuracy") for seed in range(3)]
+    first, last = (
+        100 * sum(map(sum, part)) / 60 for part in ([r[:20] for r in runs], [r[-20:] for r in runs])
+    )
+    decisions = logged("decision0", "reward/decision")
+    early, later = sum(decisions[:3]) / 3, sum(decisions[17:20]) / 3
+    text = " ".join((FOLDER.parent / "README.md").read_text().split())
+    assert f"goes from {first:.0f} to {last:.0f} %" in text
+    assert f"rises from {early:.2f} to {later:.2f} within 20 steps" in text
+
+
 def test_a_time_limit_loses_nothing(toy, tmp_path, capsys):
     output = tmp_path / "r.json"
     assert (
