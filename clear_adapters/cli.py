@@ -6,11 +6,8 @@ one line on stderr and exit code 2; `--debug` shows the traceback instead.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -25,14 +22,13 @@ from typer.core import TyperGroup
 
 from clear_adapters._version import __version__
 from clear_adapters.cli_bench import bench
-from clear_adapters.cli_options import ADAPTER, AdapterName, Device, Formulas, ModelName
+from clear_adapters.cli_options import ADAPTER, MODEL, AdapterName, Device, Formulas, ModelName
+from clear_adapters.cli_train import data, train
 from clear_adapters.errors import ClearError, ClearValueError
 
 if TYPE_CHECKING:
     from clear_adapters.attached import AttachedModel
     from clear_adapters.reply import Event, Reply
-
-MODEL = "builtin:bagel-tiny"
 
 
 class _Guarded(TyperGroup):
@@ -61,8 +57,6 @@ main = typer.Typer(
     help="Let unified multimodal models restore a poor picture as a latent before they answer.",
     epilog="Begin with [bold]clear-adapters quickstart[/]: it is offline, on the CPU, and takes under a minute.",
 )
-train = typer.Typer(no_args_is_help=True, help="Train an adapter, one stage a command or all of them.")
-data = typer.Typer(no_args_is_help=True, help="Make training data.")
 main.add_typer(train, name="train")
 main.add_typer(data, name="data")
 main.add_typer(bench, name="bench")
@@ -74,13 +68,6 @@ class Restoring(StrEnum):
     auto = "auto"
     always = "always"
     never = "never"
-
-
-class Weights(StrEnum):
-    """How often each corruption is drawn."""
-
-    training = "training"
-    benchmark = "benchmark"
 
 
 def _print_version(wanted: bool) -> None:
@@ -280,7 +267,8 @@ def push(
     license: License = None,
 ) -> None:
     """Push an adapter folder with its card to the Hub, in one commit."""
-    push_folder: Callable[..., Any] = _load("clear_adapters.hub.push", "push_folder")
+    from clear_adapters.hub.push import push_folder
+
     done = push_folder(
         adapter,
         repo_id,
@@ -311,7 +299,8 @@ def card(
     repo_id: Annotated[str | None, typer.Option(help="Repository that the card tells to load.")] = None,
 ) -> None:
     """Write an adapter's model card from what is recorded about it; a README's own text is kept."""
-    write_card: Callable[..., Path] = _load("clear_adapters.hub.write", "write_card")
+    from clear_adapters.hub.write import write_card
+
     typer.echo(write_card(adapter, output, results=results or (), license=license, repo_id=repo_id))
 
 
@@ -369,171 +358,6 @@ def validate(
         console.print(f"[bold red]{failed} of the checks failed.[/]")
         raise typer.Exit(1)
     console.print("All checks passed.")
-
-
-def _run_options(
-    data: Annotated[Path, typer.Option(help="Folder with data.jsonl, or a JSONL file.")],
-    output: Annotated[Path, typer.Option(help="Folder of the adapter; of the three adapters for 'all'.")],
-    recipe: Annotated[
-        str, typer.Option(help="A name (tiny, paper, release), a folder with a file a stage, or a YAML file.")
-    ] = "tiny",
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help=f"builtin:NAME, a folder or a Hub id; {MODEL}, or what the adapter was trained on."
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="[STAGE:]KEY=VALUE",
-            help="Change the recipe, of every stage that has the key or of one; repeat for more.",
-        ),
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = True,
-    seed: Annotated[int | None, typer.Option(help="Of the run; the recipe's by default.")] = None,
-    clean_image_dir: Annotated[
-        Path | None, typer.Option(help="Of clean pictures, for data in the authors' form.")
-    ] = None,
-    corrupted_image_dir: Annotated[
-        Path | None, typer.Option(help="Of degraded pictures, for data in the authors' form.")
-    ] = None,
-    device: Device = None,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The options that all training commands share, as arguments of `train` and `train_all`."""
-    return (recipe, data, output), {
-        "model": model,
-        "resume": resume,
-        "device": device,
-        "overrides": [*(settings or []), *([] if seed is None else [f"loop.seed={seed}"])],
-        "clean_image_dir": clean_image_dir,
-        "corrupted_image_dir": corrupted_image_dir,
-    }
-
-
-def _training(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with these options beside its own; it is called with what `_run_options` makes of them."""
-    shared = inspect.signature(_run_options, eval_str=True).parameters
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[2:]
-
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("clear_adapters.training").setLevel(logging.INFO)
-        places, more = _run_options(**{name: values.pop(name) for name in shared})
-        command(places, more, **values)
-        leave: Callable[[], None] = _load("clear_adapters.training.run", "leave_group")
-        leave()
-
-    parameters = [*shared.values(), *own]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
-
-
-AdapterBefore = Annotated[
-    str | None, typer.Option(help="Adapter of the stage before: a folder, builtin:NAME or a Hub id.")
-]
-
-
-@train.command(
-    epilog="Example: clear-adapters train sft --recipe tiny --data runs/data --output runs/clear-0 "
-    "--set loop.steps=500 --set optim.lr=1e-4"
-)
-@_training
-def sft(places: Any, more: Any) -> None:
-    """Stage 1: generate, then answer (supervised)."""
-    _train("sft", places, more)
-
-
-@train.command(
-    epilog="Example: clear-adapters train bridge --recipe tiny --data runs/data --adapter runs/clear-0 "
-    "--output runs/clear-1"
-)
-@_training
-def bridge(places: Any, more: Any, adapter: AdapterBefore = None) -> None:
-    """Stage 2: read the restoration through the bridge."""
-    _train("bridge", places, {**more, "adapter": adapter})
-
-
-@train.command(
-    epilog="Example: clear-adapters train grpo --recipe tiny --data runs/data --adapter runs/clear-1 "
-    "--output runs/clear-2 --set grpo.rewards.accuracy=1"
-)
-@_training
-def grpo(places: Any, more: Any, adapter: AdapterBefore = None) -> None:
-    """Stage 3: interleaved GRPO over text and restorations."""
-    _train("grpo", places, {**more, "adapter": adapter})
-
-
-@train.command(
-    "all",
-    epilog="Example: clear-adapters train all --recipe tiny --data runs/data --output runs/clear --set grpo:steps=50",
-)
-@_training
-def all_stages(places: Any, more: Any) -> None:
-    """The three stages one after the other, into OUTPUT/1-sft, 2-bridge and 3-grpo; goes on where it was stopped."""
-    train_all: Callable[..., list[Path]] = _load("clear_adapters.training.run", "train_all")
-    train_all(*places, **more, report=_report)
-
-
-def _train(stage: str, places: tuple[Any, ...], more: dict[str, Any]) -> None:
-    run: Callable[..., Path] = _load("clear_adapters.training.run", "train")
-    _report(stage, run(*places, stage=stage, **more))
-
-
-def _report(stage: str, folder: Path) -> None:
-    summary: Callable[[Path], str] = _load("clear_adapters.training.run", "summary")
-    typer.echo(summary(folder))
-
-
-@train.command(
-    epilog="Example: clear-adapters train plot runs/clear-2.training/log.jsonl --output clear-2.png"
-)
-def plot(
-    log: Annotated[Path, typer.Argument(help="The log.jsonl in OUTPUT.training of a run.")],
-    output: Annotated[Path, typer.Option(help="The picture; its ending says the format.")] = Path(
-        "training.png"
-    ),
-) -> None:
-    """Draw a run from its log: losses and, of stage 3, rewards, restore rate, KL and length of replies."""
-    plot_log: Callable[..., Path] = _load("clear_adapters.training.plot", "plot_log")
-    typer.echo(plot_log(log, output))
-
-
-@data.command(epilog="Example: clear-adapters data world --output runs/data --examples 24000")
-def world(
-    output: Annotated[Path, typer.Option(help="Folder of the data set.")],
-    examples: Annotated[int, typer.Option(min=1, help="Rows in all.")] = 24_000,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same files.")] = 0,
-    split: Annotated[str, typer.Option(help="train or heldout.")] = "train",
-    questions_per_scene: Annotated[int, typer.Option(min=1, help="Rows that share a picture.")] = 3,
-    formulas: Annotated[Formulas, typer.Option(help="As for degrade.")] = Formulas.legacy,
-    weights: Annotated[Weights, typer.Option(help="How often each degradation is drawn.")] = Weights.training,
-    psnr_side: Annotated[int, typer.Option(help="Side in pixels at which the PSNR is taken.")] = 128,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core by default.")] = None,
-) -> None:
-    """Training data of the miniature world: scenes, degraded pictures, traces with thoughts."""
-    build: Callable[..., Path] = _load("clear_adapters.datasets.world", "build")
-    done = build(
-        output,
-        examples,
-        seed=seed,
-        split=split,
-        workers=workers,
-        questions_per_scene=questions_per_scene,
-        formulas=formulas.value,
-        weights=weights.value,
-        psnr_side=psnr_side,
-    )
-    typer.echo(f"{examples} examples in {done}")
-
-
-def _load(module: str, name: str) -> Any:
-    import importlib
-
-    return getattr(importlib.import_module(module), name)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+MODEL = "builtin:bagel-tiny"
 ADAPTER = "builtin:clear-bagel-tiny"
 
 

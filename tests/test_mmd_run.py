@@ -16,8 +16,8 @@ from PIL import Image
 from clear_adapters.datasets.tsv import TsvError
 from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError, UnknownNameError
+from clear_adapters.mmd_bench import job, sets, systems
 from clear_adapters.mmd_bench import run as runner
-from clear_adapters.mmd_bench import sets, systems
 from clear_adapters.mmd_bench.answers import AnswerFile
 from clear_adapters.mmd_bench.build import build, find_inputs
 from clear_adapters.mmd_bench.command import run_command
@@ -120,7 +120,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_result(toy, data, tmp_pat
             raise KeyboardInterrupt
         return ask(*arguments, **settings)
 
-    monkeypatch.setattr(runner, "ask", failing)
+    monkeypatch.setattr(job, "ask", failing)
     with pytest.raises(KeyboardInterrupt):
         start(toy, data, tmp_path / "r")
     path = tmp_path / "r" / "answers" / "mmstar" / "clean" / "clear.jsonl"
@@ -181,7 +181,7 @@ def test_another_run_is_not_mixed_in(toy, data, tmp_path, changes, words):
 
 
 def test_another_kind_of_device_is_not_mixed_in(tmp_path):
-    settings = runner.Settings(model={"digest": "0"}, adapter=None, device_kind="cuda")
+    settings = job.Settings(model={"digest": "0"}, adapter=None, device_kind="cuda")
     runner.claim(tmp_path / "r", settings, [])
     with pytest.raises(ClearValueError, match="a run with device_kind = 'cuda', not 'cpu'"):
         runner.claim(tmp_path / "r", replace(settings, device_kind="cpu"), [])

@@ -2,9 +2,8 @@
 
 Every picture follows from the seed, the name of its file and its index alone, and rows are written in the order of the
 input, so the files are the same byte for byte for any number of processes. Only a few rows are in memory at a time, fewer
-where pictures are large. A
-build that was stopped goes on where it was: beside the growing files lies a journal of how far each was whole. An input
-is known by its hash, so sets of two versions of a file are never mixed.
+where pictures are large. A build that was stopped goes on where it was (journal.py). An input is known by its hash, so sets
+of two versions of a file are never mixed.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from clear_adapters.degradations import SEVERITIES
 from clear_adapters.degradations.catalogue import generator
 from clear_adapters.degradations.corruption import Formulas
 from clear_adapters.errors import ClearError, ClearValueError, unknown_name
+from clear_adapters.mmd_bench.journal import Journal, size_of
 from clear_adapters.mmd_bench.pictures import QUALITY, Item, Made, Recipe, make
 from clear_adapters.mmd_bench.questions import QuestionSet, lines_of, read_questions
 from clear_adapters.mmd_bench.tasks import CLEAN, CORRUPTIONS, Task
@@ -215,18 +215,13 @@ def _whole_tasks(folder: Path, sets: Sequence[QuestionSet]) -> dict[str, Any] | 
         files = {n: f["bytes"] for n, f in manifest["files"].items() if f["task"] == s.task.name}
         files[f"{s.task.file}.manifest.jsonl"] = manifest["tasks"][s.task.name]["manifest_bytes"]
         if (folder / f"{s.task.file}.journal").is_file() or any(
-            _size(folder / n) != size for n, size in files.items()
+            size_of(folder / n) != size for n, size in files.items()
         ):
             lost.add(s.task.name)
     for name in lost:
         del manifest["tasks"][name]
     manifest["files"] = {n: f for n, f in manifest["files"].items() if f["task"] not in lost}
     return manifest
-
-
-def _size(path: Path) -> int:
-    """Bytes; -1 of a file that is not there."""
-    return path.stat().st_size if path.is_file() else -1
 
 
 def _items(questions: QuestionSet) -> list[Item]:
@@ -246,7 +241,7 @@ def _build_task(
     bar: Progress,
 ) -> dict[str, Any]:
     task = questions.task
-    journal = _Journal(folder, task, recipe.conditions)
+    journal = Journal(folder, task, recipe.conditions)
     header = format_row(list(questions.file.columns))
     items = _items(questions)
     line = bar.add_task(task.title, total=len(items), completed=journal.done)
@@ -290,121 +285,6 @@ def _in_order(jobs: Sequence[Any], pool: ProcessPoolExecutor | None, workers: in
             future.cancel()
 
 
-class _Journal:
-    """The growing files of one task, and how far they are whole.
-
-    Attributes:
-        done: rows of the input that are in the files or were left out.
-        complete: whether all are.
-        counts: what was written and left out so far.
-        kept: bytes of the journal that hold of the files.
-    """
-
-    def __init__(self, folder: Path, task: Task, conditions: Sequence[str]) -> None:
-        self.files = {c: folder / task.file_name(c) for c in conditions}
-        self.pictures = folder / f"{task.file}.manifest.jsonl"
-        self.path = folder / f"{task.file}.journal"
-        self.done = self.kept = 0
-        self.sizes: dict[str, int] = {}
-        self.complete = False
-        self.counts: dict[str, Any] = {"rows": 0, "pictures": 0, "bad": [], "left_with_group": 0}
-        self._read()
-        if self.complete:
-            self.close()
-
-    def _read(self) -> None:
-        """Reads as far as the files are as long as it says: one that was lost or cut off is built again from there."""
-        if not self.path.is_file():
-            return
-        parts = {name: _size(path) for name, path in self._parts().items()}
-        whole = {n: size if size >= 0 else _size(self._named()[n]) for n, size in parts.items()}
-        with self.path.open("rb") as opened:
-            for text in opened:
-                try:
-                    entry = json.loads(text)
-                except ValueError:  # cut off when the run was killed
-                    return
-                found = whole if entry["complete"] else parts
-                if any(found[name] < size for name, size in entry["sizes"].items()):
-                    return
-                self.done, self.sizes, self.complete = entry["done"], entry["sizes"], entry["complete"]
-                self.add(entry["made"])
-                self.kept += len(text)
-
-    def add(self, made: Mapping[str, Any]) -> None:
-        """Counts what one row gave."""
-        for key, value in made.items():
-            self.counts[key] += value
-
-    def _named(self) -> dict[str, Path]:
-        return {**self.files, "pictures": self.pictures}
-
-    def _parts(self) -> dict[str, Path]:
-        return {name: path.with_name(path.name + ".part") for name, path in self._named().items()}
-
-    def opened(self, header: str) -> Any:
-        """A context in which rows can be written, from the last whole one on."""
-        return _Writer(self, header)
-
-    def close(self) -> None:
-        """Gives the files their names; the journal stays until the whole build is finished."""
-        for name, path in self._named().items():
-            part = self._parts()[name]
-            if part.is_file():
-                part.replace(path)
-
-
-class _Writer:
-    def __init__(self, journal: _Journal, header: str) -> None:
-        self.journal, self.header = journal, header
-
-    def __enter__(self) -> Any:
-        j = self.journal
-        self.stack = ExitStack()
-        self.files = {}
-        for name, path in j._parts().items():
-            path.touch()
-            opened = self.stack.enter_context(path.open("r+b"))
-            opened.truncate(j.sizes.get(name, 0))
-            opened.seek(0, os.SEEK_END)
-            if j.done == 0 and name != "pictures":
-                opened.write(self.header.encode())
-            self.files[name] = opened
-        self.log = self.stack.enter_context(j.path.open("ab"))
-        self.log.truncate(j.kept)
-        return self.write
-
-    def write(self, made: Made) -> None:
-        j = self.journal
-        for condition, text in made.rows.items():
-            self.files[condition].write(text)
-        self.files["pictures"].write("".join(json.dumps(p) + "\n" for p in made.pictures).encode())
-        step = {
-            "rows": made.written,
-            "pictures": len(made.pictures),
-            "bad": lines_of(made.bad),
-            "left_with_group": made.left,
-        }
-        j.add(step)
-        j.done += 1
-        self._note(step, False)
-
-    def _note(self, step: Mapping[str, Any], complete: bool) -> None:
-        j = self.journal
-        for opened in self.files.values():
-            opened.flush()
-        j.sizes = {name: opened.tell() for name, opened in self.files.items()}
-        entry = {"done": j.done, "sizes": j.sizes, "made": step, "complete": complete}
-        self.log.write(json.dumps(entry).encode() + b"\n")
-        self.log.flush()
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self._note({}, True)
-            self.journal.complete = True
-        self.stack.close()
-
-
 def _finish(
     folder: Path,
     settings: Mapping[str, Any],
@@ -430,7 +310,7 @@ def _finish(
             raise ClearValueError(f"{s.file.path}: no row could be used, so there is no set to build")
         tasks[s.task.name] = {
             "input": given,
-            "manifest_bytes": _size(folder / f"{s.task.file}.manifest.jsonl"),
+            "manifest_bytes": size_of(folder / f"{s.task.file}.manifest.jsonl"),
             "rows": counts["rows"],
             "pictures": counts["pictures"],
             "without_picture": s.without_picture,
@@ -443,7 +323,7 @@ def _finish(
                 "task": s.task.name,
                 "condition": condition,
                 "rows": counts["rows"],
-                "bytes": _size(folder / name),
+                "bytes": size_of(folder / name),
                 "sha256": _sha256(folder / name),
             }
     manifest = {

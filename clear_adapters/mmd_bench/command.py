@@ -12,8 +12,8 @@ from clear_adapters.errors import ClearValueError
 from clear_adapters.mmd_bench import miniature
 from clear_adapters.mmd_bench.build import Input
 from clear_adapters.mmd_bench.build import build as build_sets
+from clear_adapters.mmd_bench.job import Settings
 from clear_adapters.mmd_bench.protocol import wanted
-from clear_adapters.mmd_bench.run import Settings
 from clear_adapters.mmd_bench.run import run as run_sets
 from clear_adapters.mmd_bench.sets import find_sets, read_sets
 from clear_adapters.mmd_bench.systems import get_system
