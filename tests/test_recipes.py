@@ -7,6 +7,11 @@ import torch
 from transformers import get_scheduler
 
 from clear_adapters.backbones.bagel.tiny import build, builtin_config, initialise
+from clear_adapters.backbones.emu3.tiny import build as build_emu3
+from clear_adapters.backbones.janus.spec import SPEC as JANUS
+from clear_adapters.backbones.janus.tiny import build as build_janus
+from clear_adapters.backbones.janus.tiny import builtin_config as janus_config
+from clear_adapters.backbones.janus.tiny import initialise as initialise_janus
 from clear_adapters.config import LoraSettings
 from clear_adapters.datasets.world import build as build_world
 from clear_adapters.errors import ClearValueError, UnknownNameError
@@ -29,8 +34,12 @@ SMALL = [
 ]
 
 
+FAMILY = {"tiny-janus": build_janus, "janus": build_janus, "emu3": build_emu3}
+"""What a recipe is for, where it is not BAGEL."""
+
+
 def test_all_recipes_are_listed():
-    assert list_recipes() == ["paper", "release", "tiny"]
+    assert list_recipes() == ["emu3", "janus", "paper", "release", "tiny", "tiny-janus"]
 
 
 def test_values_of_the_paper_and_the_release():
@@ -41,10 +50,12 @@ def test_values_of_the_paper_and_the_release():
     assert paper.lora.whole == ()
 
 
-@pytest.mark.parametrize("name", ["paper", "release", "tiny"])
+@pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_takes_two_steps_of_every_stage(name, tmp_path):
     data = build_world(tmp_path / "data", 8, workers=1, progress=False)
-    made = train_all(name, data, tmp_path, model=build(0), overrides=SMALL, device="cpu", progress=False)
+    made = train_all(
+        name, data, tmp_path, model=FAMILY.get(name, build)(0), overrides=SMALL, device="cpu", progress=False
+    )
     for stage, folder in zip(STAGES, made, strict=True):
         stored = read_adapter(folder)
         assert stored.config.stage == stage
@@ -55,6 +66,18 @@ def test_every_recipe_takes_two_steps_of_every_stage(name, tmp_path):
         log = folder.with_name(f"{folder.name}.training") / "log.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+
+
+def test_the_adapter_of_the_built_in_janus_is_below_a_megabyte():
+    model, recipe = initialise_janus(janus_config(), 0), load_recipe("tiny-janus")
+    count = sum(
+        recipe.lora.ranks[group] * (module.in_features + module.out_features)
+        for group, names in JANUS.groups.items()
+        for name, module in model.named_modules()
+        if name in names.names(6)
+    )
+    assert count > 4e5
+    assert 2 * count + 4 * 8 * (64 + 2 * 192) < 0.98e6
 
 
 def test_the_tiny_adapter_is_below_a_megabyte():

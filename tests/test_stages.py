@@ -28,6 +28,7 @@ from clear_adapters.training.plot import plot_log
 from clear_adapters.training.recipe import (
     STAGES,
     divide_overrides,
+    list_recipes,
     load_recipe,
     recipe_from_dict,
 )
@@ -99,7 +100,7 @@ def log_of(folder):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", ["paper", "release", "tiny"])
+@pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_has_every_stage(name, stage):
     recipe = load_recipe(name, stage=stage)
     assert recipe.stage == stage

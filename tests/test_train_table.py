@@ -93,11 +93,13 @@ def test_adapters_are_shipped_whole_or_not_at_all(tmp_path):
     (builtin / "clear-bagel-tiny").mkdir(parents=True)
     (builtin / "clear-bagel-tiny" / "old").write_text("")
     with pytest.raises(ClearValueError, match="clear4"):
-        train_table.ship(table, 4, builtin)
+        train_table.ship(table, 4, builtin, "builtin:bagel-tiny")
     assert [p.name for p in builtin.rglob("*") if p.is_file()] == ["old"]
     (table / "clear4").mkdir()
     (table / "clear4" / "clear_config.json").write_text("clear")
-    assert set(train_table.ship(table, 4, builtin)) == {p.name for p in builtin.iterdir()}
+    assert set(train_table.ship(table, 4, builtin, "builtin:bagel-tiny")) == {
+        p.name for p in builtin.iterdir()
+    }
     assert (builtin / "clear-bagel-tiny" / "clear_config.json").read_text() == "clear"
     assert not (builtin / "clear-bagel-tiny" / "old").exists()
 

@@ -1,4 +1,4 @@
-"""Clean scenes, questions, descriptions and edits as arrays, made by all cores, for training the built-in base."""
+"""Clean scenes, questions, descriptions and edits as arrays, made by all cores, for training the built-in bases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ WORDS = "\nIn words."
 WHY = "\nWhy?"
 COPY = "Copy: "
 COMPLETE = "Complete the picture."
-START, END = 256, 257
 LETTER = len(KINDS) + 1  # kind of an answer in words and letter
 
 
@@ -50,6 +49,27 @@ def picture(scene: Scene) -> np.ndarray:
     return np.asarray(render(scene).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
+@dataclass(frozen=True)
+class Chat:
+    """What a family puts around a text: ids before and behind it.
+
+    Attributes:
+        asked: around what is said to the model.
+        own: around what it says; before it stands at least one token, and those behind it are learnt too.
+    """
+
+    asked: tuple[tuple[int, ...], tuple[int, ...]]
+    own: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def block(self, text: str, length: int) -> np.ndarray:
+        """(length,) int16: what is said to the model, cut where it is too long, and -1 behind it."""
+        before, behind = self.asked
+        ids = [*before, *to_ids(text)[: length - len(before) - len(behind)], *behind]
+        block = np.full(length, -1, np.int16)
+        block[: len(ids)] = ids
+        return block
+
+
 @dataclass
 class TextRow:
     """Question and answer branches of one picture, side by side in one row."""
@@ -63,7 +83,7 @@ class TextRow:
     kind: np.ndarray  # (32,) int8, kind of a branch's answer: index in KINDS, len(KINDS) else
 
 
-def text_row(pairs: list[tuple[str, str, int]]) -> TextRow:
+def text_row(chat: Chat, pairs: list[tuple[str, str, int]]) -> TextRow:
     """Lays (question, answer, kind) pairs out until the row is full.
 
     Answers weigh 3 (letters 5) and descriptions 1, but for the text of a sign in them, which weighs 4: one in two
@@ -80,8 +100,9 @@ def text_row(pairs: list[tuple[str, str, int]]) -> TextRow:
     )
     at = branch = 0
     for question, answer, kind in pairs:
-        q = [START, *to_ids(question), END]
-        a = [START, *to_ids(answer), END]
+        q = [*chat.asked[0], *to_ids(question), *chat.asked[1]]
+        lead, said = chat.own[0], [*to_ids(answer), *chat.own[1]]
+        a = [*lead, *said]
         n = len(q) + len(a)
         if at + n > TEXT or branch >= 31:
             continue
@@ -91,14 +112,15 @@ def text_row(pairs: list[tuple[str, str, int]]) -> TextRow:
         row.block[at : at + len(q)] = 2 * branch
         row.block[at + len(q) : at + n] = 2 * branch + 1
         row.branch[at : at + n] = branch
-        row.target[at + len(q) : at + n - 1] = a[1:]
-        weights = np.full(len(a) - 1, 3 if kind < len(KINDS) or kind == LETTER else 1, np.uint8)
-        if kind < len(KINDS) and len(a) == 3:
+        scored = slice(at + n - len(said) - 1, at + n - 1)
+        row.target[scored] = said
+        weights = np.full(len(said), 3 if kind < len(KINDS) or kind == LETTER else 1, np.uint8)
+        if kind < len(KINDS) and len(answer) == 1:
             weights[:] = 5  # a letter: two bytes against the dozens of the other answers
         sign = re.search(r"[Ss]ign [^:.]*(?::|reads) ([A-Z0-9]+)", answer)
         if sign and kind == len(KINDS):
             weights[sign.start(1) : sign.end(1)] = 4
-        row.weight[at + len(q) : at + n - 1] = weights
+        row.weight[scored] = weights
         row.kind[branch] = min(kind, len(KINDS))
         at += n
     return row
@@ -123,16 +145,17 @@ def questions_of(scene: Scene, seed: int, aids: bool) -> list[tuple[str, str, in
     return [pairs[i] for i in rng.permutation(len(pairs))]
 
 
-def train_item(index: int) -> tuple[np.ndarray, list[TextRow], np.ndarray]:
+def train_item(chat: Chat, index: int) -> tuple[np.ndarray, list[TextRow], np.ndarray]:
     """One training scene: picture, its text rows, description ids."""
     scene = sample_scene(index, "train") if index % 8 else pair_scenes(index, "train")[index // 8 % 2 * 2]
     caption = describe(scene)
     other = len(KINDS)
     firsts = [(DESCRIBE, caption, other)] + [copy_task(VERSIONS * index + i) for i in range(1, VERSIONS)]
     rows = [
-        text_row([first, *questions_of(scene, VERSIONS * index + i, True)]) for i, first in enumerate(firsts)
+        text_row(chat, [first, *questions_of(scene, VERSIONS * index + i, True)])
+        for i, first in enumerate(firsts)
     ]
-    return picture(scene), rows, caption_block(caption)
+    return picture(scene), rows, chat.block(caption, CAPTION)
 
 
 def copy_task(index: int) -> tuple[str, str, int]:
@@ -142,28 +165,21 @@ def copy_task(index: int) -> tuple[str, str, int]:
     return COPY + text, text, len(KINDS)
 
 
-def caption_block(caption: str) -> np.ndarray:
-    """(CAPTION,) int16, a block of text, -1 behind it."""
-    ids = to_ids(caption)[: CAPTION - 2]
-    block = np.full(CAPTION, -1, np.int16)
-    block[: len(ids) + 2] = [START, *ids, END]
-    return block
-
-
-def edit_item(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def edit_item(chat: Chat, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One edit: instruction ids, picture before, picture after."""
     scene = sample_scene(10_000_000 + index, "train")
     edit = sample_edit(scene, index)
-    ids = to_ids(edit.instruction)[: INSTRUCTION - 2]
-    block = np.full(INSTRUCTION, -1, np.int16)
-    block[: len(ids) + 2] = [START, *ids, END]
-    return picture(edit.before), picture(edit.after), block
+    return picture(edit.before), picture(edit.after), chat.block(edit.instruction, INSTRUCTION)
 
 
-def heldout_item(index: int) -> tuple[np.ndarray, list[TextRow], np.ndarray]:
+def heldout_item(chat: Chat, index: int) -> tuple[np.ndarray, list[TextRow], np.ndarray]:
     """One held-out scene with questions only."""
     scene = sample_scene(index, "heldout")
-    return picture(scene), [text_row(questions_of(scene, index, False))], caption_block(describe(scene))
+    return (
+        picture(scene),
+        [text_row(chat, questions_of(scene, index, False))],
+        chat.block(describe(scene), CAPTION),
+    )
 
 
 class Pool:

@@ -98,8 +98,15 @@ FAMILIES = {
 }
 
 
-SHIPPED = {"sft": "clear-bagel-tiny-sft", "bridge": "clear-bagel-tiny-bridge", "clear": "clear-bagel-tiny"}
-"""Built-in adapters, by the family that they are of."""
+SHIPPED = {
+    "builtin:bagel-tiny": {
+        "sft": "clear-bagel-tiny-sft",
+        "bridge": "clear-bagel-tiny-bridge",
+        "clear": "clear-bagel-tiny",
+    },
+    "builtin:janus-tiny": {"clear": "clear-janus-tiny"},
+}
+"""Built-in adapters of each built-in model, by the family that they are of."""
 
 
 @dataclass(frozen=True)
@@ -256,21 +263,25 @@ def run(jobs: list[Job], output: Path, parallel: int, gpus: int = 0) -> list[str
     return failed
 
 
-def ship(output: Path, seed: int, builtin: Path) -> list[str]:
+def ship(output: Path, seed: int, builtin: Path, model: str) -> list[str]:
     """Copies one seed's adapters to where the package keeps its own; gives their names.
 
     Raises:
-        ClearValueError: one of them is not there.
+        UnknownNameError: the model is none whose adapters ship.
+        ClearValueError: an adapter is not there.
     """
-    for family in SHIPPED:
+    if model not in SHIPPED:
+        raise unknown_name("model whose adapters ship", model, SHIPPED)
+    shipped = SHIPPED[model]
+    for family in shipped:
         if not (output / f"{family}{seed}" / store.CONFIG).is_file():
             raise ClearValueError(
                 f"{output / f'{family}{seed}'} is no finished adapter: train family {family} first"
             )
-    for family, name in SHIPPED.items():
+    for family, name in shipped.items():
         shutil.rmtree(builtin / name, ignore_errors=True)
         shutil.copytree(output / f"{family}{seed}", builtin / name)
-    return list(SHIPPED.values())
+    return list(shipped.values())
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -319,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if args.ship:
         try:
-            print("shipped", ", ".join(ship(args.output, args.seeds[0], BUILTIN)))
+            print("shipped", ", ".join(ship(args.output, args.seeds[0], BUILTIN, args.model)))
         except ClearError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,18 @@ from PIL import Image
 from torch import Tensor
 
 
-def _statistics(processor: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(getattr(processor, n), device=device) for n in ("image_mean", "image_std"))
-    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
+@lru_cache(maxsize=32)
+def _statistics(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Of each channel, (3, 1, 1); kept, so that no forward waits for a copy from the host."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+@lru_cache(maxsize=32)
+def _levels(factor: float, device: torch.device) -> Tensor:
+    """(256,) float32: each level times the factor, rounded as the processors of transformers do."""
+    return torch.from_numpy((np.arange(256, dtype=np.uint8) * np.float64(factor)).astype(np.float32)).to(
+        device
+    )
 
 
 def standardise(pixels: Tensor, processor: Any) -> Tensor:
@@ -22,14 +32,17 @@ def standardise(pixels: Tensor, processor: Any) -> Tensor:
         pixels: uint8; they travel to the device in a quarter of the bytes.
         processor: with `rescale_factor`, `image_mean` and `image_std`.
     """
-    levels = (np.arange(256, dtype=np.uint8) * np.float64(processor.rescale_factor)).astype(np.float32)
-    mean, std = _statistics(processor, pixels.device)
-    return (torch.from_numpy(levels).to(pixels.device)[pixels.long()] - mean) / std
+    mean, std = (
+        _statistics(tuple(getattr(processor, n)), pixels.device) for n in ("image_mean", "image_std")
+    )
+    return (_levels(processor.rescale_factor, pixels.device)[pixels.long()] - mean) / std
 
 
 def from_standard(pixels: Tensor, processor: Any) -> Tensor:
     """(n, 3, H, W) float32 in [-1, 1] of decoded pixels as `standardise` gives them."""
-    mean, std = _statistics(processor, pixels.device)
+    mean, std = (
+        _statistics(tuple(getattr(processor, n)), pixels.device) for n in ("image_mean", "image_std")
+    )
     return (pixels.float() * std + mean) / (127.5 * processor.rescale_factor) - 1
 
 

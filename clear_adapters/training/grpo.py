@@ -38,7 +38,7 @@ class GrpoSettings:
     Attributes:
         group: rollouts of one question, G.
         rewards: terms of the reward, as `read_terms` takes them.
-        temperature: of the rollouts' text; top-p is 1.
+        temperature: of the rollouts' text and codes; top-p is 1.
         flow_steps: points of the flow schedule in rollouts; the released code has 20.
         sigma: noise level of the stochastic steps.
         scored_steps: steps of a restoration that are trained on, of those that were sampled.
@@ -189,6 +189,7 @@ class GrpoObjective(Objective):
             guidance_text=1.0,
             guidance_image=1.0,
             sde_sigma=settings.sigma,
+            temperature=settings.temperature,
         )
         # What a rollout was sampled without is left out of its score too, in training mode.
         self._dropouts = [

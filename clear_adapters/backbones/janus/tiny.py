@@ -1,4 +1,4 @@
-"""Janus at small sizes: the real classes with random weights, for tests."""
+"""Janus at small sizes: the real classes, as a random toy for tests and at the sizes of the built-in model."""
 
 from __future__ import annotations
 
@@ -42,9 +42,12 @@ def small_config(
     cells: int,
     codes: int,
     vq_channels: int,
+    vq_levels: tuple[int, ...] = (1, 1, 1, 1, 1),
+    mlp_ratio: float = 2.0,
     positions: int = 4096,
 ) -> JanusConfig:
-    """A Janus of chosen sizes for pictures of `cells` x `cells` tokens of 16 pixels a side."""
+    """A Janus of chosen sizes for pictures of `cells` x `cells` tokens; each level of the tokenizer but one halves a picture."""
+    patch = 2 ** (len(vq_levels) - 1)
     return JanusConfig(
         text_config=LlamaConfig(
             vocab_size=256 + len(MARKS),
@@ -62,18 +65,18 @@ def small_config(
             hidden_size=vision_width,
             num_hidden_layers=vision_layers,
             num_attention_heads=vision_heads,
-            image_size=16 * cells,
-            patch_size=16,
+            image_size=patch * cells,
+            patch_size=patch,
             projection_dim=width,
             num_image_tokens=cells * cells,
-            mlp_ratio=2.0,
+            mlp_ratio=mlp_ratio,
         ),
         vq_config=JanusVQVAEConfig(
             embed_dim=8,
             num_embeddings=codes,
             latent_channels=vq_channels,
             base_channels=vq_channels,
-            channel_multiplier=[1, 1, 1, 1, 1],
+            channel_multiplier=list(vq_levels),
             num_res_blocks=1,
             projection_dim=width,
             image_token_embed_dim=width,
@@ -81,6 +84,25 @@ def small_config(
         ),
         image_token_id=258,
         tie_word_embeddings=False,
+    )
+
+
+def builtin_config() -> JanusConfig:
+    """The sizes of `builtin:janus-tiny`: pictures of 128 px, 256 of 1,024 codes, 256 tokens of the understanding encoder."""
+    return small_config(
+        width=192,
+        layers=6,
+        heads=6,
+        kv_heads=2,
+        mlp=512,
+        vision_width=128,
+        vision_layers=4,
+        vision_heads=4,
+        cells=16,
+        codes=1024,
+        vq_channels=32,
+        vq_levels=(1, 1, 2, 2),
+        mlp_ratio=4.0,
     )
 
 
