@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 from pool import Chat, Pool, edit_item, heldout_item, train_item
 from torch import Tensor, nn
@@ -90,7 +91,11 @@ class Data:
         """Starts the processes; each kind has its own, or all scenes would be made before the first edit."""
         started = time.time()
         for_edits = max(1, args.workers // 3)
-        groups = [mp.get_context("fork").Pool(n) for n in (max(1, args.workers - for_edits), for_edits)]
+        # One thread to a process: OpenCV would start one a core in each.
+        groups = [
+            mp.get_context("fork").Pool(n, cv2.setNumThreads, (1,))
+            for n in (max(1, args.workers - for_edits), for_edits)
+        ]
         self.scenes = Pool(partial(train_item, chat), args.scenes, 10_000_000 * args.seed)
         self.edits = Pool(partial(edit_item, chat), args.edits, 10_000_000 * args.seed)
         self.heldout = Pool(partial(heldout_item, chat), args.heldout)

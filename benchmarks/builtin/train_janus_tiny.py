@@ -46,6 +46,10 @@ def train_tokenizer(vq: nn.Module, pool: Pool, args, device: torch.device) -> di
     vq.requires_grad_(True).train()
     rate, quantised = torch.tensor(0.0, device=device), torch.tensor(0.0, device=device)
     optimizer = adamw([{"params": list(vq.parameters())}], rate, 0.99, device)
+    vq.to(memory_format=torch.channels_last)
+    encoder, decoder = vq.encoder, vq.decoder
+    if args.compile:
+        encoder, decoder = torch.compile(encoder), torch.compile(decoder)
     started = time.time()
     resident = torch.from_numpy(pool.arrays["picture"][: min(pool.ready, 16_000)]).to(device)
     held = min(256, len(resident) // 2)
@@ -53,11 +57,13 @@ def train_tokenizer(vq: nn.Module, pool: Pool, args, device: torch.device) -> di
     used = torch.zeros(len(codebook), device=device)
 
     def latents(pixels: Tensor) -> Tensor:
-        return F.normalize(vq.quant_conv(vq.encoder(pixels)).float(), dim=1)
+        return F.normalize(vq.quant_conv(encoder(pixels)).float(), dim=1)
 
     def one_step() -> tuple[Tensor, ...]:
         index = torch.randint(held, len(resident), (args.vae_batch,), device=device)
-        pixels = disturb(to_pixels(resident[index]))
+        pixels = to_pixels(resident[index])
+        changed = torch.rand(len(pixels), 1, 1, 1, device=device) < args.disturbed
+        pixels = torch.where(changed, disturb(pixels), pixels).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             z = latents(pixels)
             flat = z.permute(0, 2, 3, 1).flatten(0, 2)
@@ -67,14 +73,14 @@ def train_tokenizer(vq: nn.Module, pool: Pool, args, device: torch.device) -> di
             pull = (flat.detach() - chosen).pow(2).sum(-1).mean()
             commit = (flat - chosen.detach()).pow(2).sum(-1).mean()
             through = flat + quantised * (chosen - flat).detach()
-            out = vq.decoder(
+            out = decoder(
                 vq.post_quant_conv(through.view(*z.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2))
             )
         error = out.float() - pixels
         square = (error**2).mean()
         optimizer.zero_grad(set_to_none=True)
         loss = error.abs().mean() + square + 0.5 * edges(error)
-        (loss + quantised * (pull + 0.25 * commit)).backward()
+        (loss + quantised * (pull + args.commit * commit)).backward()
         nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
         optimizer.step()
         used.mul_(0.99).index_add_(0, codes, torch.ones_like(codes, dtype=used.dtype))
@@ -312,6 +318,9 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=int, nargs=3, default=(144, 32, 80), help="understanding, drawing, editing"
     )
+    parser.add_argument("--codes", type=int, default=1024)
+    parser.add_argument("--disturbed", type=float, default=0.3, help="share of pictures that the tokenizer sees changed")
+    parser.add_argument("--commit", type=float, default=0.25, help="weight with which latents are drawn to their codes")
     parser.add_argument("--code-weight", type=float, default=0.5, help="of codes against text in the loss")
     parser.add_argument(
         "--autoencoder", type=Path, help="folder of an earlier run whose picture tokenizer is taken"
@@ -320,6 +329,7 @@ def main() -> None:
     started = time.time()
     device = loop.begin(args)
     config = builtin_config()
+    config.vq_config.num_embeddings = args.codes
     side = config.vision_config.image_size
     backbone = JanusBackbone.wrap(
         initialise(config, args.seed).to(device), small_processor(side, config.vision_config.num_image_tokens)
@@ -344,13 +354,11 @@ def main() -> None:
 
     @torch.no_grad()
     def tokenise(pictures: Tensor) -> Tensor:
-        # By hand, as `JanusBackbone.tokenise` does, but in bfloat16.
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             return backbone.tokenise(pictures)
 
-    @torch.no_grad()
     def encode(pictures: Tensor) -> Tensor:
-        return backbone.tokenise(pictures).short()
+        return tokenise(pictures).short()
 
     scenes, edits, heldout = (
         Resident(pool, device, encode) for pool in (data.scenes, data.edits, data.heldout)
