@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clear_adapters import attach, degrade
+from clear_adapters import LatentSampling, attach, degrade
 from clear_adapters.datasets.world import psnr
 from clear_adapters.degradations import draw
 from clear_adapters.scoring import score
@@ -16,7 +16,7 @@ from clear_adapters.world import KINDS, ask, render, sample_scene
 
 ROOT = Path(__file__).parents[1]
 BUILTIN = ROOT / "clear_adapters" / "builtin"
-BASE = BUILTIN / "bagel-tiny"
+BASES = ("bagel-tiny", "janus-tiny")
 STAGES = {"clear-bagel-tiny-sft": "sft", "clear-bagel-tiny-bridge": "bridge", "clear-bagel-tiny": "grpo"}
 
 
@@ -41,9 +41,10 @@ def held_out(count: int):
 
 
 def test_sizes():
-    weights = list(BASE.glob("*.safetensors"))
-    assert len(weights) == 1
-    assert weights[0].stat().st_size <= 12_000_000
+    for name in BASES:
+        weights = list((BUILTIN / name).glob("*.safetensors"))
+        assert len(weights) == 1
+        assert weights[0].stat().st_size <= 12_000_000
     for name in STAGES:
         assert sum(f.stat().st_size for f in (BUILTIN / name).rglob("*") if f.is_file()) <= 1_000_000
 
@@ -57,7 +58,7 @@ def test_tracked_files_stay_small():
     assert sum(f.stat().st_size for f in files if f.is_file()) <= 36 * 2**20
 
 
-@pytest.mark.parametrize("name", ["bagel-tiny", *STAGES])
+@pytest.mark.parametrize("name", [*BASES, *STAGES])
 def test_provenance_is_recorded(name):
     path = BUILTIN / name / "provenance.json"
     record = json.loads(path.read_text()) if path.is_file() else config(name)["provenance"]
@@ -88,6 +89,30 @@ def test_the_base_sees(attached):
         for r, (_, q) in zip(replies, rows, strict=True)
     ]
     assert np.mean(right) > 0.85
+
+
+def test_the_base_of_the_other_kind_sees_and_keeps_what_a_picture_shows():
+    """Janus: questions by what the encoder sees, and a completed picture that keeps what was not hidden."""
+    rows = held_out(24)
+    model = attach("builtin:janus-tiny", lora=False, bridge=False, device="cpu")
+    with model.disabled():
+        replies = model.answer([p for p, _ in rows], [q.text for _, q in rows], batch_size=24)
+    right = [
+        bool(score(r.text, q.answer, options=q.options if q.is_lettered else None))
+        for r, (_, q) in zip(replies, rows, strict=True)
+    ]
+    assert np.mean(right) > 0.5
+    backbone = model.backbone
+    pictures = [backbone.prepare(p) for p, _ in rows[:4]]
+    context = backbone.read_image(backbone.start(4, range(4)), pictures)
+    context = backbone.read_text(context, [backbone.encode_text("Complete the picture.")] * 4)
+    greedy = LatentSampling(guidance_text=1, guidance_image=1, temperature=0)
+    drawn = backbone.restore(context, greedy)[1]
+    kept = [
+        (own.tokens == given.tokens).float().mean().item()
+        for own, given in zip(drawn, backbone.encode_images(pictures), strict=True)
+    ]
+    assert min(kept) > 0.5
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -174,8 +174,8 @@ def test_a_whole_run_on_a_toy(finished, toy):
     signs = result.payload["restorations"]["signs"]
     assert set(signs) == {"asked", "clean", "high", "sft-always", "clear-always"}
     assert len(signs["clean"]) == len(signs["clear-always"]) == signs["asked"].count("1") > 0
-    assert finished.with_name("result_clear-always.png").is_file()
-    assert finished.with_name("result_sft-always.png").is_file()
+    assert finished.with_name("result_clear-always.jpg").is_file()
+    assert finished.with_name("result_sft-always.jpg").is_file()
     text = report.render(result, full=True)
     assert "| SFT | GRPO |" in text
     assert "above SFT" in text

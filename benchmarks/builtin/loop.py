@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import torch
 from pool import Chat, Pool, edit_item, heldout_item, train_item
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clear_adapters.backbones.packed import PackedBatch
@@ -277,7 +278,7 @@ def train(
     rate = torch.tensor(0.0, device=device)
     optimizer = adamw(groups, rate, 0.98, device)
     average = [p.detach().clone() for p in weights]
-    begin = json.loads((args.resume / "state.json").read_text())["step"] if args.resume else 0
+    begin = steps_of(args.resume) if args.resume else 0
     keep = torch.tensor(0.0, device=device)
     described = torch.tensor(0.5, device=device)
     names: list[str] = []
@@ -360,7 +361,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=8_000)
     p.add_argument("--lr", type=float, default=1.5e-3)
     p.add_argument("--seconds", type=float, default=1e9, help="stop (and save) after this long")
-    p.add_argument("--resume", type=Path, help="folder of an earlier run's state files")
+    p.add_argument("--resume", type=Path, help="folder of an earlier run's states, or of a finished model")
     p.add_argument("--compile", action="store_true")
     return p
 
@@ -386,7 +387,15 @@ def save_state(folder: Path, tensors: dict[str, Tensor], step: int) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Tensor]:
-    """Reads what `save_state` wrote."""
+    """Reads what `save_state` wrote, or the rounded weights of a finished model."""
+    if (folder / "model.safetensors").is_file():
+        return load_file(folder / "model.safetensors")
     return torch.load(folder / "state0.pt", weights_only=True) | torch.load(
         folder / "state1.pt", weights_only=True
     )
+
+
+def steps_of(folder: Path) -> int:
+    """How long the run of a state, or of a finished model, was."""
+    name = "state.json" if (folder / "state.json").is_file() else "provenance.json"
+    return int(json.loads((folder / name).read_text())["step" if name == "state.json" else "steps"])

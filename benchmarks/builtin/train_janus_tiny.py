@@ -73,9 +73,7 @@ def train_tokenizer(vq: nn.Module, pool: Pool, args, device: torch.device) -> di
             pull = (flat.detach() - chosen).pow(2).sum(-1).mean()
             commit = (flat - chosen.detach()).pow(2).sum(-1).mean()
             through = flat + quantised * (chosen - flat).detach()
-            out = decoder(
-                vq.post_quant_conv(through.view(*z.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2))
-            )
+            out = decoder(vq.post_quant_conv(through.view(*z.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)))
         error = out.float() - pixels
         square = (error**2).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -318,9 +316,12 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=int, nargs=3, default=(144, 32, 80), help="understanding, drawing, editing"
     )
-    parser.add_argument("--codes", type=int, default=1024)
-    parser.add_argument("--disturbed", type=float, default=0.3, help="share of pictures that the tokenizer sees changed")
-    parser.add_argument("--commit", type=float, default=0.25, help="weight with which latents are drawn to their codes")
+    parser.add_argument(
+        "--disturbed", type=float, default=0.2, help="share of pictures that the tokenizer sees changed"
+    )
+    parser.add_argument(
+        "--commit", type=float, default=0.05, help="weight with which latents are drawn to their codes"
+    )
     parser.add_argument("--code-weight", type=float, default=0.5, help="of codes against text in the loss")
     parser.add_argument(
         "--autoencoder", type=Path, help="folder of an earlier run whose picture tokenizer is taken"
@@ -329,7 +330,6 @@ def main() -> None:
     started = time.time()
     device = loop.begin(args)
     config = builtin_config()
-    config.vq_config.num_embeddings = args.codes
     side = config.vision_config.image_size
     backbone = JanusBackbone.wrap(
         initialise(config, args.seed).to(device), small_processor(side, config.vision_config.num_image_tokens)

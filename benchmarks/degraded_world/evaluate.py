@@ -257,7 +257,7 @@ def measure_pictures(
         )
     restored = [np.asarray(p) for p in found]
     ways = measure(data, restored, training_statistics(), args.workers)
-    sheet = args.output.with_name(f"{args.output.stem}_{system.name}.png")
+    sheet = args.output.with_name(f"{args.output.stem}_{system.name}.jpg")
     draw_sheet(data, restored, ways, sheet)
     signs = read_signs(model, settings, data, found)
     return {

@@ -45,4 +45,4 @@ def draw_sheet(
             (left + 4, top + TILE + 5), f"{name}: {before:.1f} to {after:.1f} dB", fill="black", font=font
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    sheet.save(path, optimize=True, quality=88)

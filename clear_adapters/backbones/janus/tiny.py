@@ -88,7 +88,7 @@ def small_config(
 
 
 def builtin_config() -> JanusConfig:
-    """The sizes of `builtin:janus-tiny`: pictures of 128 px, 256 of 1,024 codes, 256 tokens of the understanding encoder."""
+    """The sizes of `builtin:janus-tiny`: pictures of 128 px, 256 of 4,096 codes, 256 tokens of the understanding encoder."""
     return small_config(
         width=192,
         layers=6,
@@ -99,7 +99,7 @@ def builtin_config() -> JanusConfig:
         vision_layers=4,
         vision_heads=4,
         cells=16,
-        codes=1024,
+        codes=4096,
         vq_channels=32,
         vq_levels=(1, 1, 2, 2),
         mlp_ratio=4.0,

@@ -1,8 +1,8 @@
-"""Draws a sheet of what the built-in base can draw on held-out scenes, and prints decibels.
+"""Draws a sheet of what a built-in base can draw on held-out scenes, and prints decibels.
 
-    python benchmarks/builtin/show_bagel_tiny.py MODEL_FOLDER SHEET.png
+    python benchmarks/builtin/show.py MODEL SHEET.png
 
-Columns: the scene, the autoencoder's copy, drawn from the description, parts missing, completed, edited, the edit's
+Columns: the scene, its copy by the picture tokenizer, drawn from the description, parts missing, completed, edited, the edit's
 truth.
 """
 
@@ -19,7 +19,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))
 from pool import COMPLETE, picture
 
-from clear_adapters.backbones.bagel.backbone import BagelBackbone
+from clear_adapters import attach
 from clear_adapters.sampling import LatentSampling
 from clear_adapters.world import describe, sample_edit, sample_scene
 
@@ -33,10 +33,12 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 def main() -> None:
     """Draws."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = BagelBackbone.load(sys.argv[1], dtype=torch.float32, device=device)
+    backbone = attach(sys.argv[1], lora=False, bridge=False, dtype=torch.float32, device=device).backbone
     scenes = [sample_scene(500_000 + i, "heldout") for i in range(10)]
     clean = [Image.fromarray(picture(s)) for s in scenes]
-    sampling = LatentSampling(steps=30, guidance_text=1, guidance_image=1, shift=1.5)
+    sampling = LatentSampling(
+        steps=30, guidance_text=1, guidance_image=1, shift=1.5, temperature=float((sys.argv[3:] or [0])[0])
+    )
     columns = [
         clean,
         [backbone.decode(r)[0] for r in backbone.encode_images([backbone.prepare(c) for c in clean])],
@@ -64,7 +66,7 @@ def main() -> None:
         [Image.fromarray(picture(e.after)) for e in edits],
     ]
     for name, column, truth in (
-        ("autoencoder", columns[1], clean),
+        ("copied", columns[1], clean),
         ("from description", columns[2], clean),
         ("masked input", masked, clean),
         ("completed", columns[4], clean),
