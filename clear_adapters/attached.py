@@ -278,6 +278,45 @@ class AttachedModel:
                 return
             yield event
 
+    # -- speed
+
+    def compile(self, enabled: bool = True) -> AttachedModel:
+        """Compiles the network as answers and rollouts use it; the first of each kind then waits for the compiler.
+
+        Worth it for many answers on a GPU. Goes with `detach()`.
+
+        Args:
+            enabled: False takes it back.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ClearValueError: the family does not compile its inference.
+            AttachError: it was detached.
+        """
+        self._require()
+        self.backbone.set_compiled(enabled)
+        return self
+
+    @contextmanager
+    def folded(self) -> Iterator[AttachedModel]:
+        """LoRA in the weights inside a `with`, so that it costs nothing; the base weights come back as they were.
+
+        Takes as much memory again as the adapted weights, since they are kept. Updates smaller than the weights' rounding are
+        lost, as in `merge()`. Nothing can be trained meanwhile.
+
+        Raises:
+            ClearValueError: the base is quantized, or a weight is not finite.
+            AttachError: it was detached.
+        """
+        self._require()
+        if self.lora is None or not self._enabled:
+            yield self
+            return
+        with self.lora.folded():
+            yield self
+
     # -- taking out
 
     def detach(self) -> Any:

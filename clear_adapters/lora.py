@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from clear_adapters.backbones.base import Backbone
 from clear_adapters.config import LoraSettings
 from clear_adapters.errors import AttachError, BackboneMismatchError, ClearValueError
+from clear_adapters.lora_linear import lean
 
 ADAPTER_NAME = "clear_adapter"
 """PEFT's name of the adapter. Not a word that `nn.ModuleDict` has as a method: PEFT fails on those."""
@@ -187,6 +188,8 @@ class Lora:
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
                 LoraModel(model, build_config(backbone, settings), ADAPTER_NAME, low_cpu_mem_usage=True)
             self.layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+            for layer in self.layers.values():
+                lean(layer)
             if set(self.layers) != set(targets):
                 wrong = sorted(set(self.layers) ^ set(targets))
                 raise BackboneMismatchError(
@@ -279,18 +282,50 @@ class Lora:
             w.module._parameters[w.leaf] = w.own if enabled else w.original
         self.enabled = enabled
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Folds the updates into the base weights; the adapted layers are still in place afterwards.
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """The updates in the base weights inside the body; the very same parameters stand there again afterwards.
 
         Raises:
-            ClearValueError: a weight is not finite; nothing is changed then.
+            ClearValueError: as for `merge`.
         """
+        self._check_foldable()
+        kept = [
+            (layer, layer.get_base_layer(), layer.get_base_layer().weight) for layer in self.layers.values()
+        ]
+        try:
+            with torch.no_grad():
+                for layer, base, weight in kept:
+                    delta = layer.get_delta_weight(ADAPTER_NAME).to(weight.dtype)
+                    base._parameters["weight"] = nn.Parameter(delta.add_(weight), requires_grad=False)
+                    layer._disable_adapters = True
+            yield
+        finally:
+            for layer, base, weight in kept:
+                base._parameters["weight"] = weight
+                layer._disable_adapters = False
+
+    def _check_foldable(self) -> None:
+        for name, layer in self.layers.items():
+            if not layer.get_base_layer().weight.is_floating_point():
+                raise ClearValueError(
+                    f"{name} is quantized: an update cannot be added to its weights without rounding it away. Load the base "
+                    "without quantization to merge, or keep the adapter apart"
+                )
         for name, parameter in self.parameters():
             if not bool(parameter.isfinite().all()):
                 raise ClearValueError(
                     f"{name} holds values that are not finite: merging would ruin the model"
                 )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Folds the updates into the base weights; the adapted layers are still in place afterwards.
+
+        Raises:
+            ClearValueError: a weight is quantized or not finite; nothing is changed then.
+        """
+        self._check_foldable()
         for layer in self.layers.values():
             weight = layer.get_base_layer().weight
             weight += layer.get_delta_weight(ADAPTER_NAME).to(weight.dtype)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from stopwatch import Session, add_options
 
 from clear_adapters import attach
 from clear_adapters.adapter import AttachedModel
+from clear_adapters.backbones import fast
 from clear_adapters.backbones.base import Context, Restoration
 from clear_adapters.engine import Engine
 from clear_adapters.lora import ADAPTER_NAME
@@ -36,7 +38,7 @@ from clear_adapters.transcript import Origin, TextSegment, Transcript
 
 PARTS = (
     *("prefill", "text", "restoration", "answer", "group", "bridge"),
-    *("picture", "length", "batch", "groups", "states"),
+    *("picture", "length", "batch", "groups", "ways", "compiled", "states"),
 )
 
 
@@ -103,9 +105,11 @@ class Bench:
         assert attached.lora is not None
         generator = torch.Generator().manual_seed(1)
         for layer in attached.lora.layers.values():
-            # An update that does something; its size is no matter.
-            weight = layer.lora_B[ADAPTER_NAME].weight
-            weight.data.copy_(torch.randn(weight.shape, generator=generator) * 1e-3)
+            # An update that does something; its size is no matter. In the base's type, as one that is loaded.
+            for factor in (layer.lora_A, layer.lora_B):
+                weight = factor[ADAPTER_NAME].weight
+                drawn = torch.randn(weight.shape, generator=generator) * 1e-2
+                weight.data = drawn.to(weight.device, self.backbone.dtype)
         return attached
 
     def _engine(self) -> Engine:
@@ -311,15 +315,57 @@ class Bench:
             if rows <= self.load.large:
                 self._answer("batch", rows)
 
+    def _three(self, part: str, **facts: Any) -> None:
+        """A text, a restoration and a whole answer."""
+        self._write(part, 1, self.load.text, **facts, work="text")
+        self._restore(part, self.load.side, 1, guided=True, **facts, work="restoration")
+        self._answer(part, **facts, work="answer")
+
+    def ways(self) -> None:
+        """What each of the library's fast ways is worth: text and restoration without it."""
+        for way in (None, *fast.WAYS):
+            with fast.switched(*([way] if way else []), on=False):
+                facts = {"without": way or "nothing"}
+                self._write("ways", 1, self.load.text, **facts, work="text")
+                self._write("ways", self.load.large, self.load.text, **facts, work="text")
+                self._restore("ways", self.load.side, 1, guided=True, **facts, work="restoration")
+
+    def compiled(self) -> None:
+        """Compiled; what the compiler takes is the first row."""
+        assert self.attached is not None
+        context = self.prompt(self.load.side)
+        began = time.perf_counter()
+        self.attached.compile()
+        try:
+            self.backbone.write_text(context.fork(), self.texts(8))
+            self.backbone.restore(context.fork(), replace(self.latents(False), steps=2))
+            self.s.sync()
+            self.s.add({"part": "compiled", "work": "compiling", "seconds": time.perf_counter() - began})
+            self._three("compiled", state="attached")
+            self._write("compiled", self.load.large, self.load.text, state="attached", work="text")
+            self._group("compiled", self.load.group, state="attached", work="group")
+            # What is compiled of one state is of no use to the other, and the compiler keeps few of either.
+            torch._dynamo.reset()
+            with self.attached.folded():
+                self._three("compiled", state="folded")
+        finally:
+            self.attached.compile(False)
+            torch._dynamo.reset()
+
     def states(self) -> None:
-        """The model without an adapter, with it, and with LoRA in its weights; last, since it changes them."""
-        for state in ("attached", "bare", "merged"):
+        """The model with an adapter, with LoRA folded in for a while, without, and merged; last, since it changes weights."""
+        self._three("states", state="attached")
+        assert self.attached is not None
+        began = time.perf_counter()
+        with self.attached.folded():
+            self.s.sync()
+            self.s.add({"part": "states", "work": "folding", "seconds": time.perf_counter() - began})
+            self._three("states", state="folded")
+        for state in ("bare", "merged"):
             if state == "merged":
                 self.use("attached")
             self.use(state)
-            self._write("states", 1, self.load.text, state=state, work="text")
-            self._restore("states", self.load.side, 1, guided=True, state=state, work="restoration")
-            self._answer("states", state=state, work="answer")
+            self._three("states", state=state)
 
 
 def exact(texts: Sequence[torch.Tensor], tokens: int) -> None:

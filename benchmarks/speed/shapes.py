@@ -117,7 +117,8 @@ def build(size: str, device: torch.device, dtype: torch.dtype, seed: int = 0) ->
         model, autoencoder = BagelModel(config), build_autoencoder(config.ae)
     generator = torch.Generator(device).manual_seed(seed)
     for part in (model, autoencoder):
-        part.to(dtype).to_empty(device=device)
+        # Not `to`, which warns of the autoencoder's type.
+        part._apply(lambda t: t.to(dtype)).to_empty(device=device)
         for name, parameter in part.named_parameters():
             if parameter.ndim > 1:
                 spread = 1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5

@@ -287,6 +287,15 @@ class Backbone(ABC):
             if hasattr(module, "checkpointing"):
                 module.checkpointing = enabled  # type: ignore[assignment]  # a plain attribute
 
+    def set_compiled(self, enabled: bool, backend: Any = "inductor") -> None:
+        """Compiles what reading, writing and restoring do with the cache, or no longer.
+
+        Raises:
+            ClearValueError: the family does not compile it.
+        """
+        if enabled:
+            raise ClearValueError(f"backbone {self.spec.name!r} does not compile its inference: leave it out")
+
     # -- shared by all families
 
     def write_text(

@@ -7,6 +7,7 @@ On other devices the same step runs as it is.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from clear_adapters.backbones import fast
 from clear_adapters.backbones.base import Context
 from clear_adapters.backbones.cache import Slots
 from clear_adapters.sampling import RowRandom, TextSampling, choose_token
@@ -119,7 +121,9 @@ class Writer:
         self.tokens = torch.full((count, sampling.max_new_tokens), -1, device=device)
         self.logprobs = torch.zeros(count, sampling.max_new_tokens, device=device)
         self.steps = 0
-        self._limit = room or sampling.max_new_tokens
+        self._waits = captures and fast.takes("last", device)
+        # Where the captured step reads the last token too, and the end of a turn that was cut off, there is room for both.
+        self._limit = room or sampling.max_new_tokens + (2 if self._waits else 0)
         self._position = context.position.clone()
         self._random = context.random.clone()
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
@@ -144,6 +148,30 @@ class Writer:
 
     def advance(self) -> Tensor:
         """Reads the last token of each row and writes the next: (B,) ids, -1 in finished rows."""
+        self._move()
+        self.steps += 1
+        return self.tokens[:, self.steps - 1]
+
+    def finish(self) -> bool:
+        """Reads what rows wrote last, and the end of a turn that was cut off; `tokens` and `logprobs` are lost.
+
+        Returns:
+            Whether it did: only where the step is captured. Elsewhere tokens are read one by one as well as here.
+        """
+        if self._graph is None or not self._waits:
+            return False
+        cut = self.drawing.clone()
+        self.drawing.zero_()
+        self._place.zero_()
+        self._move()
+        if bool(cut.any()):
+            # What was cut off is closed, but nobody chose that token. `feed` is it in all rows now.
+            self.reading.copy_(cut)
+            self._place.zero_()
+            self._move()
+        return True
+
+    def _move(self) -> None:
         if self._length == self._stop:
             self._open(self.context)
         if self._graph is not None:
@@ -154,8 +182,6 @@ class Writer:
             if self._captures and self._length + 1 < self._stop:
                 self._graph = self._captured()
         self._length += 1
-        self.steps += 1
-        return self.tokens[:, self.steps - 1]
 
     def _captured(self) -> torch.cuda.CUDAGraph | None:
         """The step as a graph; None where it cannot be captured, and the steps run as they are."""
@@ -217,6 +243,35 @@ class Writer:
         )
 
 
+class _End:
+    """Whether all rows are finished, asked of a GPU without letting it wait: the answer is two steps old."""
+
+    _LATE = 2
+
+    def __init__(self, drawing: Tensor) -> None:
+        self._drawing = drawing
+        self._steps = 0
+        self._asked: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def reached(self) -> bool:
+        """Asks anew, and tells what was answered to the question before the last."""
+        self._steps += 1
+        if self._drawing.device.type != "cuda":
+            # Where asking stalls and cannot be put off, it is done now and then.
+            often = self._drawing.device.type == "cpu" or self._steps % 16 == 0
+            return often and not bool(self._drawing.any())
+        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(self._drawing.any(), non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        self._asked.append((answer, done))
+        if len(self._asked) <= self._LATE:
+            return False
+        answer, done = self._asked.popleft()
+        done.synchronize()
+        return not bool(answer)
+
+
 @torch.no_grad()  # as a decorator it holds inside each step only, not in the caller between steps
 def write_turn(
     writer: Writer,
@@ -236,18 +291,20 @@ def write_turn(
     """
     named = torch.tensor(rows, dtype=torch.int64).to(writer.tokens.device)
     limit, every = writer.tokens.shape[1], len(rows) == len(writer.tokens)
-    # Asking a GPU whether all rows are finished stalls it, so it is asked now and then only.
-    check = 1 if writer.tokens.device.type == "cpu" else 16
+    end_of_all = _End(writer.drawing)
     while writer.steps < limit:
         ids = writer.advance()
         yield ids if every else ids[named]
-        if writer.steps % check == 0 and not bool(writer.drawing.any()):
+        if end_of_all.reached():
             break
-    context = feed(writer.context, writer.feed, writer.reading)
-    if bool(writer.drawing.any()):
-        # Cut off at the limit: the block is closed, but nobody chose that token.
-        context = feed(context, torch.full_like(writer.feed, end), writer.drawing)
-    table, scores = writer.tokens.cpu(), writer.logprobs.cpu()
+    table, scores = (x.to("cpu", copy=True) for x in (writer.tokens, writer.logprobs))
+    if writer.finish():
+        context = writer.context
+    else:
+        context = feed(writer.context, writer.feed, writer.reading)
+        if bool(writer.drawing.any()):
+            # Cut off at the limit: the block is closed, but nobody chose that token.
+            context = feed(context, torch.full_like(writer.feed, end), writer.drawing)
     segments = []
     for row in rows:
         own = table[row] >= 0

@@ -15,10 +15,11 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from clear_adapters.backbones import fast
 from clear_adapters.backbones.bagel.autoencoder import decode_tokens, encode_pixels
 from clear_adapters.backbones.bagel.checkpoint import load_checkpoint, save_checkpoint
 from clear_adapters.backbones.bagel.images import prepare_image
-from clear_adapters.backbones.bagel.model import BagelModel, Frame
+from clear_adapters.backbones.bagel.model import BagelModel, Compiled, Frame
 from clear_adapters.backbones.bagel.packing import Marks, Packer, grid_places, pad_patches
 from clear_adapters.backbones.bagel.spec import SPEC
 from clear_adapters.backbones.base import Backbone, Context, FlowTrace, Restoration, named_rows
@@ -26,6 +27,7 @@ from clear_adapters.backbones.cache import Cache, Slots, stack
 from clear_adapters.backbones.checkpoints import refuse_quantization
 from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
 from clear_adapters.backbones.pixels import to_pil
+from clear_adapters.backbones.rows import Rows
 from clear_adapters.backbones.writer import Writer, can_capture, write_turn
 from clear_adapters.errors import CheckpointError, ClearValueError
 from clear_adapters.sampling import (
@@ -319,7 +321,7 @@ class BagelBackbone(Backbone):
         present = [
             i < len(guidance) and guidance[i] is not None and scale > 1 for i, scale in enumerate(scales)
         ]
-        joint = stack([own, *branches]) if branches else None
+        flow = FlowPasses(self, [own, *branches], places, valid, [int(c) + 2 for c in counts])
         random = own.random.clone()
         shape = (own.rows, int(counts.max()), self.latent_width)
         x = random.normal(shape[1] * shape[2]).view(shape) * valid[..., None]
@@ -327,17 +329,13 @@ class BagelBackbone(Backbone):
         records: list[tuple[Tensor, Tensor, Tensor]] = []
         for t, after in pairwise(times):
             low, high = sampling.guidance_interval
-            if joint is not None and low < t <= high:
-                copies = 1 + len(branches)
-                every, joint = self._velocity(
-                    joint, x.repeat(copies, 1, 1), places.repeat(copies, 1), valid.repeat(copies, 1), t
-                )
-                parts = list(every.chunk(copies))
+            if branches and low < t <= high:
+                parts = flow.velocities(x, t, 1 + len(branches))
                 velocity = parts.pop(0)
                 text = parts.pop(0) if present[0] else None
                 velocity = guide(velocity, text, parts.pop(0) if present[1] else None, sampling)
             else:
-                velocity, own = self._velocity(own, x, places, valid, t)
+                (velocity,) = flow.velocities(x, t, 1)
             clean = x - t * velocity
             if sampling.sde_sigma:
                 mean = sde_mean(x, velocity, t, t - after, sampling.sde_sigma)
@@ -357,15 +355,6 @@ class BagelBackbone(Backbone):
         counts_all = context.random.counts.clone()
         counts_all[names] = random.counts
         return replace(context, random=RowRandom(context.random.seeds, counts_all)), done
-
-    def _velocity(
-        self, context: Context, x: Tensor, places: Tensor, valid: Tensor, t: float
-    ) -> tuple[Tensor, Context]:
-        """Velocity (R, N, C) float32 of latents that stand behind a context; nothing is read."""
-        tokens = self.model.embed_latents(x, places, torch.full((1,), t, device=x.device))
-        step = self._image_pass(context, tokens, valid, generation=True)
-        velocity = self.model.velocity(step.gen).view(x.shape[0], x.shape[1], -1) * valid[..., None]
-        return velocity, replace(context, cache=step.scratch)
 
     def _read_latents(
         self,
@@ -462,6 +451,9 @@ class BagelBackbone(Backbone):
         und, gen, _ = decoder(und, gen, frame, room)
         return _Step(context, room, valid, und, gen)
 
+    def set_compiled(self, enabled: bool, backend: Any = "inductor") -> None:
+        self.model.language_model.model.compiled = Compiled(backend) if enabled else None
+
     # -- the uncached path
 
     def pack(self, rows: Sequence[Sequence[Piece]], hidden_layers: tuple[int, ...] = ()) -> PackedBatch:
@@ -545,6 +537,74 @@ class _Step:
     def scratch(self) -> Cache:
         """The cache without the block, where the next pass finds room."""
         return self._room.again()
+
+
+class FlowPasses:
+    """The passes of one flow: the same block of latent tokens, with other latents in it, behind contexts that stay.
+
+    With the fast way `rows`, what does not change from step to step is laid out once, and nothing waits for the device.
+    """
+
+    def __init__(
+        self,
+        backbone: BagelBackbone,
+        contexts: Sequence[Context],
+        places: Tensor,
+        valid: Tensor,
+        tokens: Sequence[int],
+    ) -> None:
+        """Makes ready.
+
+        Args:
+            backbone: the model.
+            contexts: of R rows each; the guidance branches come behind the first.
+            places: (R, N) int64, grid places of the latent tokens.
+            valid: (R, N) bool, False at padding.
+            tokens: of each row's block, its two marks included.
+        """
+        self._backbone, self._places, self._valid = backbone, places, valid
+        self._rows = Rows(contexts, tokens) if fast.takes("rows", backbone.device) else None
+        self._joint: dict[int, Context] = {}
+        self._frames: dict[int, tuple[Frame, Tensor]] = {}
+        self._contexts = list(contexts)
+
+    def velocities(self, x: Tensor, t: float, copies: int) -> list[Tensor]:
+        """Velocities (R, N, C) float32 of latents behind each of the first `copies` contexts; nothing is read."""
+        model = self._backbone.model
+        every, valid = x.repeat(copies, 1, 1), self._valid.repeat(copies, 1)
+        places = self._places.repeat(copies, 1)
+        time = torch.full((1,), t, device=x.device)
+        if self._rows is not None:
+            frame, edges = self._frame(copies)
+            # Not a view of (B, N, D): to the compiler those are another kind.
+            tokens = model.embed_latents(every.flatten(0, 1), places.flatten(), time)
+            _, gen, _ = model.language_model.model(edges, tokens, frame, self._rows.first(copies))
+        else:
+            if copies not in self._joint:
+                some = self._contexts[:copies]
+                self._joint[copies] = some[0] if copies == 1 else stack(some)
+            context = self._joint[copies]
+            tokens = model.embed_latents(every, places, time)
+            step = self._backbone._image_pass(context, tokens, valid, generation=True)
+            self._joint[copies] = replace(context, cache=step.scratch)
+            gen = step.gen
+        velocity = model.velocity(gen).view(every.shape) * valid[..., None]
+        return list(velocity.chunk(copies))
+
+    def _frame(self, copies: int) -> tuple[Frame, Tensor]:
+        """The layout of a pass, and the embeddings of its marks (2 copies R, D)."""
+        if copies not in self._frames:
+            model, marks = self._backbone.model, self._backbone.marks
+            decoder, device = model.language_model.model, self._places.device
+            b, length = copies * self._places.shape[0], self._places.shape[1] + 2
+            table = torch.arange(b * length).view(b, length)
+            und, gen = table[:, [0, -1]].flatten().to(device), table[:, 1:-1].flatten().to(device)
+            position = torch.cat([c.position for c in self._contexts[:copies]])
+            cos, sin = decoder.rotary(position[:, None].expand(b, length))
+            ends = torch.tensor([marks.image_start, marks.image_end]).to(device)
+            edges = decoder.embed_tokens(ends).repeat(b, 1)
+            self._frames[copies] = Frame((b, length), und, gen, cos, sin, None), edges
+        return self._frames[copies]
 
 
 def _split(x: Tensor, grids: list[tuple[int, int]], sizes: list[tuple[int, int]]) -> list[Restoration]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,12 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
+from clear_adapters.backbones import fast
 from clear_adapters.backbones.attention import any_shape
 from clear_adapters.backbones.bagel.config import BagelConfig
 from clear_adapters.backbones.bagel.images import normalise
+from clear_adapters.backbones.cache import Slots
+from clear_adapters.backbones.rows import Rows
 
 
 class KeyValues(Protocol):
@@ -63,41 +66,98 @@ class Attention(nn.Module):
         return q, k, get("v_proj")(x).view(-1, self.kv_heads, self.head_dim)
 
     def forward(
-        self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | None
+        self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows | None
     ) -> tuple[Tensor, Tensor]:
         """Args: und (U, D), gen (G, D). Returns: the same shapes."""
-        b, length = frame.shape
+        q, k, v = self.project(und, gen, *frame.layout)
+        return self.leave(self.attend(q, k, v, frame, cache), und, gen, *frame.layout[:3])
+
+    def project(
+        self,
+        und: Tensor,
+        gen: Tensor,
+        shape: tuple[int, int],
+        und_index: Tensor,
+        gen_index: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, L, d) of both experts' tokens in one layout; places of neither stay zero."""
+        b, length = shape
         parts: tuple[Tensor, ...] = self._project(und, "")
         if gen.shape[0]:
             parts = tuple(
-                # Both experts' tokens into one (B L, heads, d) layout; places of neither stay zero.
+                # In place: a copy for each expert would be read and written for nothing.
                 x.new_zeros(b * length, *x.shape[1:])
-                .index_copy(0, frame.und_index, x)
-                .index_copy(0, frame.gen_index, y)
+                .index_copy_(0, und_index, x)
+                .index_copy_(0, gen_index, y)
                 for x, y in zip(parts, self._project(gen, "_moe_gen"), strict=True)
             )
         elif und.shape[0] != b * length:
-            parts = tuple(
-                x.new_zeros(b * length, *x.shape[1:]).index_copy(0, frame.und_index, x) for x in parts
-            )
+            parts = tuple(x.new_zeros(b * length, *x.shape[1:]).index_copy_(0, und_index, x) for x in parts)
         q, k, v = (x.view(b, length, -1, self.head_dim).transpose(1, 2) for x in parts)
-        q, k = rotate(q, frame.cos, frame.sin), rotate(k, frame.cos, frame.sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, frame: Frame, cache: KeyValues | Rows | None) -> Tensor:
+        """(B L, heads d) of queries, keys and values of the new tokens, behind what the cache holds."""
+        b, length = frame.shape
+        if isinstance(cache, Rows):
+            return cache.attend(self.layer, q, k, v).reshape(b * length, -1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if self.kv_heads != self.heads and length == 1:
             # Heads that share keys are queries of one head: no copy of the cache for each token that is written.
             q = q.reshape(b, self.kv_heads, -1, self.head_dim)
-        elif self.kv_heads != self.heads:
+        if length == 1 and cache is not None and q.element_size() == 2 and fast.takes("products", q.device):
+            return attend_by_products(q, k, v, frame.bias).reshape(b, -1)
+        if self.kv_heads != self.heads and length > 1:
             # Explicit, since SDPA's fused kernels take no mask together with grouped heads on every device.
             k = k.repeat_interleave(self.heads // self.kv_heads, 1)
             v = v.repeat_interleave(self.heads // self.kv_heads, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=frame.mask)
-        out = out.reshape(b, self.heads, length, -1).transpose(1, 2).reshape(b * length, -1)
-        if und.shape[0] == b * length:
+        return out.reshape(b, self.heads, length, -1).transpose(1, 2).reshape(b * length, -1)
+
+    def leave(
+        self,
+        out: Tensor,
+        und: Tensor,
+        gen: Tensor,
+        shape: tuple[int, int],
+        und_index: Tensor,
+        gen_index: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What attention gives each expert's tokens, (U, D) and (G, D)."""
+        if und.shape[0] == shape[0] * shape[1]:
             return self.o_proj(out), gen
         # index_select, not indexing: its backward adds without sorting.
-        u = self.o_proj(out.index_select(0, frame.und_index))
-        return u, self.o_proj_moe_gen(out.index_select(0, frame.gen_index)) if gen.shape[0] else gen
+        u = self.o_proj(out.index_select(0, und_index))
+        return u, self.o_proj_moe_gen(out.index_select(0, gen_index)) if gen.shape[0] else gen
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of a few queries over a long context as two matrix products, with the scores in float32.
+
+    A fused kernel gives each head of each row one block of the GPU, which then reads the whole context alone: with 4 heads
+    of keys and one row, 4 blocks of 132. Products are spread over the context.
+
+    Args:
+        q: (B, H, G, d).
+        k: (B, H, K, d).
+        v: (B, H, K, d).
+        bias: (B, 1, 1, K) float32, 0 where seen and minus infinity elsewhere.
+
+    Returns:
+        (B, H, G, d).
+    """
+    b, heads, queries, width = q.shape
+    flat, keys = q.reshape(b * heads, queries, width), k.reshape(b * heads, -1, width).transpose(1, 2)
+    if q.is_cuda:
+        scores = torch.bmm(flat, keys, out_dtype=torch.float32)
+    else:
+        scores = flat.float() @ keys.float()
+    scores = torch.add(bias, scores.view(b, heads, queries, -1), alpha=width**-0.5)
+    weights = scores.softmax(-1).to(v.dtype).view(b * heads, queries, -1)
+    return torch.bmm(weights, v.reshape(b * heads, -1, width)).view(q.shape)
 
 
 class Frame:
@@ -126,6 +186,21 @@ class Frame:
         self.cos = cos
         self.sin = sin
         self.mask = mask
+        self._bias: Tensor | None = None
+
+    @property
+    def layout(self) -> tuple[tuple[int, int], Tensor, Tensor, Tensor, Tensor]:
+        """All but the mask."""
+        return self.shape, self.und_index, self.gen_index, self.cos, self.sin
+
+    @property
+    def bias(self) -> Tensor:
+        """The mask as what is added to scores, float32; made once for all layers."""
+        if self._bias is None:
+            assert self.mask is not None
+            seen = torch.zeros(self.mask.shape, dtype=torch.float32, device=self.mask.device)
+            self._bias = seen.masked_fill(~self.mask, -torch.inf)
+        return self._bias
 
 
 def _twice_any_shape() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -136,6 +211,12 @@ def _twice_any_shape() -> tuple[AbstractContextManager[None], AbstractContextMan
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split as in Qwen2."""
     a, b = x.chunk(2, dim=-1)
+    if not torch.is_grad_enabled() and fast.takes("place", x.device):
+        half = a.shape[-1]
+        out = x * cos
+        out[..., :half].addcmul_(b, sin[..., :half], value=-1)
+        out[..., half:].addcmul_(a, sin[..., half:])
+        return out
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
@@ -157,7 +238,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm_moe_gen = nn.RMSNorm(config.width, eps=eps)
 
     def forward(
-        self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | None = None
+        self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows | None = None
     ) -> tuple[Tensor, Tensor]:
         """Args: und (U, D), gen (G, D). Returns: the same shapes."""
         some = gen.shape[0] > 0
@@ -170,6 +251,70 @@ class Layer(nn.Module):
             gen = gen + b
             gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
         return und, gen
+
+
+def _enter(
+    layer: Layer,
+    und: Tensor,
+    gen: Tensor,
+    b: int,
+    length: int,
+    und_index: Tensor,
+    gen_index: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer up to its attention."""
+    seen = layer.input_layernorm_moe_gen(gen) if gen.shape[0] else gen
+    return layer.self_attn.project(
+        layer.input_layernorm(und), seen, (b, length), und_index, gen_index, cos, sin
+    )
+
+
+def _leave(
+    layer: Layer,
+    out: Tensor,
+    und: Tensor,
+    gen: Tensor,
+    b: int,
+    length: int,
+    und_index: Tensor,
+    gen_index: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """A layer from its attention on."""
+    x, y = layer.self_attn.leave(out, und, gen, (b, length), und_index, gen_index)
+    und = und + x
+    und = und + layer.mlp(layer.post_attention_layernorm(und))
+    if gen.shape[0]:
+        gen = gen + y
+        gen = gen + layer.mlp_moe_gen(layer.post_attention_layernorm_moe_gen(gen))
+    return und, gen
+
+
+class Compiled:
+    """A layer with a cache in two compiled parts, and its attention as it is between them.
+
+    Both are functions of the layer, so that all layers share what is compiled: once for text that is written by one row,
+    by several, for blocks of text, and for latents.
+    """
+
+    def __init__(self, backend: str | Any = "inductor") -> None:
+        """Makes ready; compiling waits for the first pass.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        self._enter = torch.compile(_enter, dynamic=True, backend=backend)
+        self._leave = torch.compile(_leave, dynamic=True, backend=backend)
+
+    def __call__(
+        self, layer: Layer, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows
+    ) -> tuple[Tensor, Tensor]:
+        """As `Layer.forward`."""
+        shape, und_index, gen_index, cos, sin = frame.layout
+        q, k, v = self._enter(layer, und, gen, *shape, und_index, gen_index, cos, sin)
+        out = layer.self_attn.attend(q, k, v, frame, cache)
+        return self._leave(layer, out, und, gen, *shape, und_index, gen_index)
 
 
 class Decoder(nn.Module):
@@ -185,6 +330,7 @@ class Decoder(nn.Module):
         self.theta = float(config.llm.get("rope_theta", 1000000.0))
         self.head_dim = config.head_dim
         self.checkpointing = False
+        self.compiled: Compiled | None = None
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, 1, L, d) at positions (B, L), computed in float32."""
@@ -202,7 +348,7 @@ class Decoder(nn.Module):
         und: Tensor,
         gen: Tensor,
         frame: Frame,
-        cache: KeyValues | None = None,
+        cache: KeyValues | Rows | None = None,
         hidden_layers: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """Runs all layers; returns the states before the final norms, and those after the layers asked for."""
@@ -212,6 +358,8 @@ class Decoder(nn.Module):
                 und, gen = torch.utils.checkpoint.checkpoint(
                     *(layer, und, gen, frame), use_reentrant=False, context_fn=_twice_any_shape
                 )
+            elif self.compiled is not None and isinstance(cache, Slots | Rows):
+                und, gen = self.compiled(layer, und, gen, frame, cache)
             elif cache is not None:
                 # Not what `compile` made of it: with a cache each layer is a shape of its own, and few of them would use up
                 # what the compiler remembers, so that training ran uncompiled.

@@ -1,0 +1,51 @@
+"""PEFT's LoRA layer with a shorter way to its output.
+
+Stock PEFT casts the input to the factors' type, makes the update in full width, scales it, adds it and casts back: five
+passes over outputs that are the widest tensors of a network. Here the product with the second factor adds into the output
+of the base layer, which is what the update costs then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+from clear_adapters.backbones import fast
+
+
+class LeanLinear(Linear):
+    """A `peft.tuners.lora.Linear` of one adapter; what is not plain LoRA goes PEFT's own way."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with the update."""
+        if args or kwargs or not fast.takes("lora", x.device) or not self._is_plain():
+            return super().forward(x, *args, **kwargs)
+        name = self.active_adapters[0]
+        result: Tensor = self.base_layer(x)
+        first, second = self.lora_A[name].weight, self.lora_B[name].weight
+        # Autocast keeps its cast of a weight for the whole pass.
+        if not torch.is_autocast_enabled(x.device.type):
+            first = first.to(x.dtype)
+        low = (F.linear(x, first) * self.scaling[name]).to(result.dtype).reshape(-1, first.shape[0])
+        second = second.to(result.dtype).t()
+        if result.ndim == 2:
+            return result.addmm_(low, second)
+        return torch.addmm(result.reshape(-1, result.shape[-1]), low, second).view(result.shape)
+
+    def _is_plain(self) -> bool:
+        active = self.active_adapters
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
+            return False
+        dropout = self.lora_dropout[active[0]] if active[0] in self.lora_A else None
+        idle = isinstance(dropout, nn.Identity) or (isinstance(dropout, nn.Dropout) and not self.training)
+        return idle and type(self.base_layer) is nn.Linear
+
+
+def lean(layer: nn.Module) -> None:
+    """Lets a layer of stock PEFT take the shorter way; other kinds (quantized ones) stay as they are."""
+    if type(layer) is Linear:
+        layer.__class__ = LeanLinear

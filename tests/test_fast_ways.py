@@ -1,0 +1,325 @@
+"""The fast ways give what the plain ones give: on a CPU each is taken by order, on a GPU by itself."""
+
+import contextlib
+
+import pytest
+import torch
+
+from clear_adapters import attach
+from clear_adapters.backbones import fast, writer
+from clear_adapters.backbones.bagel.model import attend_by_products
+from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters.backbones.rows import Rows
+from clear_adapters.engine import Engine
+from clear_adapters.errors import ClearValueError
+from clear_adapters.lora import ADAPTER_NAME
+from clear_adapters.lora_linear import LeanLinear
+from clear_adapters.sampling import LatentSampling, TextSampling
+from clear_adapters.transcript import Origin, TextSegment
+from tests.scripted import picture
+
+SIZES = [(64, 48), (48, 64), (32, 32)]
+GUIDED = LatentSampling(steps=5)
+SDE = LatentSampling(steps=5, guidance_text=1, guidance_image=1, sde_sigma=0.3)
+TEXT = TextSampling(max_new_tokens=9, temperature=1.0)
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def attached_of(device="cpu", layers=2):
+    """The toy with an update that does something."""
+    backbone = build(0, layers=layers)
+    for part in (backbone.model, backbone.autoencoder):
+        part.to(device)
+    attached = attach(backbone)
+    generator = torch.Generator().manual_seed(0)
+    for layer in attached.lora.layers.values():
+        weight = layer.lora_B[ADAPTER_NAME].weight
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
+    return attached
+
+
+@pytest.fixture(scope="module")
+def attached():
+    return attached_of()
+
+
+def rollouts(attached, latent=GUIDED, rows=3):
+    """Rows of three grids and three lengths, restored and written."""
+    return Engine(attached.backbone, attached.bridge).rollout(
+        [picture(i, SIZES[i]) for i in range(rows)],
+        ["What is it?"[: 5 + i] for i in range(rows)],
+        seeds=list(range(1, rows + 1)),
+        restore="always",
+        text=TEXT,
+        latent=latent,
+    )
+
+
+def assert_same(found, expected, tolerance=1e-4):
+    for a, b in zip(found, expected, strict=True):
+        one, other = a.restorations[0].restoration, b.restorations[0].restoration
+        torch.testing.assert_close(one.latent, other.latent, atol=tolerance, rtol=0)
+        if other.trace is not None:
+            torch.testing.assert_close(one.trace.logprobs, other.trace.logprobs, atol=tolerance, rtol=0)
+        for x, y in zip(texts(a), texts(b), strict=True):
+            assert x.ids.tolist() == y.ids.tolist()
+            torch.testing.assert_close(x.logprobs, y.logprobs, atol=tolerance, rtol=0)
+
+
+def texts(transcript):
+    return [s for s in transcript if isinstance(s, TextSegment) and s.origin is Origin.SAMPLED]
+
+
+@pytest.mark.parametrize("latent", [GUIDED, SDE], ids=["guided", "sde"])
+@pytest.mark.parametrize("way", [*fast.WAYS, "all"])
+def test_a_fast_way_gives_what_the_plain_one_gives(attached, way, latent):
+    with fast.switched(*fast.WAYS, on=False):
+        expected = rollouts(attached, latent)
+    with fast.switched(*(fast.WAYS if way == "all" else [way]), on=True):
+        assert_same(rollouts(attached, latent), expected)
+
+
+def test_which_ways_a_device_takes():
+    for way in fast.WAYS:
+        assert fast.takes(way, torch.device("cuda"))
+        assert not fast.takes(way, torch.device("cpu"))
+        with fast.switched(way, on=True):
+            assert fast.takes(way, torch.device("cpu"))
+        with contextlib.suppress(RuntimeError), fast.switched(way, on=False):
+            assert not fast.takes(way, torch.device("cuda"))
+            raise RuntimeError
+        assert fast.takes(way, torch.device("cuda"))
+
+
+# -- LoRA
+
+
+def test_lora_adds_into_the_output_with_the_same_gradients(attached):
+    layer = next(iter(attached.lora.layers.values()))
+    assert type(layer) is LeanLinear
+    given = torch.randn(7, layer.in_features, requires_grad=True)
+    parameters = [layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight, given]
+
+    def run(x):
+        out = layer(x)
+        return out.detach(), torch.autograd.grad(out.square().sum(), parameters)
+
+    plain, plain_gradients = run(given)
+    with fast.switched("lora", on=True):
+        lean, gradients = run(given)
+        torch.testing.assert_close(layer(given[None, None]), lean[None, None])
+        with torch.no_grad():
+            torch.testing.assert_close(layer(given), plain)
+            # In 16 bits the update is not rounded on its own.
+            torch.testing.assert_close(layer(given).bfloat16(), plain.bfloat16())
+    torch.testing.assert_close(lean, plain)
+    for a, b in zip(gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_that_is_off_or_drops_its_input_goes_its_own_way():
+    attached = attached_of()
+    layer = next(iter(attached.lora.layers.values()))
+    x = torch.randn(3, layer.in_features)
+    with fast.switched("lora", on=True):
+        with attached.disabled():
+            assert torch.equal(layer(x), layer.get_base_layer()(x))
+        layer.lora_dropout[ADAPTER_NAME] = torch.nn.Dropout(0.9)
+        held = layer.eval()(x)
+        assert not torch.equal(layer.train()(x), held)
+
+
+def test_folded_weights_answer_alike_and_come_back(attached):
+    layers = [layer.get_base_layer() for layer in attached.lora.layers.values()]
+    held, values = [x.weight for x in layers], [x.weight.clone() for x in layers]
+    expected = rollouts(attached)
+    with attached.folded():
+        assert all(x.weight is not w for x, w in zip(layers, held, strict=True))
+        assert_same(rollouts(attached), expected)
+    assert all(x.weight is w and torch.equal(w, v) for x, w, v in zip(layers, held, values, strict=True))
+    assert_same(rollouts(attached), expected, tolerance=0)
+    with attached.disabled():
+        before = attached.engine.rollout([picture(0)], ["What?"], seeds=[1], text=TEXT)
+        with attached.folded():
+            after = attached.engine.rollout([picture(0)], ["What?"], seeds=[1], text=TEXT)
+    assert texts(after[0])[0].ids.tolist() == texts(before[0])[0].ids.tolist()
+
+
+def test_folding_refuses_what_would_ruin_the_weights():
+    attached = attached_of()
+    layer = next(iter(attached.lora.layers.values()))
+    weight = layer.get_base_layer().weight
+    layer.lora_A[ADAPTER_NAME].weight.data[0, 0] = float("nan")
+    with pytest.raises(ClearValueError, match="not finite"), attached.folded():
+        pass
+    assert layer.get_base_layer().weight is weight
+    assert not layer.disable_adapters
+
+
+# -- attention
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products_are_attention(rows):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(rows, 2, 7, 16, generator=generator)
+    store = torch.randn(2, rows, 2, 60, 16, generator=generator)
+    k, v = store[..., :50, :]
+    mask = torch.rand(rows, 1, 1, 50, generator=generator) > 0.3
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(attend_by_products(q, k, v, bias), expected, atol=1e-5, rtol=0)
+    half = [x.bfloat16() for x in (q, k, v)]
+    found = attend_by_products(*half, bias).float()
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+
+
+def test_text_in_16_bits_takes_products_and_is_close():
+    backbone = build(0)
+    backbone.model.bfloat16()
+    context = backbone.start(2, [1, 2])
+    context = backbone.read_text(context, [backbone.encode_text("What is it?")] * 2)
+    expected = backbone.write_text(context.fork(), TextSampling(max_new_tokens=1))[1]
+    with fast.switched("products", on=True):
+        found = backbone.write_text(context.fork(), TextSampling(max_new_tokens=1))[1]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=0.05, rtol=0)
+
+
+def test_contexts_with_holes_are_kept_without_them(attached):
+    b = attached.backbone
+    context = b.read_text(b.start(3, [1, 2, 3]), [b.encode_text("abcdefg"[:n]) for n in (3, 7, 3)])
+    rows = Rows([context, context], [6, 6, 4])
+    (own, *_), _ = rows._parts
+    assert {(tuple(g.rows), g.context, g.tokens) for part in rows._parts for g in part} == {
+        *(((0,), 5, 6), ((1,), 9, 6), ((2,), 5, 4)),
+        *(((3,), 5, 6), ((4,), 9, 6), ((5,), 5, 4)),
+    }
+    assert torch.equal(own.data[:, :, 0, :, :5], context.cache.read(5)[:, :, 0])
+    hidden = context.hide([1], 5)
+    later = b.read_text(hidden, [b.encode_text("xy")] * 3)
+    group = Rows([later], [6] * 3)._parts[0]
+    assert [(g.rows, g.context) for g in group] == [([0, 1, 2], 9)]
+
+
+# -- the end of a turn
+
+
+class Replayed:
+    """A captured step, as far as a CPU has one."""
+
+    def __init__(self, step):
+        self.replay = step
+
+
+@pytest.mark.parametrize("portion", [4, 9, 64])
+@pytest.mark.parametrize("limit", [1, 8, 9])
+def test_the_captured_step_reads_the_end_of_a_turn(attached, monkeypatch, portion, limit):
+    """Cut off or not, the context is the one that reading token by token gives."""
+    b, sampling = attached.backbone, TextSampling(max_new_tokens=limit, temperature=1.5)
+    context = b.read_text(b.start(3, [1, 2, 3]), [b.encode_text("abcdefg"[:n]) for n in (3, 7, 3)])
+
+    def choose(logits, settings, random, active=None):
+        token, logprob = real(logits, settings, random, active)
+        ends = (random.counts == 5) & (random.seeds == 2)
+        return torch.where(ends, b.end_id, token), logprob
+
+    real = writer.choose_token
+    monkeypatch.setattr(writer, "choose_token", choose)
+    monkeypatch.setattr(writer, "_PORTION", portion)
+    after, expected = b.write_text(context.fork(), sampling, rows=[0, 1])
+    monkeypatch.setattr("clear_adapters.backbones.bagel.backbone.can_capture", lambda model, device: True)
+    monkeypatch.setattr(writer.Writer, "_captured", lambda self: Replayed(self._step))
+    finished, finish = [], writer.Writer.finish
+    monkeypatch.setattr(writer.Writer, "finish", lambda self: finished.append(finish(self)) or finished[-1])
+    with fast.switched("last", on=True):
+        other, found = b.write_text(context.fork(), sampling, rows=[0, 1])
+    assert finished == [True]
+    for x, y in zip(found, expected, strict=True):
+        assert x.ids.tolist() == y.ids.tolist()
+        torch.testing.assert_close(x.logprobs, y.logprobs, atol=1e-5, rtol=0)
+    assert other.position.tolist() == after.position.tolist()
+    assert other.random.counts.tolist() == after.random.counts.tolist()
+    assert other.valid.sum(1).tolist() == after.valid.sum(1).tolist()
+    more, less = (b.write_text(c, sampling)[1] for c in (other, after))
+    for x, y in zip(more, less, strict=True):
+        assert x.ids.tolist() == y.ids.tolist()
+        torch.testing.assert_close(x.logprobs, y.logprobs, atol=1e-5, rtol=0)
+
+
+# -- compiled
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_compiled_model_answers_alike_and_is_compiled_a_few_times():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    attached = attached_of(layers=3)
+    expected, alone = rollouts(attached), rollouts(attached, rows=1)
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    attached.backbone.set_compiled(True, counter)
+    try:
+        with fast.switched(*fast.WAYS, on=True):
+            assert_same(rollouts(attached), expected)
+            assert_same(rollouts(attached, rows=1), alone)
+            count = counter.frame_count
+            assert count <= 14  # two parts, for one row and for several, with latents and without
+            rollouts(attached, rows=2)
+            assert counter.frame_count <= count + 2
+    finally:
+        torch._dynamo.reset()
+    attached.detach()
+    assert attached.backbone.model.language_model.model.compiled is None
+
+
+def test_a_family_that_compiles_nothing_says_so():
+    from clear_adapters.backbones.janus.tiny import build as janus
+
+    attached = attach(janus(0))
+    with pytest.raises(ClearValueError, match="does not compile"):
+        attached.compile()
+    attached.compile(False)
+    attached.detach()
+
+
+# -- on a GPU
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("latent", [GUIDED, SDE], ids=["guided", "sde"])
+def test_all_ways_together_on_a_gpu(latent):
+    attached = attached_of("cuda")
+    with fast.switched(*fast.WAYS, on=False):
+        expected = rollouts(attached, latent)
+    assert_same(rollouts(attached, latent), expected, tolerance=1e-3)
+
+
+@pytest.mark.gpu
+@GPU
+def test_products_on_a_gpu():
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 4, n, 128, device="cuda", generator=generator).bfloat16() for n in (7, 900, 900)
+    )
+    mask = torch.rand(2, 1, 1, 900, device="cuda", generator=generator) > 0.3
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), attn_mask=mask
+    )
+    bias = torch.zeros(mask.shape, device="cuda").masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(attend_by_products(q, k, v, bias).float(), expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.timeout(400)
+def test_a_compiled_model_on_a_gpu():
+    attached = attached_of("cuda")
+    expected = rollouts(attached)
+    attached.compile()
+    try:
+        assert_same(rollouts(attached), expected, tolerance=1e-3)
+    finally:
+        torch._dynamo.reset()
