@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clear_adapters.backbones import fast
 from clear_adapters.backbones.bagel.autoencoder import decode_tokens
-from clear_adapters.backbones.bagel.backbone import BagelBackbone
+from clear_adapters.backbones.bagel.backbone import BagelBackbone, FlowPasses
 from clear_adapters.backbones.bagel.checkpoint import load_checkpoint
 from clear_adapters.backbones.bagel.images import to_patches
 from clear_adapters.backbones.bagel.packing import Marks
@@ -111,13 +112,14 @@ def velocities(backbone, contexts, expected, t):
     valid = torch.ones(1, 12, dtype=torch.bool)
     x = expected["in.noise"][None]
     with torch.no_grad():
-        return [
-            backbone._velocity(contexts[k], x, places, valid, t)[0] for k in ("think", "question", "no_image")
-        ]
+        own = [contexts[k] for k in ("think", "question", "no_image")]
+        return FlowPasses(backbone, own, places, valid, [14]).velocities(x, t, 3)
 
 
-def test_velocity_and_guidance(backbone, contexts, expected):
-    plain, no_text, no_image = velocities(backbone, contexts, expected, 0.7)
+@pytest.mark.parametrize("on", [False, True], ids=["plain", "fast"])
+def test_velocity_and_guidance(backbone, contexts, expected, on):
+    with fast.switched(*fast.WAYS, on=on):
+        plain, no_text, no_image = velocities(backbone, contexts, expected, 0.7)
     close(plain[0], expected["velocity_t0.7"])
     close(guide(plain, no_text, no_image, LatentSampling())[0], expected["velocity_t0.7_cfg4_2_global"])
 

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ class Clock(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Notes the time."""
         self._s.sync()
         self.ends.append(time.perf_counter())
         if len(self.ends) == 1:
@@ -98,6 +100,7 @@ class Bench:
         self.s, self.load = session, load
         self.backbone = build(session.args.size, session.device, dtype)
         self.peak: float | None = None
+        self._profiled: set[str] = set()
 
     def examples(self) -> list[Example]:
         """Questions whose recorded reply restores; thought and answer are of the workload's length."""
@@ -183,7 +186,7 @@ class Bench:
                 self.backbone.scripted = False
                 attached.detach()
         ends = clock.ends[apart - 1 :]
-        times = sorted(b - a for a, b in zip(ends[:-1], ends[1:], strict=True))
+        times = sorted(b - a for a, b in pairwise(ends))
         if not times:
             raise RuntimeError("one step alone, and no time was left for another")
         middle = times[len(times) // 2]
@@ -214,8 +217,6 @@ class Bench:
             row["share"] = 2 * products / self.peak / middle
             row["share_run"] = (3 if row["checkpointing"] else 2) * products / self.peak / middle
         self.s.add(row)
-
-    _profiled: set[str] = set()
 
     def _watch(self, objective: Any, seen: dict[str, Any]) -> None:
         """Keeps the last batch, and what preparing took."""

@@ -151,10 +151,8 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """
     b, heads, queries, width = q.shape
     flat, keys = q.reshape(b * heads, queries, width), k.reshape(b * heads, -1, width).transpose(1, 2)
-    if q.is_cuda:
-        scores = torch.bmm(flat, keys, out_dtype=torch.float32)
-    else:
-        scores = flat.float() @ keys.float()
+    # A CPU has no product of 16-bit numbers with a result in 32.
+    scores = torch.bmm(flat, keys, out_dtype=torch.float32) if q.is_cuda else flat.float() @ keys.float()
     scores = torch.add(bias, scores.view(b, heads, queries, -1), alpha=width**-0.5)
     weights = scores.softmax(-1).to(v.dtype).view(b * heads, queries, -1)
     return torch.bmm(weights, v.reshape(b * heads, -1, width)).view(q.shape)
