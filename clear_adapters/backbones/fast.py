@@ -15,6 +15,7 @@ WAYS = {
     "rows": "flow steps that attend row by row, without mask, holes and repeated heads",
     "products": "one token's attention as two products, spread over the context, in 16-bit types",
     "last": "the last token of a turn read by the captured step",
+    "spans": "long rows of training that attend block by block instead of with a mask",
     "place": "rotary embedding written in place",
 }
 """What they are."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clear_adapters.backbones.spans import Span
 from clear_adapters.errors import ClearValueError
 
 
@@ -149,6 +150,7 @@ class PackedBatch:
         watch_piece: (W,) int64, the number that each is watched under.
         target: velocity targets (G, C) float32, or the codes (G,) int64; filled in by `Backbone.encode`.
         codes: (G,) int64, of a family that restores codes; those of pictures are filled in by `Backbone.encode`.
+        spans: the blocks of each row on the host, of a family that attends block by block.
     """
 
     ids: Tensor
@@ -181,6 +183,7 @@ class PackedBatch:
     watch_piece: Tensor | None = None
     target: Tensor | None = None
     codes: Tensor | None = None
+    spans: tuple[tuple[Span, ...], ...] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
         """The batch on a device."""

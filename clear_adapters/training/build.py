@@ -124,7 +124,9 @@ def trainer_for(
     set_trainable(attached, recipe)
     if loop.checkpointing:
         backbone.set_checkpointing(True)
-    if loop.compile:
+    if loop.compile and backbone.compiles and not loop.shard:
+        backbone.set_compiled(True, training=True)
+    elif loop.compile:
         compile_layers(decoder_layers(attached))
     objective = objective_for(attached, recipe)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -28,6 +28,7 @@ from clear_adapters.backbones.checkpoints import refuse_quantization
 from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
 from clear_adapters.backbones.pixels import to_pil
 from clear_adapters.backbones.rows import Rows
+from clear_adapters.backbones.spans import LONG
 from clear_adapters.backbones.writer import Writer, can_capture, write_turn
 from clear_adapters.errors import CheckpointError, ClearValueError
 from clear_adapters.sampling import (
@@ -52,6 +53,7 @@ class BagelBackbone(Backbone):
     """A loaded BAGEL: network, autoencoder, tokenizer."""
 
     spec = SPEC
+    compiles = True
     model: BagelModel
 
     def __init__(
@@ -451,8 +453,13 @@ class BagelBackbone(Backbone):
         und, gen, _ = decoder(und, gen, frame, room)
         return _Step(context, room, valid, und, gen)
 
-    def set_compiled(self, enabled: bool, backend: Any = "inductor") -> None:
-        self.model.language_model.model.compiled = Compiled(backend) if enabled else None
+    def set_compiled(self, enabled: bool, backend: Any = "inductor", training: bool = False) -> None:
+        decoder = self.model.language_model.model
+        made = Compiled(backend, training) if enabled else None
+        if training:
+            decoder.compiled_training = made
+        else:
+            decoder.compiled = made
 
     # -- the uncached path
 
@@ -495,7 +502,11 @@ class BagelBackbone(Backbone):
             if bridge is not None:
                 gen = torch.where(batch.latent_bridged[:, None], bridge(batch.latents, gen), gen)
         cos, sin = decoder.rotary(batch.positions)
-        frame = Frame((b, length), batch.und_index, batch.gen_index, cos, sin, batch.visibility())
+        # Layers that are compiled whole would be compiled anew for every layout.
+        whole = getattr(decoder.layers[0], "_compiled_call_impl", None) is not None
+        spans = batch.spans if length >= LONG and not whole and fast.takes("spans", self.device) else None
+        mask = batch.visibility() if spans is None else None
+        frame = Frame((b, length), batch.und_index, batch.gen_index, cos, sin, mask, spans)
         und, gen, kept = decoder(und, gen, frame, None, batch.hidden_layers)
 
         def spread(u: Tensor, g: Tensor) -> Tensor:

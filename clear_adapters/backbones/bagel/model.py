@@ -8,7 +8,9 @@ laid out as (B, L). Everything outside attention so touches no padding.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +27,7 @@ from clear_adapters.backbones.bagel.config import BagelConfig
 from clear_adapters.backbones.bagel.images import normalise
 from clear_adapters.backbones.cache import Slots
 from clear_adapters.backbones.rows import Rows
+from clear_adapters.backbones.spans import Span, attend_spans
 
 
 class KeyValues(Protocol):
@@ -103,6 +106,8 @@ class Attention(nn.Module):
         b, length = frame.shape
         if isinstance(cache, Rows):
             return cache.attend(self.layer, q, k, v).reshape(b * length, -1)
+        if frame.spans is not None:
+            return attend_spans(q, k, v, frame.spans).reshape(b * length, -1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if self.kv_heads != self.heads and length == 1:
@@ -166,7 +171,8 @@ class Frame:
         und_index: (U,) flat places of the understanding tokens.
         gen_index: (G,) flat places of the generation tokens.
         cos, sin: (B, 1, L, d) rotary tables at the tokens' positions.
-        mask: (B, 1, L, K) bool, True where seen, or additive.
+        mask: (B, 1, L, K) bool, True where seen, or additive; None where nothing is hidden, or `spans` say what is.
+        spans: the blocks of each row, of a pass without a cache.
     """
 
     def __init__(
@@ -177,6 +183,7 @@ class Frame:
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None,
+        spans: Sequence[Sequence[Span]] | None = None,
     ) -> None:
         self.shape = shape
         self.und_index = und_index
@@ -184,6 +191,7 @@ class Frame:
         self.cos = cos
         self.sin = sin
         self.mask = mask
+        self.spans = spans
         self._bias: Tensor | None = None
 
     @property
@@ -289,24 +297,35 @@ def _leave(
     return und, gen
 
 
-class Compiled:
-    """A layer with a cache in two compiled parts, and its attention as it is between them.
+def _enter_training(layer: Layer, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _enter(layer, *given)
 
-    Both are functions of the layer, so that all layers share what is compiled: once for text that is written by one row,
-    by several, for blocks of text, and for latents.
+
+def _leave_training(layer: Layer, *given: Any) -> tuple[Tensor, Tensor]:
+    return _leave(layer, *given)
+
+
+class Compiled:
+    """A layer in two compiled parts, and its attention as it is between them.
+
+    Both are functions of the layer, so that all layers share what is compiled: with a cache once for text that is written by
+    one row, by several, and for latents; without one for batches with latents and for those without.
     """
 
-    def __init__(self, backend: str | Any = "inductor") -> None:
+    def __init__(self, backend: str | Any = "inductor", training: bool = False) -> None:
         """Makes ready; compiling waits for the first pass.
 
         Args:
             backend: of `torch.compile`.
+            training: for passes without a cache. The compiler remembers a few forms of a function: those of answers
+                would leave too little room for these.
         """
-        self._enter = torch.compile(_enter, dynamic=True, backend=backend)
-        self._leave = torch.compile(_leave, dynamic=True, backend=backend)
+        enter, leave = (_enter_training, _leave_training) if training else (_enter, _leave)
+        self._enter = torch.compile(enter, dynamic=True, backend=backend)
+        self._leave = torch.compile(leave, dynamic=True, backend=backend)
 
     def __call__(
-        self, layer: Layer, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows
+        self, layer: Layer, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `Layer.forward`."""
         shape, und_index, gen_index, cos, sin = frame.layout
@@ -329,6 +348,7 @@ class Decoder(nn.Module):
         self.head_dim = config.head_dim
         self.checkpointing = False
         self.compiled: Compiled | None = None
+        self.compiled_training: Compiled | None = None
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, 1, L, d) at positions (B, L), computed in float32."""
@@ -352,18 +372,22 @@ class Decoder(nn.Module):
         """Runs all layers; returns the states before the final norms, and those after the layers asked for."""
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         for i, layer in enumerate(self.layers):
-            if self.checkpointing and self.training and cache is None:
-                und, gen = torch.utils.checkpoint.checkpoint(
-                    *(layer, und, gen, frame), use_reentrant=False, context_fn=_twice_any_shape
-                )
+            if cache is None:
+                run: Callable[..., tuple[Tensor, Tensor]] = layer
+                if self.compiled_training is not None:
+                    run = partial(self.compiled_training, layer)
+                if self.checkpointing and self.training:
+                    und, gen = torch.utils.checkpoint.checkpoint(
+                        *(run, und, gen, frame), use_reentrant=False, context_fn=_twice_any_shape
+                    )
+                else:
+                    und, gen = run(und, gen, frame)
             elif self.compiled is not None and isinstance(cache, Slots | Rows):
                 und, gen = self.compiled(layer, und, gen, frame, cache)
-            elif cache is not None:
+            else:
                 # Not what `compile` made of it: with a cache each layer is a shape of its own, and few of them would use up
                 # what the compiler remembers, so that training ran uncompiled.
                 und, gen = layer.forward(und, gen, frame, cache)
-            else:
-                und, gen = layer(und, gen, frame)
             if i in hidden_layers:
                 kept[i] = (und, gen)
         return und, gen, kept

@@ -18,6 +18,7 @@ from clear_adapters.backbones.packed import (
     PreparedImage,
     TextPiece,
 )
+from clear_adapters.backbones.spans import spans_of
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ class Packer:
             if watched
             else None,
             watch_piece=torch.cat([torch.full((c,), n) for _, _, c, n in watched]) if watched else None,
+            spans=tuple(spans_of(r.block, r.full, r.branch) for r in rows),
         )
 
     def _latent_tokens(self) -> tuple[Tensor, Tensor, list[Tensor]]:
