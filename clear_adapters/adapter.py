@@ -67,7 +67,8 @@ def attach(
             one on a GPU and takes float32 on a CPU, where bfloat16 is slow.
         device: where such a model is loaded to; None is the CUDA GPU if there is one, else the CPU. `mps` is taken only
             where it is asked for.
-        quantization: a family's way to load with fewer bits, where it has one.
+        quantization: `int8` or `nf4`: the decoder's weights in fewer bits, by bitsandbytes (extra `quant`), for answers and
+            for training. Such a base cannot be merged or folded.
         revision: of the model on the Hub.
         adapter_revision: of the adapter on the Hub.
         token: for the Hub.

@@ -237,7 +237,7 @@ def test_any_parts_are_saved_and_loaded(backbone, tmp_path, settings, bridge):
         ({"model": "builtin:toy", "device": 1.5}, ClearValueError, "device='1.5'"),
         ({"model": "builtin:toy", "device": "meta"}, ClearValueError, "device='meta'"),
         ({"model": "builtin:toy", "device": "cuda:99"}, ClearValueError, "device='cuda:99'.*this machine"),
-        ({"model": "builtin:toy", "quantization": "nf4"}, ClearValueError, "nf4"),
+        ({"model": "builtin:toy", "quantization": "int3"}, ClearValueError, "int3.*'int8', 'nf4'"),
         ({"model": "builtin:toy", "processor": {}}, ClearValueError, "processor"),
     ],
 )

@@ -315,6 +315,7 @@ def test_products_on_a_gpu():
 @pytest.mark.gpu
 @GPU
 @pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_compiled_model_on_a_gpu():
     attached = attached_of("cuda")
     expected = rollouts(attached)

@@ -25,7 +25,7 @@ LAYERS = {
         ),
         *("backbones/codes", "backbones/code_writer", "backbones/codes_packing", "backbones/decoder"),
         *("backbones/pixels", "backbones/checkpoints", "backbones/facts", "backbones/state"),
-        *("backbones/fast", "backbones/rows", "backbones/spans", "lora_linear"),
+        *("backbones/fast", "backbones/quantized", "backbones/rows", "backbones/spans", "lora_linear"),
         *("lora", "bridge", "store"),
     ],
     1: [

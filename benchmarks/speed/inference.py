@@ -96,7 +96,7 @@ class Bench:
 
     def __init__(self, session: Session, load: Load, dtype: torch.dtype) -> None:
         self.s, self.load = session, load
-        self.backbone: Turns = build(session.args.size, session.device, dtype)
+        self.backbone: Turns = build(session.args.size, session.device, dtype, session.args.quantization)
         self.attached: AttachedModel | None = self._attach()
         self.engine = self._engine()
 
@@ -401,6 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         torch.set_grad_enabled(True)
     session.payload["parameters"] = parameters(bench.backbone.model)
+    # What is held before anything is done.
+    session.payload["weights_gb"] = session.peak()
     for part in session.parts:
         work: Callable[[], None] = getattr(bench, part)
         try:

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from clear_adapters.backbones.bagel.autoencoder import build_autoencoder
 from clear_adapters.backbones.bagel.backbone import BagelBackbone
+from clear_adapters.backbones.bagel.checkpoint import LAYERS
 from clear_adapters.backbones.bagel.config import AutoencoderConfig, BagelConfig
 from clear_adapters.backbones.bagel.model import BagelModel, sincos_table
 from clear_adapters.backbones.bagel.tiny import small_config, tokenizer
+from clear_adapters.backbones.quantized import check_quantization, quantize_layers
 from clear_adapters.prompts import Protocol
 
 REQUEST = "<think>Too dark to read.</think>\n<image_restore>"
@@ -110,22 +112,29 @@ def config_of(size: str) -> BagelConfig:
 
 
 @torch.no_grad()
-def build(size: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Turns:
-    """A backbone with random weights, without a copy of them anywhere else."""
+def build(
+    size: str, device: torch.device, dtype: torch.dtype, quantization: str | None = None, seed: int = 0
+) -> Turns:
+    """A backbone with random weights, without a copy of them anywhere else; quantized ones as they are made."""
+    check_quantization(quantization)
     config = config_of(size)
     with torch.device("meta"):
         model, autoencoder = BagelModel(config), build_autoencoder(config.ae)
     generator = torch.Generator(device).manual_seed(seed)
+    makers = {} if quantization is None else quantize_layers(model, LAYERS, quantization, dtype)
     for part in (model, autoencoder):
-        # Not `to`, which warns of the autoencoder's type.
-        part._apply(lambda t: t.to(dtype)).to_empty(device=device)
-        for name, parameter in part.named_parameters():
+        for name, parameter in list(part.named_parameters()):
+            values = torch.empty(parameter.shape, dtype=dtype, device=device)
             if parameter.ndim > 1:
                 spread = 1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5
                 spread *= _HEAD if "lm_head" in name else 1.0
-                parameter.normal_(0, spread, generator=generator)
+                values.normal_(0, spread, generator=generator)
             else:
-                parameter.fill_(float("norm" in name and name.endswith("weight")))
+                values.fill_(float("norm" in name and name.endswith("weight")))
+            parent, _, leaf = name.rpartition(".")
+            make = makers.get(name) if part is model else None
+            made = nn.Parameter(values, parameter.requires_grad) if make is None else make(values, device)
+            setattr(part.get_submodule(parent), leaf, made)
     model.vit_pos_embed.pos_embed.copy_(sincos_table(config.vit_side, config.width))
     model.latent_pos_embed.pos_embed.copy_(sincos_table(config.latent_side, config.width))
     autoencoder.requires_grad_(False)

@@ -30,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None
     parser.add_argument("--repeats", type=int, default=5, help="of a measurement, after warm-up")
     parser.add_argument("--each", type=float, default=20.0, help="seconds of repeats for one measurement")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quantization", choices=("int8", "nf4"), help="of the base; needs bitsandbytes")
     parser.add_argument("--profile", action="store_true", help="tables of kernels beside the result")
 
 
@@ -50,7 +51,12 @@ class Session:
             raise SystemExit(f"no part {unknown[0]!r}: {', '.join(parts)}")
         self._end = time.perf_counter() + args.seconds
         self._seen: set[str] = set()
-        self.payload: dict[str, Any] = {"size": args.size, "rows": [], "failed": []}
+        self.payload: dict[str, Any] = {
+            "size": args.size,
+            "quantization": args.quantization,
+            "rows": [],
+            "failed": [],
+        }
 
     @property
     def device_name(self) -> str:
@@ -75,7 +81,9 @@ class Session:
             device=self.device_name,
             seeds=(0,),
             # Of paths only the last part: they are places on a disk.
-            command=f"{self.kind}.py --size {self.args.size} --only {self.args.only}",
+            command=f"{self.kind}.py --size {self.args.size} --only {self.args.only}"
+            + (f" --quantization {self.args.quantization}" if self.args.quantization else ""),
+            packages=("bitsandbytes", "triton"),
         )
         result.write(self.args.output)
 

@@ -98,7 +98,7 @@ class Bench:
 
     def __init__(self, session: Session, load: Load, dtype: torch.dtype) -> None:
         self.s, self.load = session, load
-        self.backbone = build(session.args.size, session.device, dtype)
+        self.backbone = build(session.args.size, session.device, dtype, session.args.quantization)
         self.peak: float | None = None
         self._profiled: set[str] = set()
 
@@ -300,6 +300,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     session.payload |= {"load": asdict(load), "dtype": str(dtype).removeprefix("torch."), "rank": RANK}
     bench = Bench(session, load, dtype)
     session.payload["parameters"] = parameters(bench.backbone.model)
+    # What is held before anything is done.
+    session.payload["weights_gb"] = session.peak()
     if "rate" not in session.parts:
         bench.rate()
     for part in session.parts:

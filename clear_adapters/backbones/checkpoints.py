@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clear_adapters.backbones.quantized import check_quantization, transformers_settings
 from clear_adapters.errors import CheckpointError, ClearValueError
 
 
@@ -23,18 +24,6 @@ def folder_config(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def refuse_quantization(quantization: str | None, family: str) -> None:
-    """Says that a family has no quantized loading.
-
-    Raises:
-        ClearValueError: one is asked for.
-    """
-    if quantization is not None:
-        raise ClearValueError(
-            f"quantization={quantization!r}: backbone {family!r} has no quantized loading; leave it out"
-        )
-
-
 def load_transformers(
     folder: str,
     model_class: Any,
@@ -42,6 +31,8 @@ def load_transformers(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     whole: str,
+    quantization: str | None = None,
+    skipped: Sequence[str] = (),
 ) -> tuple[Any, list[Any]]:
     """A model for inference, frozen, and what else its folder holds. Reads safetensors only and runs no remote code.
 
@@ -52,10 +43,20 @@ def load_transformers(
         dtype: of the weights; None is the stored one.
         device: None is the CPU.
         whole: what to load instead of a part, for the message.
+        quantization: `int8` or `nf4`, of the linear layers.
+        skipped: modules that are not quantized.
 
     Raises:
+        ClearValueError: the quantization is unknown or cannot be had.
         CheckpointError: a file is missing or damaged, or weights are.
     """
+    check_quantization(quantization)
+    where = torch.device("cpu") if device is None else torch.device(device)
+    given: dict[str, Any] = {}
+    if quantization is not None:
+        # Quantized where they are placed, layer by layer.
+        given["quantization_config"] = transformers_settings(quantization, list(skipped), dtype)
+        given["device_map"] = {"": str(where)}
     try:
         others = [p.from_pretrained(folder, local_files_only=True) for p in processors]
         model, report = model_class.from_pretrained(
@@ -65,6 +66,7 @@ def load_transformers(
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            **given,
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -78,8 +80,8 @@ def load_transformers(
             f"{folder} lacks {len(missing)} weights of a {model_class.__name__}, such as {missing[0]}: it is a part of the "
             f"model, or another one; {whole}"
         )
-    where = torch.device("cpu") if device is None else torch.device(device)
-    return model.to(where).eval().requires_grad_(False), others
+    model = model if quantization is not None else model.to(where)
+    return model.eval().requires_grad_(False), others
 
 
 @contextmanager

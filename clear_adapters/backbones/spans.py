@@ -76,9 +76,7 @@ def _attend(
 ) -> Tensor:
     """(tokens, heads, d) of one block."""
     own = (*span.seen, number)
-    key, value = (
-        x[own[0]] if len(own) == 1 else torch.cat([x[i] for i in own], 1) for x in (keys, values)
-    )
+    key, value = (x[own[0]] if len(own) == 1 else torch.cat([x[i] for i in own], 1) for x in (keys, values))
     shared, mask = query.shape[0] // key.shape[0], None
     causal = not span.full and not span.seen
     if not span.full and not causal:

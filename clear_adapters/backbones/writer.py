@@ -69,11 +69,13 @@ the next token. Nothing in it may wait for the device."""
 
 
 def can_capture(model: nn.Module, device: torch.device) -> bool:
-    """Whether a step can be replayed as a graph: on a GPU, and not where hooks gather shards of the base.
+    """Whether a step can be replayed as a graph: on a GPU, and not where the host takes part in it.
 
-    Shards are told by their modules: gathered ones are plain tensors.
+    It does where hooks gather shards of the base, and with 8-bit weights, whose outliers are looked for in every input. Shards are told by their modules: gathered ones are plain tensors.
     """
-    return device.type == "cuda" and not any(isinstance(m, FSDPModule) for m in model.modules())
+    if device.type != "cuda" or getattr(model, "is_loaded_in_8bit", False):
+        return False
+    return not any(isinstance(m, FSDPModule) for m in model.modules())
 
 
 class Writer:

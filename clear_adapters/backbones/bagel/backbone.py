@@ -24,9 +24,9 @@ from clear_adapters.backbones.bagel.packing import Marks, Packer, grid_places, p
 from clear_adapters.backbones.bagel.spec import SPEC
 from clear_adapters.backbones.base import Backbone, Context, FlowTrace, Restoration, named_rows
 from clear_adapters.backbones.cache import Cache, Slots, stack
-from clear_adapters.backbones.checkpoints import refuse_quantization
 from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
 from clear_adapters.backbones.pixels import to_pil
+from clear_adapters.backbones.quantized import check_quantization, is_quantized
 from clear_adapters.backbones.rows import Rows
 from clear_adapters.backbones.spans import LONG
 from clear_adapters.backbones.writer import Writer, can_capture, write_turn
@@ -109,10 +109,10 @@ class BagelBackbone(Backbone):
         """Loads a folder in the official layout.
 
         Raises:
-            ClearValueError: a quantization is asked for.
+            ClearValueError: the quantization is unknown, or bitsandbytes is missing.
             CheckpointError: the folder does not hold a BAGEL model.
         """
-        refuse_quantization(quantization, "bagel")
+        check_quantization(quantization)
         where = torch.device(device) if device is not None else torch.device("cpu")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -121,10 +121,14 @@ class BagelBackbone(Backbone):
                 f"{folder} has no tokenizer that can be read: {error}. A BAGEL folder holds tokenizer.json (or "
                 "vocab.json and merges.txt); download it again if files are missing"
             ) from error
-        model, autoencoder = load_checkpoint(Path(folder), dtype, where)
+        model, autoencoder = load_checkpoint(Path(folder), dtype, where, quantization)
         return cls(model, autoencoder, tokenizer)
 
     def save(self, folder: Path) -> None:
+        if is_quantized(self.model):
+            raise ClearValueError(
+                "the base is quantized: its first weights are gone. Save it from a model that is loaded without quantization"
+            )
         save_checkpoint(folder, self.model, self.autoencoder, self.tokenizer)
 
     @classmethod

@@ -20,11 +20,15 @@ from clear_adapters.backbones.bagel.autoencoder import (
 )
 from clear_adapters.backbones.bagel.config import BagelConfig
 from clear_adapters.backbones.bagel.model import BagelModel
+from clear_adapters.backbones.quantized import quantize_layers
 from clear_adapters.errors import CheckpointError
+
+LAYERS = "language_model.model.layers."
+"""What the names of the decoder's layers begin with."""
 
 
 def load_checkpoint(
-    folder: Path, dtype: torch.dtype | None, device: torch.device
+    folder: Path, dtype: torch.dtype | None, device: torch.device, quantization: str | None = None
 ) -> tuple[BagelModel, AutoencoderKL]:
     """Builds the network without memory, then places each tensor once, on its device and in its type.
 
@@ -33,6 +37,7 @@ def load_checkpoint(
             autoencoder's tensors under the official names (officially `ema.safetensors` and `ae.safetensors`).
         dtype: type of the weights; None keeps the stored one. The autoencoder takes it too.
         device: where they go.
+        quantization: `int8` or `nf4`, of the decoder's layers, each of which is quantized when it is placed.
 
     Raises:
         CheckpointError: no weights, names missing or left over, or shapes that do not fit.
@@ -61,12 +66,20 @@ def load_checkpoint(
     targets: dict[str, tuple[nn.Module, str]] = {n: (model, n) for n in model.state_dict()}
     targets |= {official: (autoencoder, n) for official, n in official_keys(autoencoder).items()}
     _check(folder, targets, shapes)
+    makers: dict[str, Any] = {}
+    if quantization is not None:
+        makers = quantize_layers(model, LAYERS, quantization, dtype or torch.bfloat16)
     for file in files:
         with safe_open(file, "pt", device=str(device)) as opened:
             for name in opened.keys():  # noqa: SIM118
                 root, path = targets[name]
                 tensor = fit_shape(name, opened.get_tensor(name))
-                _place(root, path, tensor if dtype is None else tensor.to(dtype))
+                tensor = tensor if dtype is None else tensor.to(dtype)
+                if root is model and path in makers:
+                    parent, _, leaf = path.rpartition(".")
+                    setattr(root.get_submodule(parent), leaf, makers[path](tensor, device))
+                else:
+                    _place(root, path, tensor)
     return model.eval(), autoencoder.eval().requires_grad_(False)
 
 

@@ -20,7 +20,6 @@ from clear_adapters.backbones.checkpoints import (
     folder_config,
     inference,
     load_transformers,
-    refuse_quantization,
 )
 from clear_adapters.backbones.codes import CodesBackbone
 from clear_adapters.backbones.emu3.frames import Emu3Frames
@@ -30,6 +29,7 @@ from clear_adapters.backbones.pixels import from_standard, standardise
 from clear_adapters.errors import CheckpointError, ClearValueError
 
 _WHOLE = "load the whole model: Emu3ForConditionalGeneration.from_pretrained('BAAI/Emu3-Chat-hf')"
+_UNQUANTIZED = ("lm_head", "model.vqmodel")
 _PARTS = ("emu3_text_model", "emu3_vqgan")
 
 
@@ -146,12 +146,18 @@ class Emu3Backbone(CodesBackbone):
         """Loads a folder as `save_pretrained` of model and processor writes it.
 
         Raises:
-            ClearValueError: a quantization is asked for.
+            ClearValueError: the quantization is unknown, or bitsandbytes is missing.
             CheckpointError: the folder does not hold a whole Emu3.
         """
-        refuse_quantization(quantization, "emu3")
         model, (tokenizer, images) = load_transformers(
-            folder, Emu3ForConditionalGeneration, (AutoTokenizer, Emu3ImageProcessor), dtype, device, _WHOLE
+            folder,
+            Emu3ForConditionalGeneration,
+            (AutoTokenizer, Emu3ImageProcessor),
+            dtype,
+            device,
+            _WHOLE,
+            quantization,
+            _UNQUANTIZED,
         )
         return cls(model, tokenizer, images)
 

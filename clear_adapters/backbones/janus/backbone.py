@@ -20,7 +20,6 @@ from clear_adapters.backbones.checkpoints import (
     folder_config,
     inference,
     load_transformers,
-    refuse_quantization,
 )
 from clear_adapters.backbones.codes import CodesBackbone
 from clear_adapters.backbones.janus.frames import JanusFrames
@@ -30,6 +29,10 @@ from clear_adapters.backbones.packed import PreparedImage
 from clear_adapters.backbones.pixels import standardise
 from clear_adapters.errors import ClearValueError
 
+_UNQUANTIZED = (
+    *("lm_head", "model.vision_model", "model.aligner", "model.vqmodel"),
+    *("model.generation_embeddings", "model.generation_aligner", "model.generation_head"),
+)
 _WHOLE = (
     "load the whole model: JanusForConditionalGeneration.from_pretrained('deepseek-community/Janus-Pro-1B')"
 )
@@ -122,10 +125,9 @@ class JanusBackbone(CodesBackbone):
         """Loads a folder as `save_pretrained` of model and processor writes it.
 
         Raises:
-            ClearValueError: a quantization is asked for.
+            ClearValueError: the quantization is unknown, or bitsandbytes is missing.
             CheckpointError: the folder does not hold a whole Janus.
         """
-        refuse_quantization(quantization, "janus")
         model, (tokenizer, images) = load_transformers(
             folder,
             JanusForConditionalGeneration,
@@ -133,6 +135,8 @@ class JanusBackbone(CodesBackbone):
             dtype,
             device,
             _WHOLE,
+            quantization,
+            _UNQUANTIZED,
         )
         return cls(model, tokenizer, images)
 
