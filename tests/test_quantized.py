@@ -101,3 +101,27 @@ def test_detach_leaves_the_quantized_base(folders):
         before = written()
     attached.detach()
     assert torch.equal(written(), before)
+
+
+def test_recipes_refuse_what_does_not_go_together():
+    from clear_adapters.training.build import attach_for
+    from clear_adapters.training.recipe import LoopSettings, Recipe, load_recipe
+
+    assert load_recipe("tiny", ["quantization=nf4"]).loop.quantization == "nf4"
+    with pytest.raises(ClearValueError, match="quantization"):
+        load_recipe("tiny", ["quantization=int3"])
+    with pytest.raises(ClearValueError, match="leave one of them out"):
+        LoopSettings(shard=True, quantization="int8")
+    with pytest.raises(ClearValueError, match="passed loaded"):
+        attach_for(Recipe(loop=LoopSettings(quantization="nf4")), bagel(0))
+
+
+@needs_library
+def test_a_recipe_trains_on_a_quantized_base(folders):
+    from clear_adapters.training.build import attach_for
+    from clear_adapters.training.recipe import LoopSettings, Recipe
+
+    recipe = Recipe(loop=LoopSettings(quantization="nf4", bf16=False))
+    attached = attach_for(recipe, str(folders["bagel"]), device="cpu")
+    assert next(quantized_layers(attached.backbone.model)).weight.dtype == torch.uint8
+    attached.detach()

@@ -287,8 +287,11 @@ class Backbone(ABC):
             if hasattr(module, "checkpointing"):
                 module.checkpointing = enabled  # type: ignore[assignment]  # a plain attribute
 
-    def set_compiled(self, enabled: bool, backend: Any = "inductor") -> None:
-        """Compiles what reading, writing and restoring do with the cache, or no longer.
+    compiles: ClassVar[bool] = False
+    """Whether `set_compiled` does something."""
+
+    def set_compiled(self, enabled: bool, backend: Any = "inductor", training: bool = False) -> None:
+        """Compiles what writing and restoring do with the cache, or what `forward` does, or no longer.
 
         Raises:
             ClearValueError: the family does not compile it.

@@ -54,8 +54,14 @@ def attach_for(
         if where.type == "cuda" and rank >= 0:
             where = torch.device("cuda", rank)
         dtype = None if recipe.loop.bf16 else torch.float32
-        attached = attach(model, adapter, device=where, dtype=dtype, **fresh)
+        kind = recipe.loop.quantization
+        attached = attach(model, adapter, device=where, dtype=dtype, quantization=kind, **fresh)
     else:
+        if recipe.loop.quantization is not None:
+            raise ClearValueError(
+                f"loop.quantization={recipe.loop.quantization!r} is for a model that is loaded here, and this one was passed "
+                "loaded: pass its name instead, or one that was loaded so"
+            )
         if recipe.loop.shard:
             raise ClearValueError(
                 "loop.shard=True takes a model apart for good, and this one was passed loaded: pass its name instead"

@@ -112,6 +112,7 @@ class LoopSettings:
         bf16: compute in bfloat16 where there is a GPU; otherwise everything is float32, and the base is loaded in it. The
             adapter's own weights are float32 in training either way.
         compile: compile the decoder's layers.
+        quantization: of the base: `int8` or `nf4`, by bitsandbytes; None keeps its type.
         checkpointing: recompute activations, which saves memory.
         shard: spread the frozen base over the processes (FSDP2); the adapter stays whole on each.
         save_every: steps between checkpoints; 0 writes none.
@@ -129,6 +130,7 @@ class LoopSettings:
     micro_batch: int | None = None
     bf16: bool = True
     compile: bool = False
+    quantization: Literal["int8", "nf4"] | None = None
     checkpointing: bool = False
     shard: bool = False
     save_every: int = 200
@@ -150,6 +152,10 @@ class LoopSettings:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ClearValueError(f"{name}={value}: must be from {low} to {high}")
+        if self.shard and self.quantization is not None:
+            raise ClearValueError(
+                "shard=True spreads weights over processes, which quantized ones cannot be: leave one of them out"
+            )
 
 
 @dataclass(frozen=True)

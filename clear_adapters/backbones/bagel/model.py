@@ -325,9 +325,9 @@ class Compiled:
         self._leave = torch.compile(leave, dynamic=True, backend=backend)
 
     def __call__(
-        self, layer: Layer, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows | None = None
+        self, layer: Any, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `Layer.forward`."""
+        """As `Layer.forward` of a layer."""
         shape, und_index, gen_index, cos, sin = frame.layout
         q, k, v = self._enter(layer, und, gen, *shape, und_index, gen_index, cos, sin)
         out = layer.self_attn.attend(q, k, v, frame, cache)

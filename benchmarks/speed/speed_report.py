@@ -1,0 +1,226 @@
+"""The table of the speed targets and the figure of how cost grows, from result files, put into benchmarks/README.md.
+
+    python benchmarks/speed/speed_report.py benchmarks/results/speed/*.json
+
+Of several files the later one's rows win. The figure is written beside the first file. No number is typed by hand but those
+of the authors' code and the floors, which stand in DESIGN.md, section 9; a test renders the committed files again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from clear_adapters.results import ResultFile, read_result
+
+MARKERS = ("<!-- bagel-speed:begin -->", "<!-- bagel-speed:end -->")
+README = Path(__file__).parents[1] / "README.md"
+FIGURE = "growth.png"
+
+Row = dict[str, Any]
+
+
+class Results:
+    """Rows of several result files, with the facts of each."""
+
+    def __init__(self, files: Sequence[ResultFile]) -> None:
+        self.files = list(files)
+        self.rows: list[Row] = []
+        for file in files:
+            if file.kind not in ("inference", "training"):
+                continue
+            facts = {"device": file.device, "quantization": file.payload.get("quantization")}
+            self.rows += [{"kind": file.kind, **facts, **row} for row in file.payload["rows"]]
+
+    def find(self, part: str, **facts: Any) -> Row | None:
+        """The last row of a part with these facts, of unquantized weights unless told."""
+        facts = {"quantization": None, **facts}
+        own = [r for r in self.rows if r["part"] == part and all(r.get(k) == v for k, v in facts.items())]
+        return own[-1] if own else None
+
+    def each(self, part: str, **facts: Any) -> list[Row]:
+        """All rows of a part with these facts."""
+        facts = {"quantization": None, **facts}
+        return [r for r in self.rows if r["part"] == part and all(r.get(k) == v for k, v in facts.items())]
+
+
+def seconds(row: Row) -> str:
+    """`2.13 s`."""
+    return f"{row['seconds']:.2f} s"
+
+
+def milliseconds(row: Row) -> str:
+    """`6.4 ms`."""
+    return f"{row['seconds'] * 1e3:.1f} ms"
+
+
+def training(row: Row) -> str:
+    """`1.3 s, 4,100 tokens/s, 38 %, 61 GB`."""
+    shown = [seconds(row), f"{row['tokens_per_second']:,.0f} tokens/s"]
+    if "share_run" in row:
+        shown.append(f"{row['share_run']:.0%} of the card's rate")
+    if row["peak_gb"]:
+        shown.append(f"{row['peak_gb']:.0f} GB")
+    return ", ".join(shown)
+
+
+Target = tuple[str, str, dict[str, Any], Callable[[Row], str], str, str, float | None, str]
+TARGETS: tuple[Target, ...] = (
+    ("text, batch 1", "text", {"batch": 1, "text": 64}, milliseconds, "39 ms a token", "7 ms", 7e-3, "5 ms"),
+    ("text, batch 8", "text", {"batch": 8, "text": 64}, milliseconds, "8 x 39 ms", "9 ms", 9e-3, "5 ms"),
+    (
+        *("restoration, guidance 4/2, 30 points", "restoration"),
+        *({"batch": 1, "side": 512, "guided": True}, seconds, "5.5 s", "2.2 s", 2.2, "1.7 s"),
+    ),
+    ("restore then answer", "answer", {"batch": 1, "side": 512}, seconds, "11.8 s", "3.5 s", 3.5, "2.5 s"),
+    ("group of 8 rollouts", "group", {"group": 8}, seconds, "74 s", "6 s", 6.0, "4 s"),
+    ("SFT step, LoRA, one card", "sft", {}, training, "needs eight cards", "runs; 45 %", None, ""),
+    ("GRPO step, group of 8, one card", "grpo", {}, training, "needs eight cards", "runs", None, ""),
+)
+"""Work, part, facts, how it is shown, the authors' code, the target in words and in seconds, the floor."""
+
+
+def best(found: Results, part: str, facts: dict[str, Any], state: str) -> Row | None:
+    """The row of a target in a state: as attached, or the fastest of the others."""
+    if state == "attached":
+        rows = found.each(part, **facts)
+        return min(rows, key=lambda r: r["seconds"] / r.get("tokens_per_second", 1)) if rows else None
+    work = {"text": "text", "restoration": "restoration", "answer": "answer", "group": "group"}.get(part)
+    rows = [r for p in ("states", "compiled") for r in found.each(p, work=work, state=state)]
+    rows = [r for r in rows if all(r.get(k) == v for k, v in facts.items())]
+    return min(rows, key=lambda r: r["seconds"]) if work and rows else None
+
+
+def targets(found: Results) -> str:
+    """The targets beside what was measured."""
+    head = ["work", "authors' code", "ours at most", "floor", "attached", "folded"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for work, part, facts, show, authors, limit, most, floor in TARGETS:
+        cells = []
+        for state in ("attached", "folded"):
+            row = best(found, part, facts, state)
+            met = row is not None and most is not None and row["seconds"] <= most
+            cells.append("–" if row is None else f"**{show(row)}**" if met else show(row))
+        lines.append([work, authors, limit, floor or "–", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def ways(found: Results) -> str:
+    """What each fast way is worth."""
+    rows = found.each("ways")
+    if not rows:
+        return ""
+    lines = [["without", "text, batch 1", "text, batch 8", "restoration"], ["---", "---:", "---:", "---:"]]
+    for name in dict.fromkeys(r["without"] for r in rows):
+        own = [r for r in rows if r["without"] == name]
+        texts = {r["batch"]: milliseconds(r) for r in own if r["work"] == "text"}
+        restored = [seconds(r) for r in own if r["work"] == "restoration"]
+        lines.append([name, *(texts.get(b, "–") for b in (1, 8)), restored[-1] if restored else "–"])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"\n\nWith one fast way left out at a time (`backbones/fast.py` says what they are):\n\n{table}"
+
+
+def memory(found: Results) -> str:
+    """Peak memory by quantization."""
+    lines = [["base weights", "answer, peak", "text, batch 1", "SFT step, peak"], ["---", *["---:"] * 3]]
+    for kind in (None, "int8", "nf4"):
+        answer = found.find("answer", quantization=kind, batch=1)
+        texts = found.each("text", quantization=kind, batch=1)
+        text = min(texts, key=lambda r: r["text"]) if texts else None
+        step = found.find("sft", quantization=kind, micro=1)
+        if kind is not None and not any((answer, text, step)):
+            continue
+        peaks = [
+            "–" if row is None or not row["peak_gb"] else f"{row['peak_gb']:.0f} GB" for row in (answer, step)
+        ]
+        shown = "–" if text is None else milliseconds(text)
+        lines.append([kind or "bfloat16", peaks[0], shown, peaks[1]])
+    return "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def changes(files: Sequence[ResultFile]) -> str:
+    """What quantization changes in the built-in model's outputs."""
+    own = [f for f in files if f.kind == "quantized"]
+    if not own:
+        return ""
+    p = own[-1].payload
+    lines = [
+        ["base weights", "MB", "difference of a token's log-probability", "same answers", "latent error"],
+        ["---", *["---:"] * 4],
+    ]
+    for kind, row in p["kinds"].items():
+        same = f"{row['same_answers']} of {p['scenes']}"
+        lines.append(
+            [kind, f"{row['bytes'] / 1e6:.1f}", f"{row['token_difference']:.4f}", same]
+            + [f"{row['latent_error']:.4f}"]
+        )
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"\n\nThe built-in model with fewer bits, {own[-1].device}:\n\n{table}"
+
+
+def render(files: Sequence[ResultFile]) -> str:
+    """What stands between the markers."""
+    found = Results(files)
+    devices = ", ".join(dict.fromkeys(f.device for f in files))
+    dates = ", ".join(dict.fromkeys(f.date[:10] for f in files))
+    note = (
+        f"BAGEL-7B's shapes with random weights, bfloat16, {devices}, {dates}. Text is seconds a step (a token in every row) of a "
+        "64-token turn, all of the turn's cost included; bold is within the target."
+    )
+    return f"{note}\n\n{targets(found)}{ways(found)}{memory(found)}{changes(files)}"
+
+
+def figure(files: Sequence[ResultFile], path: Path) -> None:
+    """How cost grows with picture size, text length, batch and group."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = Results(files)
+    panels: list[tuple[str, str, str, Callable[[Row], float], str]] = [
+        ("picture", "side", "side of the picture, pixels", lambda r: r["seconds"], "restoration, s"),
+        ("length", "text", "tokens of a text", lambda r: r["seconds"] * r["text"], "text, s"),
+        ("batch", "batch", "questions at once", lambda r: r["seconds"], "answers, s"),
+        ("groups", "group", "rollouts of a question", lambda r: r["seconds"], "rollouts, s"),
+    ]
+    drawn, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), layout="constrained")
+    for axis, (part, key, name, value, label) in zip(axes, panels, strict=True):
+        rows = sorted(found.each(part), key=lambda r: r[key])
+        axis.plot([r[key] for r in rows], [value(r) for r in rows], "o-", color="tab:blue")
+        axis.set(xlabel=name, ylabel=label, ylim=(0, None))
+        axis.grid(alpha=0.3)
+    drawn.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(drawn)
+
+
+def insert(files: Sequence[ResultFile]) -> None:
+    """Puts tables between the markers of the README."""
+    text = README.read_text(encoding="utf-8")
+    head, rest = text.split(MARKERS[0])
+    tail = rest.split(MARKERS[1])[1]
+    shown = f"{render(files)}\n\n![How cost grows](results/speed/{FIGURE})"
+    README.write_text(f"{head}{MARKERS[0]}\n{shown}\n{MARKERS[1]}{tail}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--print", action="store_true", help="show the tables and write nothing")
+    args = parser.parse_args(arguments)
+    files = [read_result(path) for path in args.results]
+    if args.print:
+        print(render(files))
+        return 0
+    figure(files, args.results[0].with_name(FIGURE))
+    insert(files)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
