@@ -153,10 +153,9 @@ def changes(files: Sequence[ResultFile]) -> str:
     ]
     for kind, row in p["kinds"].items():
         same = f"{row['same_answers']} of {p['scenes']}"
-        lines.append(
-            [kind, f"{row['bytes'] / 1e6:.1f}", f"{row['token_difference']:.4f}", same]
-            + [f"{row['latent_error']:.4f}"]
-        )
+        numbers = (row["token_difference"], row["latent_error"])
+        difference, latent = (f"{n:.4f}" for n in numbers)
+        lines.append([kind, f"{row['bytes'] / 1e6:.1f}", difference, same, latent])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"\n\nThe built-in model with fewer bits, {own[-1].device}:\n\n{table}"
 

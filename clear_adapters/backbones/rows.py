@@ -35,6 +35,7 @@ class _Group:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(R, L, heads, d); what padding asks is of no meaning, what it answers is left out."""
         held, end = self.data[layer], k.shape[2]
+        q = q.to(held.dtype)  # norms under autocast give 32 bits
         for place, new in enumerate((k, v)):
             room = held[place, :, :, self.context :]
             if self.tokens == end:

@@ -58,6 +58,7 @@ def attend_spans(q: Tensor, k: Tensor, v: Tensor, rows: Sequence[Sequence[Span]]
         (B, L, heads, d).
     """
     length = q.shape[2]
+    q, k = q.to(v.dtype), k.to(v.dtype)  # norms under autocast give 32 bits
     done: list[Tensor] = []
     # Unbound and split: the backward pass then joins gradients, and adds up none of a whole batch.
     for own_q, own_k, own_v, spans in zip(q.unbind(0), k.unbind(0), v.unbind(0), rows, strict=True):

@@ -38,6 +38,21 @@ class KeyValues(Protocol):
         ...
 
 
+class Norm(nn.RMSNorm):
+    """Sums in 32 bits and gives the input's type, under autocast too.
+
+    Autocast would give 32 bits, which each of the products behind it then casts back for itself.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of x's shape."""
+        kind = x.device.type
+        if kind == "cpu" or not torch.is_autocast_enabled(kind):
+            return super().forward(x)
+        with torch.autocast(kind, enabled=False):
+            return super().forward(x)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with a projection set for each expert, over both kinds of tokens together."""
 
@@ -57,8 +72,8 @@ class Attention(nn.Module):
             setattr(self, f"k_proj{suffix}", nn.Linear(width, kv))
             setattr(self, f"v_proj{suffix}", nn.Linear(width, kv))
             setattr(self, f"o_proj{suffix}", nn.Linear(q, width, bias=False))
-            setattr(self, f"q_norm{suffix}", nn.RMSNorm(self.head_dim, eps=eps))
-            setattr(self, f"k_norm{suffix}", nn.RMSNorm(self.head_dim, eps=eps))
+            setattr(self, f"q_norm{suffix}", Norm(self.head_dim, eps=eps))
+            setattr(self, f"k_norm{suffix}", Norm(self.head_dim, eps=eps))
 
     def _project(self, x: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor]:
         def get(name: str) -> nn.Module:
@@ -110,6 +125,7 @@ class Attention(nn.Module):
             return attend_spans(q, k, v, frame.spans).reshape(b * length, -1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+            q = q.to(k.dtype)  # norms under autocast give 32 bits
         if self.kv_heads != self.heads and length == 1:
             # Heads that share keys are queries of one head: no copy of the cache for each token that is written.
             q = q.reshape(b, self.kv_heads, -1, self.head_dim)
@@ -238,10 +254,10 @@ class Layer(nn.Module):
         self.self_attn = Attention(config, index)
         self.mlp = Qwen2MLP(llm)
         self.mlp_moe_gen = Qwen2MLP(llm)
-        self.input_layernorm = nn.RMSNorm(config.width, eps=eps)
-        self.input_layernorm_moe_gen = nn.RMSNorm(config.width, eps=eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.width, eps=eps)
-        self.post_attention_layernorm_moe_gen = nn.RMSNorm(config.width, eps=eps)
+        self.input_layernorm = Norm(config.width, eps=eps)
+        self.input_layernorm_moe_gen = Norm(config.width, eps=eps)
+        self.post_attention_layernorm = Norm(config.width, eps=eps)
+        self.post_attention_layernorm_moe_gen = Norm(config.width, eps=eps)
 
     def forward(
         self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows | None = None
@@ -342,8 +358,8 @@ class Decoder(nn.Module):
         eps = float(config.llm.get("rms_norm_eps", 1e-6))
         self.embed_tokens = nn.Embedding(int(config.llm["vocab_size"]), config.width)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(int(config.llm["num_hidden_layers"])))
-        self.norm = nn.RMSNorm(config.width, eps=eps)
-        self.norm_moe_gen = nn.RMSNorm(config.width, eps=eps)
+        self.norm = Norm(config.width, eps=eps)
+        self.norm_moe_gen = Norm(config.width, eps=eps)
         self.theta = float(config.llm.get("rope_theta", 1000000.0))
         self.head_dim = config.head_dim
         self.checkpointing = False
