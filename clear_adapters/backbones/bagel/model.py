@@ -38,7 +38,7 @@ class KeyValues(Protocol):
         ...
 
 
-class Norm(nn.RMSNorm):
+class RMSNorm(nn.RMSNorm):
     """Sums in 32 bits and gives the input's type, under autocast too.
 
     Autocast would give 32 bits, which each of the products behind it then casts back for itself.
@@ -72,8 +72,8 @@ class Attention(nn.Module):
             setattr(self, f"k_proj{suffix}", nn.Linear(width, kv))
             setattr(self, f"v_proj{suffix}", nn.Linear(width, kv))
             setattr(self, f"o_proj{suffix}", nn.Linear(q, width, bias=False))
-            setattr(self, f"q_norm{suffix}", Norm(self.head_dim, eps=eps))
-            setattr(self, f"k_norm{suffix}", Norm(self.head_dim, eps=eps))
+            setattr(self, f"q_norm{suffix}", RMSNorm(self.head_dim, eps=eps))
+            setattr(self, f"k_norm{suffix}", RMSNorm(self.head_dim, eps=eps))
 
     def _project(self, x: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor]:
         def get(name: str) -> nn.Module:
@@ -254,10 +254,10 @@ class Layer(nn.Module):
         self.self_attn = Attention(config, index)
         self.mlp = Qwen2MLP(llm)
         self.mlp_moe_gen = Qwen2MLP(llm)
-        self.input_layernorm = Norm(config.width, eps=eps)
-        self.input_layernorm_moe_gen = Norm(config.width, eps=eps)
-        self.post_attention_layernorm = Norm(config.width, eps=eps)
-        self.post_attention_layernorm_moe_gen = Norm(config.width, eps=eps)
+        self.input_layernorm = RMSNorm(config.width, eps=eps)
+        self.input_layernorm_moe_gen = RMSNorm(config.width, eps=eps)
+        self.post_attention_layernorm = RMSNorm(config.width, eps=eps)
+        self.post_attention_layernorm_moe_gen = RMSNorm(config.width, eps=eps)
 
     def forward(
         self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows | None = None
@@ -358,8 +358,8 @@ class Decoder(nn.Module):
         eps = float(config.llm.get("rms_norm_eps", 1e-6))
         self.embed_tokens = nn.Embedding(int(config.llm["vocab_size"]), config.width)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(int(config.llm["num_hidden_layers"])))
-        self.norm = Norm(config.width, eps=eps)
-        self.norm_moe_gen = Norm(config.width, eps=eps)
+        self.norm = RMSNorm(config.width, eps=eps)
+        self.norm_moe_gen = RMSNorm(config.width, eps=eps)
         self.theta = float(config.llm.get("rope_theta", 1000000.0))
         self.head_dim = config.head_dim
         self.checkpointing = False
