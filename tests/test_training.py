@@ -232,10 +232,10 @@ def test_flags_of_the_base_are_undone_with_the_run(examples, tmp_path):
     trainer_for(attached, recipe, examples, tmp_path, progress=False)
     decoder = base.model.language_model.model
     assert decoder.checkpointing
-    assert all(layer._compiled_call_impl is not None for layer in decoder.layers)
+    assert decoder.compiled_training is not None
     attached.detach()
     assert not decoder.checkpointing
-    assert all(layer._compiled_call_impl is None for layer in decoder.layers)
+    assert decoder.compiled_training is None
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
