@@ -51,9 +51,9 @@ RANK = 16
 def forward_products(backbone: Turns, batch: PackedBatch, rank: int) -> float:
     """Floating-point operations in the matrix products and the attention of one uncached forward.
 
-    Attention is counted over all pairs of a row's tokens, as a kernel with an explicit mask computes them.
+    Attention is counted over the pairs of tokens that see each other, whatever more a kernel with a mask computes.
     """
-    config, b = backbone.config, len(batch.ids)
+    config = backbone.config
     width, layers = config.width, backbone.layers
     heads = int(config.llm["num_attention_heads"])
     kv = int(config.llm["num_key_value_heads"]) * config.head_dim
@@ -62,9 +62,8 @@ def forward_products(backbone: Turns, batch: PackedBatch, rank: int) -> float:
     shapes += [(width, mlp), (width, mlp), (mlp, width)]
     a_token = sum(i * o + rank * (i + o) for i, o in shapes)
     tokens = len(batch.und_index) + len(batch.gen_index)
-    length = batch.ids.shape[1]
     total = 2.0 * layers * a_token * tokens
-    total += 4.0 * layers * b * length**2 * heads * config.head_dim
+    total += 4.0 * layers * pairs(batch) * heads * config.head_dim
     total += 2.0 * len(batch.text_at) * width * int(config.llm["vocab_size"])
     if batch.patches is not None:
         images, patches, numbers = batch.patches.shape
@@ -73,6 +72,17 @@ def forward_products(backbone: Turns, batch: PackedBatch, rank: int) -> float:
         a_patch += seen * width + width**2
         total += 2.0 * images * patches * a_patch
         total += 4.0 * config.vit_layers * images * patches**2 * seen
+    return total
+
+
+def pairs(batch: PackedBatch) -> int:
+    """Pairs of a token and one that it sees, padding left out."""
+    total = 0
+    for spans in batch.spans or ():
+        for span in spans:
+            n = span.tokens
+            total += n * sum(spans[i].tokens for i in span.seen)
+            total += n * n if span.full else n * (n + 1) // 2
     return total
 
 
