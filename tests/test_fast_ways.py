@@ -81,14 +81,14 @@ def test_a_fast_way_gives_what_the_plain_one_gives(attached, way, latent):
 
 def test_which_ways_a_device_takes():
     for way in fast.WAYS:
-        assert fast.takes(way, torch.device("cuda"))
+        assert fast.takes(way, torch.device("cuda")) == (way in fast.PROVEN)
         assert not fast.takes(way, torch.device("cpu"))
         with fast.switched(way, on=True):
             assert fast.takes(way, torch.device("cpu"))
         with contextlib.suppress(RuntimeError), fast.switched(way, on=False):
             assert not fast.takes(way, torch.device("cuda"))
             raise RuntimeError
-        assert fast.takes(way, torch.device("cuda"))
+        assert fast.takes(way, torch.device("cuda")) == (way in fast.PROVEN)
 
 
 # -- LoRA
