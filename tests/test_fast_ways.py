@@ -250,7 +250,7 @@ def test_the_captured_step_reads_the_end_of_a_turn(attached, monkeypatch, portio
 # -- compiled
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_compiled_model_answers_alike_and_is_compiled_a_few_times():
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -107,7 +107,7 @@ def test_grouped_heads_in_16_bits():
     torch.testing.assert_close(half.float(), whole, atol=0.03, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(240)
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning"

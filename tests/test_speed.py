@@ -23,6 +23,7 @@ from clear_adapters.results import ResultFile, read_result  # noqa: E402
 TINY = ["--size", "tiny", "--device", "cpu", "--repeats", "1"]
 
 
+@pytest.mark.long
 def test_answering_is_measured(tmp_path):
     path = tmp_path / "inference.json"
     parts = "prefill,text,restoration,answer,group,bridge"
@@ -51,7 +52,7 @@ def test_a_failure_leaves_the_other_parts(tmp_path, monkeypatch):
     assert {f["error"] for f in read_result(path).payload["failed"]} == {"no time was left"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_is_measured(tmp_path):
     path = tmp_path / "training.json"
     assert training.main([*TINY, "--only", "rate,sft,grpo", "--output", str(path)]) == 0
