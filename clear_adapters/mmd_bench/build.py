@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,17 +25,17 @@ from clear_adapters.datasets.tsv import format_row
 from clear_adapters.degradations import SEVERITIES
 from clear_adapters.degradations.catalogue import generator
 from clear_adapters.degradations.corruption import Formulas
-from clear_adapters.errors import ClearError, ClearValueError, unknown_name
-from clear_adapters.mmd_bench.journal import Journal, size_of
-from clear_adapters.mmd_bench.pictures import QUALITY, Item, Made, Recipe, make
+from clear_adapters.errors import ClearValueError, unknown_name
+from clear_adapters.journal import size_of, write_whole
+from clear_adapters.mmd_bench.journal import TaskJournal
+from clear_adapters.mmd_bench.pictures import QUALITY, Item, Recipe, make
 from clear_adapters.mmd_bench.questions import QuestionSet, lines_of, read_questions
 from clear_adapters.mmd_bench.tasks import CLEAN, CORRUPTIONS, Task
 from clear_adapters.results import installed_versions
+from clear_adapters.workers import count_of, in_order, processes
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
-WAITING = 2**25
-"""Bytes of finished rows that may wait for a slower one before them."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +107,7 @@ def build(
             raise unknown_name("severity or corruption", name, (*SEVERITIES, *CORRUPTIONS))
     if not conditions:
         raise ClearValueError("no severity and no corruption was asked for, so there is nothing to build")
-    if workers is not None and workers < 1:
-        raise ClearValueError(f"workers={workers}: at least one process is needed")
+    count = count_of(workers)
     generator(seed, "draw")  # checks the seed
     recipe = Recipe(seed, tuple(dict.fromkeys(conditions)), formulas)
     folder = Path(output)
@@ -126,7 +121,6 @@ def build(
     before = _whole_tasks(folder, sets)
     if before is not None and len(before["tasks"]) == len(sets):
         return before
-    count = workers or os.cpu_count() or 1
     with ExitStack() as stack:
         bar = stack.enter_context(
             Progress(
@@ -138,22 +132,13 @@ def build(
                 transient=True,
             )
         )
-        pool = None
-        if count > 1:
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(count, context, _one_thread))
+        pool = stack.enter_context(processes(count))
         facts = {
             s.task.name: _build_task(folder, s, recipe, skip_bad, pool, count, bar)
             for s in sets
             if before is None or s.task.name not in before["tasks"]
         }
     return _finish(folder, settings, sets, recipe, facts, before)
-
-
-def _one_thread() -> None:
-    import cv2
-
-    cv2.setNumThreads(1)
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -179,13 +164,7 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise ClearValueError(f"{folder} is not empty and holds no sets: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(file, text)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(file, text)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -241,48 +220,18 @@ def _build_task(
     bar: Progress,
 ) -> dict[str, Any]:
     task = questions.task
-    journal = Journal(folder, task, recipe.conditions)
+    journal = TaskJournal(folder, task, recipe.conditions)
     header = format_row(list(questions.file.columns))
     items = _items(questions)
     line = bar.add_task(task.title, total=len(items), completed=journal.done)
     jobs = [(questions.file.path, task.file, recipe, [i], skip_bad) for i in items[journal.done :]]
     if not journal.complete:
-        with journal.opened(header) as write:
-            for made in _in_order(jobs, pool, workers):
-                write(made)
+        with journal.rows(header) as rows:
+            for made in in_order(make, jobs, pool, workers, lambda made: made.size):
+                rows.write(made)
                 bar.advance(line)
         journal.close()
     return journal.counts
-
-
-def _in_order(jobs: Sequence[Any], pool: ProcessPoolExecutor | None, workers: int) -> Iterator[Made]:
-    """Results in order, with only as many rows and bytes under way as keep the processes busy."""
-    if pool is None:
-        yield from map(make, jobs)
-        return
-    left = iter(jobs)
-    ahead: deque[Future[Made]] = deque()
-    try:
-        while True:
-            running = [f for f in ahead if not f.done()]
-            waiting = sum(f.result().size for f in ahead if f.done() and f.exception() is None)
-            may_start = len(running) <= workers and len(ahead) < 16 * workers and waiting < WAITING
-            if may_start and (job := next(left, None)) is not None:
-                ahead.append(pool.submit(make, job))
-            elif not ahead:
-                return
-            elif ahead[0].done():
-                yield ahead.popleft().result()
-            else:
-                wait(running, return_when=FIRST_COMPLETED)
-    except BrokenProcessPool as error:
-        raise ClearError(
-            f"one of {workers} processes that make pictures was ended from outside, most likely because memory ran "
-            "out: take fewer --workers; the same command goes on where the build was"
-        ) from error
-    finally:
-        for future in ahead:
-            future.cancel()
 
 
 def _finish(
@@ -337,7 +286,7 @@ def _finish(
         "tasks": tasks,
         "files": files,
     }
-    _write(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     for s in sets:
         (folder / f"{s.task.file}.journal").unlink(missing_ok=True)
     return manifest
