@@ -15,9 +15,11 @@ import json
 import logging
 import os
 import re
+import threading
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -58,9 +60,17 @@ class Failure:
 
     Attributes:
         reason: why, for people; never holds the key.
+        kind: why, for counting: `empty`, `cut off`, `unreadable`, `rate limited`, `refused`, `timed out` or `no reply`.
     """
 
     reason: str
+    kind: str = "no reply"
+
+
+class _UnreadableError(ValueError):
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 class Endpoint:
@@ -70,6 +80,7 @@ class Endpoint:
         base_url: address of the service.
         model: name of the model there.
         counts: requests so far: `asked` of the service, `failed` of those, `cached` ones that needed no asking.
+        tokens: `prompt` and `completion` tokens so far, as far as the service tells them.
     """
 
     def __init__(
@@ -86,6 +97,7 @@ class Endpoint:
         cache: str | Path | None = None,
         max_failures: int = 20,
         window: int = 100,
+        per_minute: float | None = None,
     ) -> None:
         """Checks the settings; nothing is sent.
 
@@ -102,6 +114,7 @@ class Endpoint:
             cache: folder in which readable replies are kept, under a hash of address, model, options and messages.
             max_failures: more failures than this among the last `window` requests that were asked stop the run.
             window: how many requests back failures count.
+            per_minute: requests that are begun within a minute at most, repeated ones included; None sets no limit.
 
         Raises:
             ClearValueError: a setting cannot work, or the variable is not set.
@@ -144,6 +157,8 @@ class Endpoint:
             )
         if not isinstance(timeout, int | float) or not timeout > 0:
             raise ClearValueError(f"timeout={timeout!r}: must be positive, in seconds")
+        if per_minute is not None and (not isinstance(per_minute, int | float) or not per_minute > 0):
+            raise ClearValueError(f"per_minute={per_minute!r}: must be positive, or None for no limit")
         if (
             importlib.util.find_spec("openai") is None
         ):  # said before a run begins, and not at its first question
@@ -153,6 +168,7 @@ class Endpoint:
         self.base_url = base_url.rstrip("/")
         self.model = model
         self.counts = {"asked": 0, "failed": 0, "cached": 0}
+        self.tokens = {"prompt": 0, "completion": 0}
         self._key = key
         self._key_name = key_env or "the key"
         self._options = {"temperature": 0.0} if options is None else dict(options)
@@ -162,6 +178,9 @@ class Endpoint:
         self._cache = None if cache is None else Path(cache)
         self._max_failures = max_failures
         self._recent: deque[bool] = deque(maxlen=window)
+        self._interval = 0.0 if per_minute is None else 60 / per_minute
+        self._next = 0.0
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Endpoint({self.base_url!r}, {self.model!r})"
@@ -207,69 +226,107 @@ class Endpoint:
         Raises:
             EndpointError: the service refuses every request, or failed too often.
         """
-        digests = [self._digest(messages) for messages in requests]
-        found: dict[str, T | Failure] = {}
-        todo: dict[str, Messages] = {}
-        for digest, messages in zip(digests, requests, strict=True):
-            if digest in found or digest in todo:
-                continue
-            text = self._load(digest)
-            if text is None:
-                todo[digest] = messages
-                continue
-            try:
-                found[digest] = read(text)
-                self.counts["cached"] += 1
-            except ValueError:  # the caller's reading has changed
-                todo[digest] = messages
-        if todo:
-            found |= self._ask_service(todo, read)
-        return [found[digest] for digest in digests]
+        found = dict(self.stream(requests, read))
+        return [found[place] for place in range(len(requests))]
 
-    def _ask_service(self, todo: Mapping[str, Messages], read: Callable[[str], T]) -> dict[str, T | Failure]:
+    def stream(
+        self, requests: Iterable[Messages], read: Callable[[str], T], *, repeats: int | None = None
+    ) -> Iterator[tuple[int, T | Failure]]:
+        """Asks the service, and gives each reply as soon as it is there; equal requests are asked once.
+
+        Conversations are taken one by one as there is room for them, so that they need not all be in memory.
+
+        Args:
+            requests: conversations.
+            read: as for `ask`.
+            repeats: how often an unreadable reply is asked for again; None is `retries`.
+
+        Yields:
+            The place of a request, and what was read or why there is nothing; in the order of replies.
+
+        Raises:
+            EndpointError: the service refuses every request, or failed too often.
+        """
         found: dict[str, T | Failure] = {}
-        client = self._connect()
-        pool = ThreadPoolExecutor(min(self._concurrency, len(todo)))
-        futures: dict[Future[tuple[str, T] | Failure], str] = {}
+        places: dict[str, list[int]] = {}
+        under_way: dict[Future[T | Failure], str] = {}
+        client: Any = None
+        pool = ThreadPoolExecutor(self._concurrency)
+        left = enumerate(requests)
+        more = True
 
         def close(_: object = None) -> None:
             # Not before: a request on its way would open another connection, which nobody closes.
-            if all(future.done() for future in futures):
+            if client is not None and all(future.done() for future in under_way):
                 client.close()
 
         try:
-            create = client.chat.completions.create
-            futures |= {pool.submit(self._ask_one, create, todo[d], read): d for d in todo}
-            for future in as_completed(futures):
-                digest = futures[future]
-                answer = future.result()
-                self._count(answer)
-                if isinstance(answer, Failure):
+            while more or under_way:
+                while more and len(under_way) < 2 * self._concurrency:
+                    place, messages = next(left, (-1, None))
+                    if messages is None:
+                        more = False
+                        break
+                    digest = self._digest(messages)
+                    if digest not in found and (kept := self._recall(digest, read)) is not None:
+                        self.counts["cached"] += 1
+                        found[digest] = kept[0]
+                    if digest in found:
+                        yield place, found[digest]
+                    elif digest in places:
+                        places[digest].append(place)
+                    else:
+                        client = client or self._connect()
+                        create = client.chat.completions.create
+                        future = pool.submit(self._ask_one, create, digest, messages, read, repeats)
+                        under_way[future] = digest
+                        places[digest] = [place]
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    answer = future.result()
+                    digest = under_way.pop(future)
+                    self._count(answer)
                     found[digest] = answer
-                else:
-                    text, found[digest] = answer
-                    self._save(digest, text)
+                    for place in places.pop(digest):
+                        yield place, answer
         finally:
             # A run that stops does not wait for requests whose replies nobody will read.
             pool.shutdown(wait=False, cancel_futures=True)
-            for future in futures:
+            for future in list(under_way):
                 future.add_done_callback(close)
-        return found
+            close()
+
+    def _recall(self, digest: str, read: Callable[[str], T]) -> tuple[T] | None:
+        text = self._load(digest)
+        try:
+            return None if text is None else (read(text),)
+        except ValueError:  # the caller's reading has changed
+            return None
 
     def _ask_one(
-        self, create: Callable[..., Any], messages: Messages, read: Callable[[str], T]
-    ) -> tuple[str, T] | Failure:
+        self,
+        create: Callable[..., Any],
+        digest: str,
+        messages: Messages,
+        read: Callable[[str], T],
+        repeats: int | None,
+    ) -> T | Failure:
         import openai
 
-        for _ in range(self._retries + 1):
+        for _ in range((self._retries if repeats is None else repeats) + 1):
             try:
                 # As a body, so that fields that only some services know can be sent.
-                text = _text(create(model=self.model, messages=list(messages), extra_body=self._options))
-                return text, read(text)
+                completion = create(model=self.model, messages=list(messages), extra_body=self._options)
+                self._count_tokens(completion)
+                text = _text(completion)
+                meaning = read(text)
+                self._save(digest, text)  # at once: a run that is killed has not paid for nothing
+                return meaning
             except ValueError as error:
-                failure = Failure(self._safe(f"unreadable reply: {error}"))
+                kind = error.kind if isinstance(error, _UnreadableError) else "unreadable"
+                failure = Failure(self._safe(f"unreadable reply: {error}"), kind)
             except openai.APIStatusError as error:
-                failure = Failure(self._safe(f"HTTP {error.status_code}: {error.message}"))
+                kind = "rate limited" if error.status_code == 429 else "refused"
+                failure = Failure(self._safe(f"HTTP {error.status_code}: {error.message}"), kind)
                 if error.status_code not in _HOPELESS:
                     return failure
                 # From None: the service's own words, in the error behind this one, may repeat the key.
@@ -278,8 +335,25 @@ class Endpoint:
                     f"address, the model and {self._key_name}; asking again cannot help."
                 ) from None
             except openai.APIError as error:
-                return Failure(self._safe(f"{error.message} {error.__cause__ or ''}"))
+                kind = "timed out" if isinstance(error, openai.APITimeoutError) else "no reply"
+                return Failure(self._safe(f"{error.message} {error.__cause__ or ''}"), kind)
         return failure
+
+    def _count_tokens(self, completion: Any) -> None:
+        usage = getattr(completion, "usage", None)
+        with self._lock:
+            for name in self.tokens:
+                told = getattr(usage, f"{name}_tokens", None)
+                self.tokens[name] += told if isinstance(told, int) else 0
+
+    def _wait_for_turn(self) -> None:
+        if not self._interval:
+            return
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + self._interval
+        time.sleep(turn - now)
 
     def _count(self, answer: object) -> None:
         failed = isinstance(answer, Failure)
@@ -309,6 +383,7 @@ class Endpoint:
         ours = f"Bearer {self._key}" if self._key else None
 
         def only_ours(request: Any) -> None:
+            self._wait_for_turn()  # here, since the client repeats requests by itself
             for name in list(request.headers):
                 if name.lower() == "authorization" and request.headers[name] == ours:
                     continue
@@ -362,9 +437,9 @@ def _text(completion: Any) -> str:
         choice = completion.choices[0]
         text, end = choice.message.content, choice.finish_reason
     except (AttributeError, IndexError, TypeError):
-        raise ValueError(f"no completion: {str(completion)!r}") from None
+        raise _UnreadableError("unreadable", f"no completion: {str(completion)!r}") from None
     if end in ("length", "content_filter"):
-        raise ValueError(f"cut off ({end}): {text!r}")
+        raise _UnreadableError("cut off", f"cut off ({end}): {text!r}")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"no text: {text!r}")
+        raise _UnreadableError("empty", f"no text: {text!r}")
     return text

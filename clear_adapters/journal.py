@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from clear_adapters.errors import ClearValueError
+
 Entry = Mapping[str, Any]
 """What a step left behind, as plain data."""
 
@@ -27,6 +29,43 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def claim(folder: Path, file: str, settings: Mapping[str, Any]) -> None:
+    """Makes a folder the place of one build, whose settings stand in a file there; of the same settings it may be already.
+
+    Args:
+        folder: made if it is not there.
+        file: name of the file of settings.
+        settings: plain data.
+
+    Raises:
+        ClearValueError: the folder holds something else, or a build of other settings.
+    """
+    text = json.dumps(settings, sort_keys=True, indent=2) + "\n"
+    path = folder / file
+    if path.is_file():
+        if (there := path.read_bytes()) != text.encode():
+            raise ClearValueError(
+                f"{folder} holds a data set of other settings ({_difference(there, json.loads(text))}; see {path}): "
+                "choose another folder, or delete it"
+            )
+        return
+    if folder.is_dir() and any(p.suffix != ".lock" for p in folder.iterdir()):
+        raise ClearValueError(f"{folder} is not empty and no data set of this kind: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+
+
+def _difference(there: bytes, here: Mapping[str, Any]) -> str:
+    try:
+        old = json.loads(there)
+    except ValueError:
+        old = None
+    if not isinstance(old, dict):
+        return "the file is damaged"
+    keys = [key for key in sorted({*old, *here}) if old.get(key) != here.get(key)]
+    return ", ".join(f"{key} {old.get(key)!r} there and {here.get(key)!r} here" for key in keys)
 
 
 class Journal:

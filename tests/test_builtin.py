@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clear_adapters import LatentSampling, attach, degrade
-from clear_adapters.datasets.world import psnr
+from clear_adapters.datasets.example import psnr
 from clear_adapters.degradations import draw
 from clear_adapters.scoring import score
 from clear_adapters.training.run import adapter_digest

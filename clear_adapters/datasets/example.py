@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from clear_adapters.errors import ClearValueError
@@ -91,6 +92,17 @@ def decibels(error: float) -> float:
     return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))
 
 
+def psnr(clean: Image.Image, degraded: Image.Image, side: int) -> float:
+    """PSNR in dB of two pictures of one size, with a long side of at most `side` pixels; 99 where they are equal."""
+    scale = min(1.0, side / max(clean.size))
+    size = (max(1, round(clean.width * scale)), max(1, round(clean.height * scale)))
+    a, b = (
+        np.asarray(i if i.size == size else i.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+        for i in (clean, degraded)
+    )
+    return decibels(float(np.mean((a - b) ** 2)))
+
+
 # ------------------------------------------------------------------------------------------------------ reading
 
 
@@ -113,15 +125,39 @@ def read_examples(
     Raises:
         ClearValueError: a row cannot be used; the message names file and line.
     """
+    rows = read_lines(data, clean_image_dir=clean_image_dir, corrupted_image_dir=corrupted_image_dir)
+    return [example for _, example in rows]
+
+
+def read_lines(
+    data: str | Path,
+    *,
+    clean_image_dir: str | Path | None = None,
+    corrupted_image_dir: str | Path | None = None,
+    bad: list[tuple[int, str]] | None = None,
+) -> list[tuple[int, Example]]:
+    """The same with the line of each example.
+
+    Args:
+        data: as for `read_examples`.
+        clean_image_dir: the same.
+        corrupted_image_dir: the same.
+        bad: takes up line and reason of rows that cannot be used, which are then left out.
+
+    Raises:
+        ClearValueError: the file cannot be read, or a row cannot be used and `bad` is None.
+    """
     path = Path(data)
     path = path / DATA if path.is_dir() else path
     folder = path.parent
     clean = folder / "clean" if clean_image_dir is None else Path(clean_image_dir)
     corrupted = folder / "corrupted" if corrupted_image_dir is None else Path(corrupted_image_dir)
-    found: list[Example] = []
+    found: list[tuple[int, Example]] = []
     lines: dict[str, int] = {}
     for number, row in _rows(path):
         try:
+            if isinstance(row, ClearValueError):
+                raise row
             example = _recorded(row, clean, corrupted) if "conversations" in row else _example(row, folder)
             if _lacks_clean(example):
                 raise ClearValueError(
@@ -130,10 +166,13 @@ def read_examples(
             if example.id in lines:
                 raise ClearValueError(f"id {example.id!r} stands in line {lines[example.id]} already")
         except ClearValueError as error:
-            raise ClearValueError(f"{path}, line {number}: {error}") from error
+            if bad is None:
+                raise ClearValueError(f"{path}, line {number}: {error}") from error
+            bad.append((number, str(error)))
+            continue
         lines[example.id] = number
-        found.append(example)
-    if not found:
+        found.append((number, example))
+    if not found and not bad:
         raise ClearValueError(f"{path} holds no example")
     return found
 
@@ -142,7 +181,7 @@ def _lacks_clean(example: Example) -> bool:
     return example.reply is not None and RESTORE in example.reply and example.clean_image is None
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ClearValueError]]:
     try:
         with path.open(encoding="utf-8") as opened:
             for number, line in enumerate(opened, 1):
@@ -151,12 +190,12 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise ClearValueError(f"{path}, line {number}: not valid JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise ClearValueError(
-                        f"{path}, line {number}: a row must be a JSON object, not {type(row).__name__}"
-                    )
-                yield number, row
+                    yield number, ClearValueError(f"not valid JSON: {error}")
+                    continue
+                if isinstance(row, dict):
+                    yield number, row
+                else:
+                    yield number, ClearValueError(f"a row must be a JSON object, not {type(row).__name__}")
     except FileNotFoundError:
         raise ClearValueError(
             f"{path} does not exist: a data set is a folder with {DATA}, or a JSONL file"
@@ -326,12 +365,23 @@ def split_examples(
         raise ClearValueError(f"shares={dict(shares)!r}: shares must be positive and sum to 1")
     parts: dict[str, list[Example]] = {name: [] for name in shares}
     for example in examples:
-        digest = hashlib.blake2b(f"{seed}/{example.split_key}".encode(), digest_size=8).digest()
-        place = int.from_bytes(digest, "big") / 2**64
-        bounds = itertools.accumulate(shares.values())
-        part = next((n for n, bound in zip(shares, bounds, strict=True) if place < bound), list(shares)[-1])
-        parts[part].append(example)
+        parts[split_of(example.split_key, shares, seed)].append(example)
     return parts
+
+
+def split_of(key: str, shares: Mapping[str, float], seed: int) -> str:
+    """The part that a group stands in: it follows from the key and the seed alone.
+
+    Args:
+        key: of the group.
+        shares: share of each part; they sum to 1.
+        seed: another seed, another split.
+    """
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    place = int.from_bytes(digest, "big") / 2**64
+    bounds = itertools.accumulate(shares.values())
+    named = [name for name, share in shares.items() if share]
+    return next((n for n, bound in zip(shares, bounds, strict=True) if place < bound), named[-1])
 
 
 def check(examples: Sequence[Example], *, pictures: bool = True) -> dict[str, Any]:

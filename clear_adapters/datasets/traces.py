@@ -6,6 +6,7 @@ The blocks are those that the engine reads and writes, letter by letter, so that
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,9 @@ from clear_adapters.datasets.example import Example
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import Protocol
 from clear_adapters.transcript import (
+    ANSWER_OPEN,
     RESTORE,
+    THINK_CLOSE,
     ImageSegment,
     Origin,
     RestorationSegment,
@@ -47,6 +50,8 @@ CONDITIONS = {
 """What each corruption looks like; short, because the built-in models read bytes."""
 
 _MILD, _STRONG = 0.34, 0.67
+
+_JOINT = re.compile(rf"({THINK_CLOSE})\s*({ANSWER_OPEN})")
 
 
 @dataclass(frozen=True)
@@ -177,12 +182,16 @@ def _reply(example: Example, protocol: Protocol, path: TracePath, clean: object)
 
 
 def _recorded(example: Example, protocol: Protocol, clean: object) -> list[Segment]:
-    """A recorded reply, cut at every request; each is followed by the clean picture."""
+    """A recorded reply, cut at every request; each is followed by the clean picture.
+
+    What stands between a thought and an answer is the protocol's joint, as the engine and the built traces have it.
+    """
     parts = (example.reply or "").split(RESTORE)
     segments: list[Segment] = []
     for i, part in enumerate(parts):
         last = i + 1 == len(parts)
         text = part.strip() if last else (part.strip() + protocol.joint + RESTORE).strip()
+        text = _JOINT.sub(lambda found: found[1] + protocol.joint + found[2], text)
         if text:
             segments.append(_text(text, Origin.SAMPLED))
         if not last:

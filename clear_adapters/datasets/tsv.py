@@ -6,6 +6,8 @@ which it begins; what needs a picture reads that row again.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -215,6 +217,19 @@ class TsvFile:
             else:
                 if fields:
                     yield (*start, fields)
+
+
+def picture_bytes(file: TsvFile, place: tuple[int, int]) -> bytes:
+    """The encoded picture in a row.
+
+    Raises:
+        TsvError: the row holds no base64 text.
+    """
+    text = file.read(place).values.get("image", "")
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise TsvError(file.path, place[0], f"the picture is no base64 text ({error})") from None
 
 
 def format_row(fields: list[str]) -> str:

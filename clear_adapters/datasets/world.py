@@ -18,15 +18,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clear_adapters.datasets.example import DATA, decibels
+from clear_adapters.datasets.example import DATA, decibels, psnr
 from clear_adapters.degradations import SEVERITIES, degrade, draw
 from clear_adapters.degradations.catalogue import Weights
 from clear_adapters.degradations.corruption import Formulas
 from clear_adapters.errors import ClearValueError
+from clear_adapters.journal import claim, write_whole
 from clear_adapters.world import KINDS, Question, Scene, ask, pair_scenes, render, sample_scene
 from clear_adapters.world.scene import check_seed, check_split
 
@@ -142,7 +141,7 @@ def build(
         psnr_side,
     )
     folder = Path(folder)
-    _claim(folder, plan)
+    claim(folder, BUILD, asdict(plan))
     if (folder / DATA).is_file():
         return folder
     parts = folder / "parts"
@@ -170,27 +169,6 @@ def build(
                     bar.advance(task, _CHUNK)
     _finish(folder, chunks, plan.examples)
     return folder
-
-
-def _claim(folder: Path, plan: Plan) -> None:
-    settings = json.dumps(asdict(plan), sort_keys=True, indent=2) + "\n"
-    file = folder / BUILD
-    if file.is_file():
-        if file.read_bytes() != settings.encode():
-            raise ClearValueError(
-                f"{folder} holds a data set of other settings (see {file}): choose another folder, or delete it"
-            )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ClearValueError(f"{folder} is not empty and no data set of this kind: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(file, settings)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _part(folder: Path, chunk: int) -> Path:
@@ -228,7 +206,7 @@ def _chunk(job: tuple[Path, Plan, int]) -> None:
     for number in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, plan.scenes)):
         made = _scene_rows(folder, place, plan, number)
         rows += [json.dumps(row, ensure_ascii=False) + "\n" for row in made]
-    _write(_part(folder, chunk), "".join(rows))
+    write_whole(_part(folder, chunk), "".join(rows))
 
 
 def _scene_rows(folder: Path, place: Path, plan: Plan, number: int) -> list[dict[str, Any]]:
@@ -301,14 +279,3 @@ def _questions(plan: Plan, number: int, rng: random.Random) -> tuple[Scene, list
         known = {q.text for q in asked}
         asked += [q for q in fresh if q.text not in known][: plan.questions_per_scene - len(asked)]
     return scene, asked, group
-
-
-def psnr(clean: Image.Image, degraded: Image.Image, side: int) -> float:
-    """PSNR in dB of two pictures of one size, with a long side of at most `side` pixels; 99 where they are equal."""
-    scale = min(1.0, side / max(clean.size))
-    size = (max(1, round(clean.width * scale)), max(1, round(clean.height * scale)))
-    a, b = (
-        np.asarray(i if i.size == size else i.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
-        for i in (clean, degraded)
-    )
-    return decibels(float(np.mean((a - b) ** 2)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import string
@@ -13,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clear_adapters.datasets.tsv import TsvError, TsvFile, TsvRow
+from clear_adapters.datasets.tsv import TsvError, TsvFile, TsvRow, picture_bytes
 from clear_adapters.errors import ImageError
 from clear_adapters.images import load_image
 from clear_adapters.mmd_bench.tasks import Task, prompt
@@ -141,19 +139,6 @@ class QuestionSet:
         """A short hash of what is asked: indices, prompts and truths, not pictures."""
         listed = [[q.index, q.prompt, q.truth] for q in self.questions]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
-
-
-def picture_bytes(file: TsvFile, place: tuple[int, int]) -> bytes:
-    """The encoded picture in a row.
-
-    Raises:
-        TsvError: the row holds no base64 text.
-    """
-    text = file.read(place).values.get("image", "")
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise TsvError(file.path, place[0], f"the picture is no base64 text ({error})") from None
 
 
 def read_picture(file: TsvFile, place: tuple[int, int]) -> Image.Image:

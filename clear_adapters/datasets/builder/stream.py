@@ -1,0 +1,165 @@
+"""Rows of a dataset repository of the Hub, streamed: only what is drawn is downloaded, and kept until the build is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+from clear_adapters.datasets.builder.plan import Plan
+from clear_adapters.errors import BrokenEntryError, ClearValueError
+from clear_adapters.journal import Journal
+
+BUFFER = 1000
+"""Rows among which the next one is drawn."""
+
+ROWS = "rows.jsonl"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A dataset of the Hub, or a folder in a form that `datasets` reads.
+
+    Attributes:
+        name: `owner/name`, or the folder.
+        config: of a dataset that has several.
+        split: of the dataset.
+        revision: branch, tag or commit.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """For the settings of a build."""
+        return {**asdict(self), "name": Path(self.name).name if Path(self.name).is_dir() else self.name}
+
+
+def fetch(stream: Stream, folder: Path, plan: Plan, progress: bool = True) -> Path:
+    """Draws rows by seed and writes them with their pictures to a JSONL file; a fetch that was stopped goes on.
+
+    Args:
+        stream: from where.
+        folder: where to.
+        plan: seed and limit.
+        progress: show how many there are.
+
+    Returns:
+        The JSONL file, with the pictures beside it.
+
+    Raises:
+        BrokenEntryError: `datasets` is not installed.
+        ClearValueError: the dataset cannot be read, or has no pictures.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ROWS
+    journal = Journal(folder / "rows.journal", {"rows": path})
+    if journal.complete:
+        return path
+    rows = _open(stream, plan.seed)
+    with (
+        Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            disable=not progress,
+            transient=True,
+        ) as bar,
+        journal.opened() as log,
+    ):
+        line = bar.add_task("rows of the stream", total=plan.limit, completed=journal.done)
+        # Skipped, not sought: the order is drawn, and only its beginning is known.
+        for number, row in enumerate(_guarded(rows, stream)):
+            if plan.limit is not None and number >= plan.limit:
+                break
+            if number < journal.done:
+                continue
+            text = json.dumps(_entry(row, number, folder), ensure_ascii=False) + "\n"
+            log.write({}, {"rows": text.encode("utf-8", "surrogatepass")})
+            bar.advance(line)
+    journal.close()
+    return path
+
+
+def _open(stream: Stream, seed: int) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise BrokenEntryError(
+            "A stream of the Hub needs datasets: pip install 'clear-adapters[train]'"
+        ) from error
+    try:
+        rows = datasets.load_dataset(
+            stream.name, stream.config, split=stream.split, revision=stream.revision, streaming=True
+        )
+        columns = rows.features or {}
+        column = next((c for c in ("image", "images") if c in columns), None)
+        if column is None:
+            raise ClearValueError(
+                f"{stream.name}: no column 'image'; the columns are {', '.join(columns) or 'unknown'}"
+            )
+        if isinstance(columns[column], datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        return rows.shuffle(seed=seed, buffer_size=BUFFER)
+    except ClearValueError:
+        raise
+    except Exception as error:  # of a hundred kinds: network, formats, names
+        raise _unreadable(stream, error) from error
+
+
+def _guarded(rows: Any, stream: Stream) -> Any:
+    try:
+        yield from rows
+    except Exception as error:
+        raise _unreadable(stream, error) from error
+
+
+def _unreadable(stream: Stream, error: Exception) -> ClearValueError:
+    reason = " ".join(str(error).split())[:300]
+    return ClearValueError(f"the dataset {stream.name!r} cannot be read as a stream: {reason}")
+
+
+def _entry(row: Mapping[str, Any], number: int, folder: Path) -> dict[str, Any]:
+    """A row as `sources` reads it; what has no picture, or several, is left to be told there."""
+    entry = {k: v for k, v in row.items() if k not in ("image", "images") and _plain(v)}
+    if "answers" in row and "answer" not in entry and isinstance(row["answers"], list) and row["answers"]:
+        entry["answer"] = row["answers"][0]
+    entry["id"] = str(entry.get("id") or entry.get("question_id") or f"row-{number}")
+    pictures = row.get("image", row.get("images"))
+    if isinstance(pictures, list):
+        if len(pictures) != 1:
+            return {**entry, "image": ["?"] * len(pictures)}
+        pictures = pictures[0]
+    data = _bytes(pictures)
+    if data is not None:
+        name = hashlib.sha256(data).hexdigest()[:20]
+        (folder / name).write_bytes(data)
+        entry["image"] = name
+    return entry
+
+
+def _bytes(picture: Any) -> bytes | None:
+    if isinstance(picture, Mapping):
+        found = picture.get("bytes")
+        return found if isinstance(found, bytes) else None
+    if hasattr(picture, "save"):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        return buffer.getvalue()
+    return None
+
+
+def _plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
