@@ -22,8 +22,9 @@ from typer.core import TyperGroup
 
 from clear_adapters._version import __version__
 from clear_adapters.cli_bench import bench
+from clear_adapters.cli_data import data
 from clear_adapters.cli_options import ADAPTER, MODEL, AdapterName, Device, Formulas, ModelName
-from clear_adapters.cli_train import data, train
+from clear_adapters.cli_train import train
 from clear_adapters.errors import ClearError, ClearValueError
 
 if TYPE_CHECKING:

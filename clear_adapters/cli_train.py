@@ -1,4 +1,4 @@
-"""The commands of training and its data: `clear-adapters train` and `data`."""
+"""The commands of training: `clear-adapters train`."""
 
 from __future__ import annotations
 
@@ -6,23 +6,14 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from clear_adapters.cli_options import MODEL, Device, Formulas
+from clear_adapters.cli_options import MODEL, Device
 
 train = typer.Typer(no_args_is_help=True, help="Train an adapter, one stage a command or all of them.")
-data = typer.Typer(no_args_is_help=True, help="Make training data.")
-
-
-class Weights(StrEnum):
-    """How often each corruption is drawn."""
-
-    training = "training"
-    benchmark = "benchmark"
 
 
 def _run_options(
@@ -159,32 +150,3 @@ def plot(
     from clear_adapters.training.plot import plot_log
 
     typer.echo(plot_log(log, output))
-
-
-@data.command(epilog="Example: clear-adapters data world --output runs/data --examples 24000")
-def world(
-    output: Annotated[Path, typer.Option(help="Folder of the data set.")],
-    examples: Annotated[int, typer.Option(min=1, help="Rows in all.")] = 24_000,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same files.")] = 0,
-    split: Annotated[str, typer.Option(help="train or heldout.")] = "train",
-    questions_per_scene: Annotated[int, typer.Option(min=1, help="Rows that share a picture.")] = 3,
-    formulas: Annotated[Formulas, typer.Option(help="As for degrade.")] = Formulas.legacy,
-    weights: Annotated[Weights, typer.Option(help="How often each degradation is drawn.")] = Weights.training,
-    psnr_side: Annotated[int, typer.Option(help="Side in pixels at which the PSNR is taken.")] = 128,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core by default.")] = None,
-) -> None:
-    """Training data of the miniature world: scenes, degraded pictures, traces with thoughts."""
-    from clear_adapters.datasets.world import build
-
-    done = build(
-        output,
-        examples,
-        seed=seed,
-        split=split,
-        workers=workers,
-        questions_per_scene=questions_per_scene,
-        formulas=formulas.value,
-        weights=weights.value,
-        psnr_side=psnr_side,
-    )
-    typer.echo(f"{examples} examples in {done}")

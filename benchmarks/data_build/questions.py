@@ -24,9 +24,10 @@ def make_rows(folder: Path, seed: int = 0) -> list[dict[str, object]]:
     for number, entry in enumerate(labels):
         draw = random.Random(f"{seed}/{entry['image']}")
         shared = {"image": f"{entry['image']}.jpg", "group": f"sender-{entry['sender']}"}
-        row: dict[str, object] = {"id": f"{number}-garment", **shared, "kind": "garment"}
+        what = f"The garment is of the kind {entry['label']}."
+        row: dict[str, object] = {"id": f"{number}-garment", **shared, "kind": "garment", "fact": what}
         if draw.random() < 0.5:
-            options = draw.sample([n for n in names if n != entry["label"]], 3) + [entry["label"]]
+            options = [*draw.sample([n for n in names if n != entry["label"]], 3), entry["label"]]
             draw.shuffle(options)
             letter = "ABCD"[options.index(entry["label"])]
             row |= {"question": "Which garment is this?", "answer": letter, "options": options}
@@ -41,6 +42,7 @@ def make_rows(folder: Path, seed: int = 0) -> list[dict[str, object]]:
                 "kind": "child",
                 "question": draw.choice(FOR_A_CHILD),
                 "answer": child,
+                "fact": "It is sized for a child." if child == "yes" else "It is sized for an adult.",
             }
         )
     return rows

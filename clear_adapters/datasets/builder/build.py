@@ -382,7 +382,12 @@ class _Build:
         }
 
     def _tell_cost(self, rows: Sequence[Example], most: int) -> None:
-        told = [(len(e.question) + len(e.answer), tuple(self._size[str(e.clean_image)])) for e in rows]
+        sizes = {
+            str(self.folder / r["clean_image"]): tuple(r["size"])
+            for r in self.records.values()
+            if "rejected" not in r
+        }
+        told = [(len(e.question) + len(e.answer), sizes[str(e.clean_image)]) for e in rows]
         expected = _expect(told, most, self.plan)
         if self.plan.writer == "teacher" and self.plan.pathway != "teacher":
             # Rejects are made up for by rows that balancing left over.
@@ -399,14 +404,6 @@ class _Build:
                 "fewer rows (--limit) or fewer --tries. Nothing was asked"
             )
 
-    @property
-    def _size(self) -> dict[str, Any]:
-        return {
-            str(self.folder / r["clean_image"]): r["size"]
-            for r in self.records.values()
-            if "rejected" not in r
-        }
-
     # -- traces
 
     def _trace(
@@ -417,7 +414,7 @@ class _Build:
         bars: Progress,
     ) -> list[Example]:
         """The training rows with their traces, balanced; a reject is made up for by a row that was left over."""
-        plan, rows = self.plan, {e.id: e for e in train}
+        plan = self.plan
         queues: dict[Way, list[str]] = {
             way: drawn((i for i, w in ways.items() if w == way), plan.seed) for way in ("direct", "restore")
         }
@@ -436,11 +433,8 @@ class _Build:
             if not batch:
                 break
             bars.update(line, total=sum(want.values()))
-            some = (
-                [rows[i] for i in sorted(batch, key=list(rows).index)]
-                if len(batch) < 2
-                else [e for e in train if e.id in set(batch)]
-            )
+            chosen = set(batch)
+            some = [e for e in train if e.id in chosen]
             if plan.writer == "template":
                 made = {e.id: template(e, ways[e.id], plan.seed) for e in some}
                 bars.advance(line, len(some))
@@ -458,20 +452,13 @@ class _Build:
                 if i in made:
                     good[ways[i]].append(i)
         kept = {i for way in good for i in good[way][: want[way]]}
+        surplus = {*queues["direct"], *queues["restore"], *written} - kept
         for example in train:
-            if (
-                example.id in ways
-                and example.id not in kept
-                and (example.id in written or example.id in {*queues["direct"], *queues["restore"]})
-            ):
+            if example.id in surplus:
+                way = ways[example.id]
+                detail = f"beyond the share of {plan.restore_share} of rows that restore"
                 self.rejected.append(
-                    Rejected(
-                        example.id,
-                        "balance",
-                        f"surplus of {ways[example.id]} rows",
-                        f"{ways[example.id]} rows beyond the share of {plan.restore_share} that restores",
-                        example.extra["place"],
-                    )
+                    Rejected(example.id, "balance", f"surplus of {way} rows", detail, example.extra["place"])
                 )
         return [replace(e, reply=written[e.id].text) for e in train if e.id in kept]
 

@@ -39,7 +39,11 @@ _GOOD = (
     "{state} That is enough for this question.",
     "{state} The question can be answered from it as it is.",
 )
-_SEEN = ("It shows: {answer}.", "What can be seen is {answer}.", "The picture shows {answer}.")
+_SEEN = (
+    "So the answer is {answer}.",
+    "That gives the answer: {answer}.",
+    "What can be seen says: {answer}.",
+)
 _CHOSEN = (
     "Option {letter} fits: {answer}.",
     "It is {answer}, option {letter}.",
