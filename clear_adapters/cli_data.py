@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from clear_adapters.datasets.builder.plan import Plan
     from clear_adapters.datasets.builder.stream import Stream
     from clear_adapters.datasets.builder.teachers import Teacher
+
+REPLIES, MARKS = "replies", "marks"
 
 data = typer.Typer(no_args_is_help=True, help="Make training data, check it and look at it.")
 
@@ -208,7 +211,7 @@ def build(
         return
     judge = None
     if judge_url is not None or judge_model is not None:
-        judge = _endpoint("judge", judge_url, judge_model, key_env=judge_key_env, cache=str(output / "judge"))
+        judge = _endpoint("judge", judge_url, judge_model, key_env=judge_key_env, cache=str(output / MARKS))
     done = run(
         origin,
         output,
@@ -221,7 +224,7 @@ def build(
                 device,
                 max_tokens,
                 key_env=teacher_key_env,
-                cache=None if teacher_cache is None else str(teacher_cache),
+                cache=str(teacher_cache or output / REPLIES),
                 per_minute=per_minute,
                 concurrency=concurrency,
                 timeout=timeout,
@@ -237,6 +240,11 @@ def build(
             report=lambda text: typer.echo(text, err=True),
         ),
     )
+    for name in (
+        REPLIES,
+        MARKS,
+    ):  # what a run needs that goes on; its rows are in the data or among the rejects
+        shutil.rmtree(output / name, ignore_errors=True)
     Console().print(tables(done))
     typer.echo(
         f"{done['rows']['train']} training rows, {done['rows']['rl']} for stage 3 and {done['rows']['heldout']} held out "

@@ -149,12 +149,28 @@ def _entry(row: Mapping[str, Any], number: int, folder: Path) -> dict[str, Any]:
 def _bytes(picture: Any) -> bytes | None:
     if isinstance(picture, Mapping):
         found = picture.get("bytes")
-        return found if isinstance(found, bytes) else None
+        if isinstance(found, bytes):
+            return found
+        return _file(picture.get("path"))
     if hasattr(picture, "save"):
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
         return buffer.getvalue()
     return None
+
+
+def _file(path: object) -> bytes | None:
+    """A picture that is named, on this machine or on the Hub."""
+    from datasets.utils.file_utils import xopen
+
+    if not isinstance(path, str) or not path:
+        return None
+    try:
+        with xopen(path, "rb") as opened:
+            data: bytes = opened.read()
+    except OSError:
+        return None
+    return data
 
 
 def _plain(value: Any) -> bool:

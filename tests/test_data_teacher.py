@@ -1,0 +1,398 @@
+"""Teachers of training data: every way in which one can fail, and what it costs to go on after a kill."""
+
+import json
+import time
+from collections import Counter
+
+import pytest
+
+from clear_adapters.datasets import read_examples
+from clear_adapters.datasets.builder.build import Helpers, build
+from clear_adapters.datasets.builder.cost import Prices
+from clear_adapters.datasets.builder.plan import Plan
+from clear_adapters.datasets.builder.teachers import EndpointTeacher, LocalTeacher
+from clear_adapters.datasets.parts import read_parts
+from clear_adapters.endpoint import Endpoint, EndpointError, Failure
+from clear_adapters.errors import CheckpointError, ClearValueError
+from clear_adapters.rewards.judge import Judge
+from clear_adapters.transcript import RESTORE
+from tests.chat_server import NOW, Reply, serve
+from tests.data_files import contents, lines, photographs, rows_of, write_rows
+
+pytest.importorskip("openai")
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+PLAN = {"writer": "teacher", "splits": {"train": 1.0}, "restore_share": None}
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    return write_rows(folder / "rows.jsonl", rows_of(photographs(folder, 6)))
+
+
+def text_of(body, place=1):
+    content = body["messages"][place]["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
+
+
+def right(body):
+    """The trace that a request by the paper's rule asks for."""
+    asked = text_of(body)
+    truth = asked.split("True answer: ")[1].split("\n")[0]
+    told = f"<think>It shows.</think>\n<answer>{truth}</answer>"
+    return f"<think>Poor.</think>\n{RESTORE}\n{told}" if asked.endswith("The model restores.") else told
+
+
+def helpers(service, judge=None, **settings):
+    settings = {"retries": 0, "timeout": 5, "max_failures": 90, **settings}
+    more = {k: settings.pop(k) for k in ("prices", "budget", "report") if k in settings}
+    teacher = EndpointTeacher(Endpoint(service.url, "m", **settings), side=64)
+    return Helpers(teacher=teacher, judge=judge, workers=1, progress=False, **more)
+
+
+def test_the_papers_teacher_sees_both_pictures_the_truth_and_the_path(source, tmp_path):
+    with serve(lambda body, _: Reply(right(body))) as service:
+        summary = build(source, tmp_path / "out", Plan(**PLAN), helpers=helpers(service))
+    assert summary["teacher"] == {"faults": {}, "accepted_at_try": {"1": 12}}
+    examples = {e.question: e for e in read_examples(tmp_path / "out")}
+    assert len(service.requests) == 12
+    for body in service.requests:
+        first, second, text = body["messages"][1]["content"]
+        assert first["image_url"]["url"] != second["image_url"]["url"]
+        assert first["image_url"]["url"].startswith("data:image/jpeg;base64,")
+        asked = text["text"].split("\n\nTrue answer")[0].removeprefix("Question: ")
+        assert asked in examples
+    for example in read_examples(tmp_path / "out"):
+        assert (RESTORE in example.reply) == (example.severity in ("mid", "high"))
+
+
+FAULTY = {
+    "0-a": ("malformed", lambda told: told.replace("</think>", "", 1)),
+    "0-b": ("wrong answer", lambda told: told.replace("<answer>", "<answer>not ")),
+    "1-a": ("empty", lambda told: Reply("  ")),
+    "1-b": ("cut off", lambda told: Reply(told, finish="length")),
+    "2-a": ("rate limited", lambda told: Reply("slow", status=429, headers=NOW)),
+    "2-b": ("timed out", lambda told: Reply(told, delay=1.2)),
+    "3-a": ("no reply", lambda told: Reply(told, headers={"content-length": "9999", "connection": "close"})),
+    "3-b": ("refused", lambda told: Reply("too odd", status=400)),
+    "4-a": ("unreadable", lambda told: Reply(body='{"choices": []}')),
+}
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_every_fault_is_counted_retried_and_never_in_the_data(source, tmp_path, times):
+    """Each row has a fault of its own, once or for ever."""
+    rows = lines(source)
+    came = Counter()
+
+    def spoiled(body, _):
+        asked = text_of(body)
+        row = next(
+            r
+            for r in rows
+            if r["question"] in asked and (r["id"][-1] == "a" or picture_of(body) == pictures[r["id"]])
+        )
+        came[row["id"]] += 1
+        told = right(body)
+        if row["id"] not in FAULTY or came[row["id"]] > times:
+            return Reply(told)
+        made = FAULTY[row["id"]][1](told)
+        return made if isinstance(made, Reply) else Reply(made)
+
+    def picture_of(body):
+        return body["messages"][1]["content"][1]["image_url"]["url"]
+
+    # The questions with options are alike: rows are told apart by their clean picture.
+    probe = {}
+    with serve(
+        lambda body, _: (probe.setdefault(picture_of(body), []).append(text_of(body)), Reply(right(body)))[1]
+    ) as s:
+        build(source, tmp_path / "probe", Plan(**PLAN), helpers=helpers(s))
+    pictures = {}
+    for url, texts in probe.items():
+        number = next(t.split("What is thing ")[1][0] for t in texts if "What is thing" in t)
+        pictures[f"{number}-b"] = url
+    with serve(spoiled) as service:
+        summary = build(source, tmp_path / "out", Plan(**PLAN), helpers=helpers(service, timeout=0.8))
+    kept = {r["id"]: r for r in lines(tmp_path / "out" / "data.jsonl")}
+    rejected = {r["id"]: r for r in lines(tmp_path / "out" / "rejected.jsonl")}
+    assert summary["teacher"]["faults"] == {reason: times for reason, _ in FAULTY.values()}
+    assert len(kept) + len(rejected) == 12 == summary["read"]
+    for row in kept.values():
+        assert read_parts(row["reply"]).answer == row["answer"]
+    if times == 1:
+        assert not rejected
+        assert summary["teacher"]["accepted_at_try"] == {"1": 3, "2": 9}
+    else:
+        assert {name: r["reason"] for name, r in rejected.items()} == {
+            n: why for n, (why, _) in FAULTY.items()
+        }
+        assert all(len(r["tries"]) == 3 for r in rejected.values())
+        assert summary["rejected"]["trace"] == {reason: 1 for reason, _ in FAULTY.values()}
+
+
+def test_a_second_try_says_what_was_wrong(source, tmp_path):
+    def once_wrong(body, _):
+        return Reply("no tags" if len(body["messages"]) == 2 else right(body))
+
+    with serve(once_wrong) as service:
+        build(source, tmp_path / "out", Plan(**PLAN, limit=2), helpers=helpers(service))
+    later = [b for b in service.requests if len(b["messages"]) > 2]
+    assert len(later) == 2
+    for body in later:
+        assert text_of(body, 2) == "no tags"
+        assert "the tags do not parse" in text_of(body, 3)
+
+
+def test_a_judge_takes_other_words_and_the_truth_is_trained(source, tmp_path):
+    def other_words(body, _):
+        return Reply(right(body).replace("<answer>", "<answer>roughly "))
+
+    def judged(body, _):
+        return Reply("0" if '"truth": "a kind 0"' in text_of(body) else "1")
+
+    with serve(other_words) as service, serve(judged) as court:
+        judge = Judge(Endpoint(court.url, "j", retries=0)).mark
+        plan = Plan(**{**PLAN, "tries": 1})
+        summary = build(source, tmp_path / "out", plan, helpers=helpers(service, judge))
+    kept = lines(tmp_path / "out" / "data.jsonl")
+    assert len(court.requests) == 6  # "roughly A" is option A without a judge
+    assert {r["id"] for r in lines(source)} - {r["id"] for r in kept} == {"0-a"}
+    assert all(read_parts(r["reply"]).answer == r["answer"] for r in kept)
+    assert summary["rejected"]["trace"] == {"wrong answer": 1}
+
+
+def test_the_released_rule_lets_the_teacher_decide_without_the_truth(source, tmp_path):
+    """It sees the degraded picture alone, and the clean one only after it asked for it."""
+
+    def deciding(body, _):
+        asked = text_of(body)
+        first = len(body["messages"]) == 2
+        if first and "What is thing" in asked:
+            return Reply(f"<think>Poor.</think>\n{RESTORE}\nI wait.")
+        number = asked.split("What is thing ")[1][0] if "What is thing" in asked else None
+        return Reply(
+            f"<think>Seen.</think>\n<answer>{'A' if number is None else f'a kind {number}'}</answer>"
+        )
+
+    with serve(deciding) as service:
+        plan = Plan(**{**PLAN, "pathway": "teacher", "tries": 2})
+        summary = build(source, tmp_path / "out", plan, helpers=helpers(service))
+    kept = {r["id"]: r["reply"] for r in lines(tmp_path / "out" / "data.jsonl")}
+    restored = f"<think>Poor.</think>\n{RESTORE}\n<think>Seen.</think>\n<answer>a kind 2</answer>"
+    assert kept["2-a"] == restored
+    assert kept["0-b"] == "<think>Seen.</think>\n<answer>A</answer>"  # the right one for the first picture
+    assert "1-b" not in kept
+    assert summary["pathways"] == {"direct": 2, "restore": 6}
+    for body in service.requests:
+        pictures = [
+            c
+            for m in body["messages"]
+            for c in m["content"]
+            if isinstance(c, dict) and c["type"] == "image_url"
+        ]
+        assert len(pictures) == (
+            1 if len(body["messages"]) < 4 or "cannot be used" in text_of(body, 3) else 2
+        )
+        assert "True answer" not in json.dumps(body)
+
+
+class Stopping:
+    """A teacher that is killed after so many replies."""
+
+    def __init__(self, teacher, after):
+        self.teacher, self.after, self.name = teacher, after, teacher.name
+
+    def replies(self, conversations):
+        for reply in self.teacher.replies(conversations):
+            if self.after == 0:
+                raise KeyboardInterrupt
+            self.after -= 1
+            yield reply
+
+
+def test_a_killed_run_goes_on_without_paying_twice(source, tmp_path):
+    def once_wrong(body, _):
+        if len(body["messages"]) == 2 and "Which?" in text_of(body):
+            return Reply("no tags")
+        return Reply(right(body))
+
+    with serve(once_wrong) as service:
+        build(source, tmp_path / "whole", Plan(**PLAN), helpers=helpers(service))
+        whole = len(service.requests)
+    with serve(once_wrong) as service:
+        for after in (5, 4, 100):
+            used = helpers(service, concurrency=1, cache=tmp_path / "cache")
+            stopped = Helpers(teacher=Stopping(used.teacher, after), workers=1, progress=False)
+            try:
+                build(source, tmp_path / "out", Plan(**PLAN), helpers=stopped)
+            except KeyboardInterrupt:
+                time.sleep(0.2)  # what was under way is kept by the cache
+    assert whole == 18
+    asked = Counter(json.dumps(b, sort_keys=True) for b in service.requests)
+    assert len(asked) == whole
+    assert set(asked.values()) == {1}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_outage_stops_the_run_and_leaves_no_mark(source, tmp_path):
+    with (
+        serve(Reply("down", status=503, headers=NOW)) as service,
+        pytest.raises(EndpointError, match="failed"),
+    ):
+        build(source, tmp_path / "out", Plan(**PLAN), helpers=helpers(service, max_failures=3))
+    with serve(lambda body, _: Reply(right(body))) as service:
+        summary = build(source, tmp_path / "out", Plan(**PLAN), helpers=helpers(service))
+    assert summary["teacher"] == {"faults": {}, "accepted_at_try": {"1": 12}}
+
+
+def test_rejects_are_made_up_for_and_the_ratio_holds(tmp_path):
+    names = photographs(tmp_path, 16)
+    rows = [{"id": n, "image": n, "question": f"Q {n}?", "answer": "yes"} for n in names]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    plan = Plan(
+        writer="teacher",
+        splits={"train": 1.0},
+        severities={"low": 0.5, "high": 0.5},
+        tries=1,
+        restore_share=0.5,
+    )
+
+    def sometimes(body, _):
+        told = right(body)
+        return Reply("no" if "Q 3." in text_of(body) or "Q 5." in text_of(body) else told)
+
+    with serve(sometimes) as service:
+        summary = build(path, tmp_path / "out", plan, helpers=helpers(service))
+    ways = summary["pathways"]
+    assert ways["direct"] == ways["restore"]
+    lost = sum(sum(r.values()) for r in summary["rejected"].values())
+    assert summary["read"] == 16 == lost + summary["rows"]["train"]
+
+
+def test_the_cost_is_told_before_the_first_call_and_a_budget_holds(source, tmp_path):
+    told = []
+    with serve(lambda body, _: Reply(right(body))) as service:
+        used = helpers(service, prices=Prices(2.0, 8.0), budget=0.001, report=told.append)
+        with pytest.raises(ClearValueError, match=r"budget is 0\.00.*Nothing was asked"):
+            build(source, tmp_path / "out", Plan(**PLAN), helpers=used)
+        assert not service.requests
+        used = helpers(service, prices=Prices(2.0, 8.0), budget=5.0, report=told.append)
+        build(source, tmp_path / "out", Plan(**PLAN), helpers=used)
+    assert "about 12 requests (36 at most)" in told[-1]
+    assert "at most" in told[-1]
+
+
+# -------------------------------------------------------------------------------------------------- the endpoint
+
+
+def test_a_rate_limit_holds_for_repeated_requests_too():
+    replies = [Reply(status=429, headers=NOW), Reply("1"), Reply("2"), Reply("3")]
+    with serve(*replies) as service:
+        used = Endpoint(service.url, "m", per_minute=600, concurrency=4)
+        began = time.monotonic()
+        used.ask([[{"role": "user", "content": str(i)}] for i in range(3)], int)
+    assert len(service.requests) == 4
+    assert time.monotonic() - began >= 0.3
+    with pytest.raises(ClearValueError, match="per_minute"):
+        Endpoint("http://127.0.0.1:1/v1", "m", per_minute=0)
+
+
+def test_conversations_are_taken_only_as_there_is_room():
+    taken = []
+
+    def conversations():
+        for i in range(40):
+            taken.append(i)
+            yield [{"role": "user", "content": str(i)}]
+
+    with serve(lambda body, _: Reply(body["messages"][0]["content"])) as service:
+        stream = Endpoint(service.url, "m", concurrency=2).stream(conversations(), int)
+        first = next(stream)
+        assert len(taken) <= 5
+        assert sorted([first, *stream]) == [(i, i) for i in range(40)]
+
+
+# ------------------------------------------------------------------------------------------------ a local model
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """A tiny random LLaVA on disk, of transformers' own classes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    folder = tmp_path_factory.mktemp("llava")
+    words = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *"abcdefghijklmnopqrstuvwxyz"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    template = (
+        "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
+        "{{ c['text'] }}{% endif %} {% endfor %}{% endfor %}"
+    )
+    pictures = CLIPImageProcessor(
+        size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16}, do_center_crop=False
+    )
+    processor = LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokens,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        num_additional_image_tokens=1,
+    )
+    processor.save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8).to_dict(),
+        text_config=LlamaConfig(**sizes, vocab_size=len(words), num_key_value_heads=2).to_dict(),
+        image_token_index=4,
+        vision_feature_layer=-1,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_local_model_is_asked_and_held_to_the_same(local, source, tmp_path):
+    teacher = LocalTeacher(str(local), device="cpu", max_new_tokens=4)
+    plan = Plan(**{**PLAN, "tries": 1, "limit": 3})
+    summary = build(
+        source, tmp_path / "out", plan, helpers=Helpers(teacher=teacher, workers=1, progress=False)
+    )
+    assert summary["rows"]["train"] == 0
+    assert sum(summary["teacher"]["faults"].values()) == 3
+    assert set(summary["teacher"]["faults"]) <= {"malformed", "cut off", "empty"}
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        LocalTeacher(str(tmp_path))
+
+
+def test_who_is_needed_is_said_at_once(source, tmp_path):
+    with pytest.raises(ClearValueError, match="needs a teacher"):
+        build(source, tmp_path / "out", Plan(**PLAN))
+    teacher = EndpointTeacher(Endpoint("http://127.0.0.1:1/v1", "m"))
+    with pytest.raises(ClearValueError, match="never be asked"):
+        build(source, tmp_path / "out", Plan(), helpers=Helpers(teacher=teacher))
+    assert Failure("x").kind == "no reply"
