@@ -179,7 +179,7 @@ def build(
     """Turn questions about clean pictures into data of stages 1 to 3: degraded pictures, paths, traces, three splits."""
     from rich.console import Console
 
-    from clear_adapters.datasets.builder.build import Helpers
+    from clear_adapters.datasets.builder.assembly import Helpers
     from clear_adapters.datasets.builder.build import build as run
     from clear_adapters.datasets.builder.pathways import BaseModel
     from clear_adapters.datasets.builder.plan import Plan

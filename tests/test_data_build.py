@@ -4,14 +4,17 @@ import base64
 import io
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from clear_adapters import attach
 from clear_adapters.datasets import read_examples
-from clear_adapters.datasets.builder import build as builder
-from clear_adapters.datasets.builder.build import Helpers, build, foresee
+from clear_adapters.datasets.builder import assembly
+from clear_adapters.datasets.builder.assembly import Helpers
+from clear_adapters.datasets.builder.build import build, foresee
 from clear_adapters.datasets.builder.duplicates import Clusters, perceptual_hash
 from clear_adapters.datasets.builder.pathways import BaseModel, wanted
 from clear_adapters.datasets.builder.plan import Plan
@@ -242,7 +245,7 @@ def test_the_files_depend_on_no_workers_and_a_finished_set_is_left_alone(
     folder, summary = built
     build(source, tmp_path / "two", Plan(**QUICK), helpers=Helpers(workers=2, progress=False))
     assert contents(tmp_path / "two") == contents(folder)
-    monkeypatch.setattr(builder, "make_picture", lambda job: pytest.fail("made again"))
+    monkeypatch.setattr(assembly, "make_picture", lambda job: pytest.fail("made again"))
     assert build(source, folder, Plan(**QUICK), helpers=ONE) == summary
     with pytest.raises(ClearValueError, match=r"other settings.*plan"):
         build(source, folder, Plan(**QUICK, seed=1), helpers=ONE)
@@ -250,7 +253,7 @@ def test_the_files_depend_on_no_workers_and_a_finished_set_is_left_alone(
 
 def test_a_stopped_build_goes_on_where_it_was(built, source, tmp_path, monkeypatch):
     calls = []
-    make = builder.make_picture
+    make = assembly.make_picture
 
     def stopping(job):
         calls.append(job.picture.name)
@@ -258,7 +261,7 @@ def test_a_stopped_build_goes_on_where_it_was(built, source, tmp_path, monkeypat
             raise KeyboardInterrupt
         return make(job)
 
-    monkeypatch.setattr(builder, "make_picture", stopping)
+    monkeypatch.setattr(assembly, "make_picture", stopping)
     with pytest.raises(KeyboardInterrupt):
         build(source, tmp_path / "set", Plan(**QUICK), helpers=ONE)
     with (tmp_path / "set" / "journal.jsonl").open("a") as opened:
@@ -371,7 +374,7 @@ class Knowing:
         if self.fail_at is not None and len(self.asked) >= self.fail_at:
             raise KeyboardInterrupt
         self.asked += [e.id for e in examples]
-        return ["something else" if e.id in self.wrong else f"The {e.answer}." for e in examples]
+        return ["something else" if e.id in self.wrong else f"{e.answer.capitalize()}." for e in examples]
 
 
 def test_the_papers_rule_follows_the_base_model_and_asks_it_once(source, tmp_path):
@@ -393,10 +396,27 @@ def test_the_papers_rule_follows_the_base_model_and_asks_it_once(source, tmp_pat
 
 def test_the_base_model_is_the_plain_one(built, toy):
     examples = read_examples(built[0])[:2]
-    base = BaseModel(str(toy / "model"), device="cpu")
+    base = BaseModel(str(toy / "model"), device="cpu", max_new_tokens=4)
     together = base.answers(examples)
     assert together == [base.answers([e])[0] for e in examples]
-    assert all(isinstance(text, str) for text in together)
+    attached = attach(str(toy / "model"), lora=False, bridge=False, device="cpu")
+    with attached.disabled():
+        text = replace(attached.config.text, max_new_tokens=4)
+        assert attached.answer(examples[0].load(), examples[0].question, text=text).text == together[0]
+
+
+def test_a_judge_decides_where_the_base_models_words_differ(source, tmp_path):
+    def judge(questions, truths, answers):
+        assert set(answers) == {"something else"}
+        return [{"a kind 0": 1.0, "a kind 1": None}.get(t, 0.0) for t in truths]
+
+    plan = Plan(pathway="backbone", splits={"train": 1.0}, restore_share=None)
+    base = Knowing({"0-a", "1-a", "2-a"})
+    used = Helpers(base=base, judge=judge, workers=1, progress=False)
+    summary = build(source, tmp_path / "out", plan, helpers=used)
+    restored = {r["id"] for r in lines(tmp_path / "out" / "data.jsonl") if RESTORE in r["reply"]}
+    assert restored == {"2-a"}
+    assert summary["rejected"] == {"pathway": {"no judgement": 1}}
 
 
 # ------------------------------------------------------------------------------------------------------ streams

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from clear_adapters.datasets import read_examples
-from clear_adapters.datasets.builder.build import Helpers, build
+from clear_adapters.datasets.builder.assembly import Helpers
+from clear_adapters.datasets.builder.build import build
 from clear_adapters.datasets.builder.cost import Prices
 from clear_adapters.datasets.builder.plan import Plan
 from clear_adapters.datasets.builder.teachers import EndpointTeacher, LocalTeacher

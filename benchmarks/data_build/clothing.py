@@ -93,9 +93,7 @@ def stage_1(data: Path, folder: Path, steps: int) -> dict[str, Any]:
     log = [json.loads(line) for line in (folder / "adapter.training" / "log.jsonl").read_text().splitlines()]
     return {
         "steps": steps,
-        "log": [
-            {k: v for k, v in entry.items() if "loss" in k or k in ("step", "ce", "mse")} for entry in log
-        ],
+        "log": [{k: entry[k] for k in ("step", "loss", "ce", "mse")} for entry in log if "loss" in entry],
         "adapter_files": sorted(p.name for p in Path(adapter).iterdir()),
         "seconds": round(time.perf_counter() - began, 1),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from clear_adapters.adapter import attach
@@ -29,7 +30,15 @@ class Answerer(Protocol):
 class BaseModel:
     """The plain model of a backbone, asked in its family's own chat format."""
 
-    def __init__(self, model: str, *, device: str | None = None, batch: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: str | None = None,
+        batch: int = 16,
+        seed: int = 0,
+        max_new_tokens: int = 128,
+    ) -> None:
         """Notes what to load; nothing is loaded before it is asked.
 
         Args:
@@ -37,9 +46,10 @@ class BaseModel:
             device: where it runs.
             batch: rows at a time.
             seed: of sampling, the same for every row.
+            max_new_tokens: longest answer.
         """
         self.name, self.batch = model, batch
-        self._device, self._seed = device, seed
+        self._device, self._seed, self._limit = device, seed, max_new_tokens
         self._attached: AttachedModel | None = None
 
     def answers(self, examples: Sequence[Example]) -> list[str]:
@@ -51,9 +61,10 @@ class BaseModel:
         """
         if self._attached is None:
             self._attached = attach(self.name, lora=False, bridge=False, device=self._device)
+        text = replace(self._attached.config.text, max_new_tokens=self._limit)
         with self._attached.disabled():
             found = self._attached.answer(
-                [e.load() for e in examples], [e.question for e in examples], seed=self._seed
+                [e.load() for e in examples], [e.question for e in examples], text=text, seed=self._seed
             )
         return [r.text for r in (found if isinstance(found, list) else [found])]
 
