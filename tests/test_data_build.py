@@ -424,6 +424,8 @@ def test_a_judge_decides_where_the_base_models_words_differ(source, tmp_path):
 
 def test_a_stream_of_datasets_is_drawn_by_seed_and_goes_on(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
+    # It waits five seconds whenever the reading of a table ends.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     rows = [{"id": str(i), "question": f"Q{i}?", "answer": f"A{i}", "image": None} for i in range(8)]
     for i, row in enumerate(rows):
         row["image"] = {"bytes": base64.b64decode(picture(i, (96, 80))), "path": None}

@@ -25,7 +25,8 @@ from questions import write_rows
 from service import LATE, scripted
 
 from clear_adapters.datasets.audit import audit
-from clear_adapters.datasets.builder.build import MANIFEST, REJECTED, Helpers, build
+from clear_adapters.datasets.builder.assembly import MANIFEST, REJECTED, Helpers
+from clear_adapters.datasets.builder.build import build
 from clear_adapters.datasets.builder.plan import FILES, Plan
 from clear_adapters.datasets.builder.teachers import EndpointTeacher
 from clear_adapters.endpoint import Endpoint
