@@ -111,10 +111,18 @@ def build(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same files.")] = 0,
     splits: Annotated[str, typer.Option(help="Shares of the splits.")] = "train=0.8,rl=0.1,heldout=0.1",
     severities: Annotated[
-        str, typer.Option(help="How often each level is drawn; 'clean' leaves the picture as it is.")
+        str,
+        typer.Option(
+            rich_help_panel="Pictures",
+            help="How often each level is drawn; 'clean' leaves the picture as it is.",
+        ),
     ] = "low=0.2,mid=0.3,high=0.5",
-    weights: Annotated[Weights, typer.Option(help="How often each degradation is drawn.")] = Weights.training,
-    formulas: Annotated[Formulas, typer.Option(help="As for degrade.")] = Formulas.legacy,
+    weights: Annotated[
+        Weights, typer.Option(rich_help_panel="Pictures", help="How often each degradation is drawn.")
+    ] = Weights.training,
+    formulas: Annotated[
+        Formulas, typer.Option(rich_help_panel="Pictures", help="As for degrade.")
+    ] = Formulas.legacy,
     pathway: Annotated[
         Pathway,
         typer.Option(
@@ -131,46 +139,100 @@ def build(
     writer: Annotated[Writer, typer.Option(help="Who writes traces.")] = Writer.template,
     teacher_model: Annotated[
         str | None,
-        typer.Option(help="Name of the model at --teacher-url, or a local folder or Hub id without one."),
+        typer.Option(
+            rich_help_panel="Teacher",
+            help="Name of the model at --teacher-url, or a local folder or Hub id without one.",
+        ),
     ] = None,
-    teacher_url: Annotated[str | None, typer.Option(help="OpenAI-compatible service of the teacher.")] = None,
-    teacher_key_env: Annotated[str | None, typer.Option(help="Environment variable with its key.")] = None,
+    teacher_url: Annotated[
+        str | None, typer.Option(rich_help_panel="Teacher", help="OpenAI-compatible service of the teacher.")
+    ] = None,
+    teacher_key_env: Annotated[
+        str | None, typer.Option(rich_help_panel="Teacher", help="Environment variable with its key.")
+    ] = None,
     teacher_cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps its replies for other builds too.")
+        Path | None,
+        typer.Option(rich_help_panel="Teacher", help="Folder that keeps its replies for other builds too."),
     ] = None,
-    per_minute: Annotated[float | None, typer.Option(help="Requests a minute at most.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 8,
-    timeout: Annotated[float, typer.Option(help="Seconds that a reply may take.")] = 120.0,
-    max_tokens: Annotated[int, typer.Option(min=16, help="Longest reply of the teacher.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0, help="Of the teacher at a service.")] = 0.3,
-    tries: Annotated[int, typer.Option(min=1, help="How often a trace is asked for.")] = 3,
+    per_minute: Annotated[
+        float | None, typer.Option(rich_help_panel="Teacher", help="Requests a minute at most.")
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(min=1, rich_help_panel="Teacher", help="Requests under way at once.")
+    ] = 8,
+    timeout: Annotated[
+        float, typer.Option(rich_help_panel="Teacher", help="Seconds that a reply may take.")
+    ] = 120.0,
+    max_tokens: Annotated[
+        int, typer.Option(min=16, rich_help_panel="Teacher", help="Longest reply of the teacher.")
+    ] = 1024,
+    temperature: Annotated[
+        float, typer.Option(min=0, rich_help_panel="Teacher", help="Of the teacher at a service.")
+    ] = 0.3,
+    tries: Annotated[
+        int, typer.Option(min=1, rich_help_panel="Teacher", help="How often a trace is asked for.")
+    ] = 3,
     price: Annotated[
-        str | None, typer.Option(metavar="IN,OUT", help="Of a million tokens, for the estimate.")
+        str | None,
+        typer.Option(
+            metavar="IN,OUT", rich_help_panel="Teacher", help="Of a million tokens, for the estimate."
+        ),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Nothing is asked where it could cost more than this.")
+        float | None,
+        typer.Option(rich_help_panel="Teacher", help="Nothing is asked where it could cost more than this."),
     ] = None,
-    match: Annotated[Match, typer.Option(help="How an answer is compared with the truth.")] = Match.auto,
+    match: Annotated[
+        Match, typer.Option(rich_help_panel="Answers", help="How an answer is compared with the truth.")
+    ] = Match.auto,
     judge_url: Annotated[
-        str | None, typer.Option(help="OpenAI-compatible service that marks answers that do not match.")
+        str | None,
+        typer.Option(
+            rich_help_panel="Answers", help="OpenAI-compatible service that marks answers that do not match."
+        ),
     ] = None,
-    judge_model: Annotated[str | None, typer.Option(help="Name of the model there.")] = None,
-    judge_key_env: Annotated[str | None, typer.Option(help="Environment variable with its key.")] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(rich_help_panel="Answers", help="Name of the model there.")
+    ] = None,
+    judge_key_env: Annotated[
+        str | None, typer.Option(rich_help_panel="Answers", help="Environment variable with its key.")
+    ] = None,
     model: Annotated[
-        str | None, typer.Option(help=f"The base model of --pathway backbone; {MODEL} by default.")
+        str | None,
+        typer.Option(
+            rich_help_panel="Base model", help=f"The base model of --pathway backbone; {MODEL} by default."
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that it answers at a time.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, rich_help_panel="Base model", help="Rows that it answers at a time.")
+    ] = 16,
     device: Device = None,
-    min_side: Annotated[int, typer.Option(help="Pictures with a shorter side are left out, in pixels.")] = 64,
-    max_aspect: Annotated[float, typer.Option(help="Longer pictures are left out.")] = 5.0,
+    min_side: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel="Pictures", help="Pictures with a shorter side are left out, in pixels."
+        ),
+    ] = 64,
+    max_aspect: Annotated[
+        float, typer.Option(rich_help_panel="Pictures", help="Longer pictures are left out.")
+    ] = 5.0,
     max_side: Annotated[
         int | None,
-        typer.Option(help="Larger pictures are scaled down to this side before they are degraded."),
+        typer.Option(
+            rich_help_panel="Pictures",
+            help="Larger pictures are scaled down to this side before they are degraded.",
+        ),
     ] = None,
     any_language: Annotated[bool, typer.Option("--any-language", help="Keep texts in Chinese.")] = False,
-    config: Annotated[str | None, typer.Option(help="Of a dataset of the Hub.")] = None,
-    hub_split: Annotated[str, typer.Option(help="The same.")] = "train",
-    revision: Annotated[str | None, typer.Option(help="The same.")] = None,
+    config: Annotated[
+        str | None, typer.Option(rich_help_panel="Datasets of the Hub", help="Of a dataset of the Hub.")
+    ] = None,
+    hub_split: Annotated[
+        str, typer.Option(rich_help_panel="Datasets of the Hub", help="The same.")
+    ] = "train",
+    revision: Annotated[
+        str | None, typer.Option(rich_help_panel="Datasets of the Hub", help="The same.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core by default.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be read and what it would cost; write nothing.")

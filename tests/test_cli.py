@@ -78,7 +78,7 @@ def test_version_and_lists():
 @pytest.mark.parametrize(
     "command",
     [
-        *(["quickstart"], ["answer"], ["degrade"], ["data", "world"]),
+        *(["quickstart"], ["answer"], ["degrade"], ["data", "world"], ["data", "build"]),
         *(["train", name] for name in ("sft", "bridge", "grpo", "all", "plot")),
         *(["bench", name] for name in ("build", "run", "report")),
     ],
