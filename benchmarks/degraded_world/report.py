@@ -1,9 +1,9 @@
 """Tables and figure from a result file of evaluate.py, put between the markers of a README.
 
-    python benchmarks/degraded_world/report.py benchmarks/results/degraded_world.json
+    python benchmarks/degraded_world/report.py benchmarks/results/degraded_world.json --page clear_adapters/builtin/page
 
 README.md gets the main table, benchmarks/README.md all of them, and that of results/tried; both need the marker lines. The figure is written
-beside the result file. No number is typed by hand: a test renders the committed file again and compares.
+beside the result file. `--page` is where the page of the extra `demo` gets its copy of main table and figure. No number is typed by hand: a test renders the committed file again and compares.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 TRIED_MARKERS = ("<!-- tried:begin -->", "<!-- tried:end -->")
 TRIED = Path(__file__).parents[1] / "results" / "tried"
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "clear_adapters" / "builtin" / "page"
 STAGES = ("sft", "bridge", "clear")
 WAYS = {
     "clean": "clean",
@@ -302,6 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--full", type=Path, default=ROOT / "benchmarks" / "README.md", help="gets all tables"
     )
+    parser.add_argument("--page", type=Path, help=f"folder of the page's copy: {PAGE.relative_to(ROOT)}")
     parser.add_argument("--print", action="store_true", help="print all tables and write the figure only")
     args = parser.parse_args(arguments)
     try:
@@ -315,7 +317,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ClearError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    draw(result, args.result.with_suffix(".png"))
+    figure = args.result.with_suffix(".png")
+    draw(result, figure)
+    if args.page is not None:
+        texts[args.page / "results.md"] = render(result) + "\n"
+        (args.page / "results.png").write_bytes(figure.read_bytes())
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     if args.print:

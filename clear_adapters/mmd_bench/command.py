@@ -49,8 +49,16 @@ def run_command(
     dtype: str | None,
     revision: str | None,
     report: Callable[[str], None],
+    watch: Callable[[str, int, int], None] | None = None,
+    load: Callable[[], AttachedModel] | None = None,
+    progress: bool = True,
 ) -> ResultFile:
     """Runs the benchmark by names; `bench run` says what each argument is.
+
+    Args:
+        watch: as in `run.run`.
+        load: gives the model of these names, called once; None is `attach`.
+        progress: show a bar.
 
     Raises:
         ClearValueError: a file is missing, or a setting cannot work.
@@ -90,7 +98,7 @@ def run_command(
     for s in sets:
         for error in s.questions.skipped:
             report(f"left out: {error}")
-    facts, load, place, computed_in = _model(*folders, device, dtype)
+    facts, own, place, computed_in = _model(*folders, device, dtype)
     settings = Settings(
         model=facts[0],
         adapter=facts[1],
@@ -107,11 +115,13 @@ def run_command(
         sets,
         chosen,
         settings,
-        load,
+        load or own,
         device=f"{_words(place)}, {computed_in}",
         judge=judges,
         missing=missing,
         revisions=found.revisions,
+        watch=watch,
+        progress=progress,
     )
 
 

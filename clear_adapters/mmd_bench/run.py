@@ -78,6 +78,7 @@ def run(
     revisions: Mapping[str, str] | None = None,
     progress: bool = True,
     command: str | None = None,
+    watch: Callable[[str, int, int], None] | None = None,
 ) -> ResultFile:
     """Measures what is asked for and not there yet.
 
@@ -93,6 +94,8 @@ def run(
         revisions: commit by dataset repository, for the result file.
         progress: show a bar.
         command: for the result file; None is the running one.
+        watch: told after every batch what was asked, how many questions are answered and how many there are in all;
+            what it raises ends the run, whose answers stay to be gone on with.
 
     Returns:
         The result file, written to `result.json`.
@@ -131,6 +134,7 @@ def run(
             load,
             judge,
             progress,
+            watch,
             lambda cells, unmarked: ResultFile.collect(
                 KIND,
                 payload(cells, sets, settings, missing, judge, revisions, unmarked),
@@ -150,11 +154,13 @@ def _measure(
     load: Callable[[], AttachedModel],
     judge: BenchJudge | None,
     progress: bool,
+    watch: Callable[[str, int, int], None] | None,
     collect: Callable[[Sequence[Cell], Sequence[str]], ResultFile],
 ) -> ResultFile:
     """Asks what is left to ask, has it marked, and writes the result."""
     model: AttachedModel | None = None
     cells: list[Cell] = []
+    done, asked = 0, sum(len(j.data.questions.questions) for j in jobs)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -169,11 +175,15 @@ def _measure(
             answers = AnswerFile(job.path, [q.index for q in questions], settings.batch_size)
             name = f"{job.data.task.title}, {job.data.condition}, {job.system.name}"
             line = bar.add_task(name, total=len(questions), completed=len(answers.records))
+            done += len(answers.records)
             if len(answers.records) < len(questions):
                 model = model or load()
                 for records in answer(model, job, settings, len(answers.records)):
                     answers.append(records)
                     bar.advance(line, len(records))
+                    done += len(records)
+                    if watch is not None:
+                        watch(name, done, asked)
             cells.append(Cell(job.data.task, job.data.condition, job.system.name, answers.records))
             bar.update(line, visible=False)
             bar.advance(whole)

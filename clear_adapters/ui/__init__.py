@@ -1,0 +1,18 @@
+"""The Gradio page (extra `demo`): `launch(build_demo())`.
+
+page          the whole, and how it is served
+playground    first tab: picture, damage, question, both answers
+benchmark     second tab: official results, and a small run
+asking        one question to both models, in a thread that has the model
+models        the models, shared, one question at a time
+pictures      uploads within bounds; pictures as text
+samples       scenes, questions, truths; how the gallery is chosen
+render        what is shown, as HTML
+transcripts   what happened, as data
+"""
+
+from __future__ import annotations
+
+from clear_adapters.ui.page import build_demo, launch
+
+__all__ = ["build_demo", "launch"]

@@ -1,0 +1,117 @@
+"""The page as a whole: `build_demo` makes it, `launch` serves it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from clear_adapters._version import __version__
+from clear_adapters.cli_options import ADAPTER, MODEL
+from clear_adapters.errors import ClearValueError
+from clear_adapters.ui.benchmark import Benchmark
+from clear_adapters.ui.models import Names, Shelf
+from clear_adapters.ui.pictures import MAX_UPLOAD
+from clear_adapters.ui.playground import Playground
+
+STYLE = Path(__file__).with_name("style.css")
+QUEUE = 64
+"""Questions that may wait; whoever comes after them is told to come back."""
+SESSIONS = 200
+"""Visitors whose pictures are held in memory at the same time; the one who was away for longest is forgotten first."""
+
+
+def build_demo(
+    model: str | None = None,
+    adapter: str | None = None,
+    *,
+    allow_other_models: bool = False,
+    device: str | None = None,
+    max_side: int = 512,
+    keep_models: int | None = None,
+) -> gr.Blocks:
+    """Builds the page; nothing is loaded until somebody asks.
+
+    Args:
+        model: that the page begins with: `builtin:NAME`, a folder or a Hub id; None is the adapter's own base, and the
+            built-in model where no adapter is named either.
+        adapter: the same; None is the built-in one.
+        allow_other_models: let visitors type any folder and any Hub id. Off by default: on a public page it would let
+            strangers look for folders on the server, fill its disk with downloads and its memory with models.
+        device: as `attach` takes it.
+        max_side: longest side in pixels that a visitor's picture is scaled down to. Corruptions act at this size, and
+            some of them take seconds on a large picture.
+        keep_models: attached models that stay in memory; None is two with the built-in model and one with another.
+
+    Returns:
+        The page, to be served by `launch`, which sets the limits that belong to serving.
+
+    Raises:
+        ClearValueError: a number out of its range.
+    """
+    if max_side < 32:
+        raise ClearValueError(f"max_side={max_side}: pictures of fewer than 32 pixels show nothing")
+    if keep_models is not None and keep_models < 1:
+        raise ClearValueError(f"keep_models={keep_models}: at least the one that answers")
+    names = Names(MODEL if model is None and adapter is None else model, adapter or ADAPTER)
+    capacity = keep_models or (2 if names.is_builtin else 1)
+    shelf = Shelf(names, allow_others=allow_other_models, device=device, capacity=capacity)
+    # Files of uploads are deleted when they are read; what was uploaded and never read is gone ten minutes later.
+    with gr.Blocks(title="CLEAR adapters", analytics_enabled=False, delete_cache=(300, 600)) as demo:
+        gr.HTML(_HEAD, elem_id="head")
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Try it", elem_id="tab-try"):
+                playground = Playground(shelf, max_side)
+            with gr.Tab("Results", elem_id="tab-results"):
+                Benchmark(shelf, playground.model, playground.adapter)
+        gr.HTML(_FOOT, elem_id="foot")
+    demo.queue(max_size=QUEUE, default_concurrency_limit=4)
+    return demo
+
+
+def launch(demo: gr.Blocks, **settings: Any) -> Any:
+    """Serves the page with its limits: size of uploads, number of visitors, no file but its own.
+
+    Args:
+        demo: what `build_demo` gave.
+        settings: further ones of `gradio.Blocks.launch`, such as `server_name`, `server_port`, `share`,
+            `inbrowser` and `prevent_thread_lock`.
+
+    Returns:
+        What `gradio.Blocks.launch` gives: the application, its local address and its public one.
+    """
+    theme = gr.themes.Default(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    return demo.launch(
+        **{
+            "theme": theme,
+            "css_paths": STYLE,
+            "max_file_size": MAX_UPLOAD,
+            "state_session_capacity": SESSIONS,
+            "footer_links": ["settings"],
+            "ssr_mode": False,
+            "pwa": False,
+            "mcp_server": False,
+            "enable_monitoring": False,
+            **settings,
+        }
+    )
+
+
+_HEAD = """
+<header><h1>A model that repairs a picture before it answers</h1>
+<p>Below, <b>one model</b> gets <b>one spoilt picture</b> and <b>one question</b>, twice: as it is, and with a small
+<b>CLEAR</b> adapter. With the adapter it looks, decides whether the picture is too poor for this question, and if so restores
+it first. Click an example and watch.</p></header>
+"""
+
+_FOOT = f"""
+<p class="small">clear-adapters {__version__}. The method is CLEAR (arXiv 2604.04780). The built-in model has 5.9 million
+weights and knows a miniature world of coloured shapes and signs; it shows how the method works and says nothing about how well it
+works in large models.</p>
+"""
