@@ -10,8 +10,8 @@ from pathlib import Path
 EXTRAS = {"datasets", "gradio", "matplotlib", "openai", "skimage", "tensorboard"}
 """What the extras bring, by the name it is imported under."""
 
-DECLARED = {"clear_adapters.ui"}
-"""Modules that may need an extra to be imported: the page (extra `demo`)."""
+DECLARED = ("clear_adapters.ui",)
+"""Modules, and folders whole, that may need an extra to be imported: the page (extra `demo`)."""
 
 
 class CoreOnly(PathFinder):
@@ -36,7 +36,7 @@ def main() -> int:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if name in DECLARED and (error.name or "").partition(".")[0] in EXTRAS:
+            if name.startswith(DECLARED) and (error.name or "").partition(".")[0] in EXTRAS:
                 continue
             failed += 1
             print(f"{name} needs {error.name}, which is no core dependency", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The command line: quick start, answers, degradations, the Hub, data and training.
+"""The command line: quick start, answers, degradations, the page, the Hub, data and training.
 
 Libraries that take seconds to import are imported inside the commands, so `--help` is fast. What the library refuses is
 one line on stderr and exit code 2; `--debug` shows the traceback instead.
@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from clear_adapters._version import __version__
 from clear_adapters.cli_bench import bench
 from clear_adapters.cli_data import data
+from clear_adapters.cli_demo import demo
 from clear_adapters.cli_options import ADAPTER, MODEL, AdapterName, Device, Formulas, ModelName
 from clear_adapters.cli_train import train
 from clear_adapters.errors import ClearError, ClearValueError
@@ -61,6 +62,9 @@ main = typer.Typer(
 main.add_typer(train, name="train")
 main.add_typer(data, name="data")
 main.add_typer(bench, name="bench")
+main.command(
+    epilog="Examples: clear-adapters demo | clear-adapters demo --adapter my-run/3-grpo --port 8000"
+)(demo)
 
 
 class Restoring(StrEnum):

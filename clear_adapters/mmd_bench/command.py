@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 QUESTIONS = 1000
 """Of the built-in set, where no limit is given."""
 
+FEW = 32
+"""Questions of the built-in set that are degraded sooner than other processes have started."""
+
 
 def run_command(
     output: Path,
@@ -55,10 +58,8 @@ def run_command(
 ) -> ResultFile:
     """Runs the benchmark by names; `bench run` says what each argument is.
 
-    Args:
-        watch: as in `run.run`.
-        load: gives the model of these names, called once; None is `attach`.
-        progress: show a bar.
+    Those it has no option for: `watch` is that of `run.run`, `load` gives the model of these names where it is loaded
+    already, and `progress` shows a bar.
 
     Raises:
         ClearValueError: a file is missing, or a setting cannot work.
@@ -158,7 +159,11 @@ def _sources(
             if condition != CLEAN:
                 folder_of = place / condition
                 build_sets(
-                    [Input(get_task("miniature"), target)], folder_of, seed=seed, conditions=[condition]
+                    [Input(get_task("miniature"), target)],
+                    folder_of,
+                    seed=seed,
+                    conditions=[condition],
+                    workers=1 if count <= FEW else None,
                 )
                 sources.append(Source(folder_of))
     return sources

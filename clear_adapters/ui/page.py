@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from clear_adapters import store
 from clear_adapters._version import __version__
 from clear_adapters.cli_options import ADAPTER, MODEL
 from clear_adapters.errors import ClearValueError
@@ -34,9 +35,8 @@ def build_demo(
     """Builds the page; nothing is loaded until somebody asks.
 
     Args:
-        model: that the page begins with: `builtin:NAME`, a folder or a Hub id; None is the adapter's own base, and the
-            built-in model where no adapter is named either.
-        adapter: the same; None is the built-in one.
+        model: that the page begins with: `builtin:NAME`, a folder or a Hub id; None is the adapter's own base.
+        adapter: the same; None is that of the built-in model. One that is on the Hub is downloaded now.
         allow_other_models: let visitors type any folder and any Hub id. Off by default: on a public page it would let
             strangers look for folders on the server, fill its disk with downloads and its memory with models.
         device: as `attach` takes it.
@@ -48,13 +48,19 @@ def build_demo(
         The page, to be served by `launch`, which sets the limits that belong to serving.
 
     Raises:
-        ClearValueError: a number out of its range.
+        ClearValueError: a number out of its range, or a model of one's own without an adapter.
+        ClearError: model or adapter are not there.
     """
     if max_side < 32:
         raise ClearValueError(f"max_side={max_side}: pictures of fewer than 32 pixels show nothing")
     if keep_models is not None and keep_models < 1:
         raise ClearValueError(f"keep_models={keep_models}: at least the one that answers")
-    names = Names(MODEL if model is None and adapter is None else model, adapter or ADAPTER)
+    if adapter is None and model not in (None, MODEL):
+        raise ClearValueError(f"model={model!r}: name the adapter too, since {ADAPTER!r} is for {MODEL!r}")
+    names = Names(MODEL if adapter is None else model, adapter or ADAPTER)
+    store.resolve(names.adapter, "adapter")
+    if names.model is not None:
+        store.resolve(names.model, "model")
     capacity = keep_models or (2 if names.is_builtin else 1)
     shelf = Shelf(names, allow_others=allow_other_models, device=device, capacity=capacity)
     # Files of uploads are deleted when they are read; what was uploaded and never read is gone ten minutes later.

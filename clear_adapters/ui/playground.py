@@ -31,16 +31,6 @@ Shown = dict[Any, Any]
 """New values by component; components that are not in it stay as they are."""
 
 
-class Upload(gr.Image):
-    """Gradio's picture input, whose file is handed over unopened: `read_upload` is the one that opens and deletes it."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The place of the file, which the server itself has written."""
-        return None if payload is None else payload.path
-
-
 class Playground:
     """The tab and what its controls do; to be made inside a `gr.Blocks`.
 
@@ -122,7 +112,7 @@ class Playground:
             self.end = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
         self.status = gr.HTML(render.status(), elem_id="status")
         with gr.Accordion("Use a picture of your own", open=False, elem_id="own"):
-            self.upload = Upload(
+            self.upload = gr.Image(
                 type="filepath",
                 sources=["upload", "clipboard", "webcam"],
                 label="Upload, paste or photograph",
@@ -130,6 +120,9 @@ class Playground:
                 elem_id="upload",
                 buttons=[],
             )
+            # Handed over unopened: `read_upload` is the one that opens the file, within bounds, and deletes it. (Gradio
+            # writes a file beside a module that subclasses its components, so the instance is changed.)
+            self.upload.preprocess = _place_of
             gr.Markdown(_PRIVACY, elem_classes="small")
 
     def _build_advanced(self, first: Subject) -> None:
@@ -485,6 +478,10 @@ element.addEventListener('click', event => {{
 }});
 """
 _SHOW_ANSWERS = f"(...all) => {{ {_TO_ANSWERS} return all; }}"
+
+
+def _place_of(payload: Any) -> str | None:
+    return None if payload is None else payload.path
 
 
 def _example(index: int) -> Subject:

@@ -345,7 +345,8 @@ _PARTS = {
 
 
 def _times(course: Course) -> str:
-    assert course.base is not None and course.clear is not None
+    assert course.base is not None
+    assert course.clear is not None
     most = max(course.base_seconds, course.clear_seconds, 0.01)
     rows = []
     for title, reply, seconds in (

@@ -23,7 +23,8 @@ def transcript_of(
         wish: what was asked.
         names: who answered.
     """
-    assert course.base is not None and course.clear is not None
+    assert course.base is not None
+    assert course.clear is not None
     about = (
         None
         if subject.degradation is None

@@ -1,0 +1,6 @@
+"""The entry of a Space: the page, with its own models alone."""
+
+from clear_adapters.ui import build_demo, launch
+
+if __name__ == "__main__":  # a small run starts processes, which read this file again
+    launch(build_demo())

@@ -1,0 +1,209 @@
+"""The page's server, asked over loopback by Gradio's own client: many at once, two adapters, bad input, files."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from gradio_client import Client, handle_file
+from PIL import Image
+
+from clear_adapters import attach
+from clear_adapters.ui import build_demo, launch
+from clear_adapters.ui.pictures import degraded
+from clear_adapters.ui.samples import SEVERITY, draw_sample
+
+OUTPUTS = ("strip", "status", "base", "before", "picture", "after", "verdict", "transcript", "save")
+
+
+@pytest.fixture(scope="module")
+def second(toy, tmp_path_factory):
+    """An adapter that answers otherwise than the toy's: it stops after two tokens."""
+    from dataclasses import replace
+
+    from clear_adapters import TextSampling
+
+    folder = tmp_path_factory.mktemp("second") / "adapter"
+    model = attach(str(toy / "model"), str(toy / "adapter"), device="cpu")
+    model.config = replace(model.config, text=TextSampling(max_new_tokens=2))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def page(toy, tmp_path_factory):
+    """The address of a page with a toy model, and the folder that its uploads go to."""
+    files = tmp_path_factory.mktemp("files")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(files))
+        demo = build_demo(str(toy / "model"), str(toy / "adapter"), allow_other_models=True, device="cpu")
+        _, address, _ = launch(demo, prevent_thread_lock=True, quiet=True, inbrowser=False)
+        yield address, files
+        demo.close()
+
+
+@pytest.fixture
+def client(page):
+    return Client(page[0], verbose=False)
+
+
+def ask(client, question="What is it?", restore="auto", model="", adapter="", seed=0):
+    job = client.submit(question, restore, model, adapter, seed, 0, 0, api_name="/ask")
+    job.result(timeout=60)
+    shown = {}
+    for values in job.outputs():
+        for name, value in zip(OUTPUTS, values, strict=True):
+            if not (isinstance(value, dict) and value.get("__type__") == "update"):
+                shown[name] = value
+    return shown
+
+
+def test_a_sample_is_chosen_and_both_answer(client, toy):
+    client.predict(3, api_name="/choose")
+    shown = ask(client, draw_sample(3).suggestions[0].text, "always")
+    told = shown["transcript"]
+    sample = draw_sample(3)
+    assert told["picture"] == {
+        "sample": 3,
+        "size": [256, 256],
+        "degradation": {"name": sample.degradation, "intensity": 0.9, "seed": sample.seed},
+    }
+    assert told["truth"] == sample.suggestions[0].truth
+    assert told["as_it_is"]["plain"] is True
+    assert told["clear"]["restored"] is True
+    seen = degraded(sample.clean, sample, sample.degradation, SEVERITY, sample.seed).seen
+    model = attach(str(toy / "model"), str(toy / "adapter"), device="cpu")
+    again = model.answer(seen, sample.suggestions[0].text, restore="always")
+    assert told["clear"]["transcript"] == again.to_json()["transcript"]
+    assert "The restored picture" in shown["picture"]
+    assert "The truth" in shown["verdict"]
+    assert 'aria-current="step"' not in shown["strip"]
+
+
+def test_the_damage_can_be_changed(client):
+    client.predict(4, api_name="/choose")
+    preview = client.predict("scan_lines", "low", 0.9, 7, "", "", api_name="/degrade")[0]
+    assert "scan lines, low" in preview
+    told = ask(client)["transcript"]
+    assert told["picture"]["degradation"] == {"name": "scan_lines", "intensity": 0.23, "seed": 7}
+    assert told["truth"] is None
+
+
+def test_ten_at_once_are_all_answered(page):
+    clients = [Client(page[0], verbose=False) for _ in range(10)]
+
+    def one(number):
+        clients[number].predict(number, api_name="/choose")
+        return ask(clients[number], f"Question {number}?")["transcript"]
+
+    with ThreadPoolExecutor(10) as pool:
+        told = list(pool.map(one, range(10)))
+    assert [t["picture"]["sample"] for t in told] == list(range(10))
+    assert [t["question"] for t in told] == [f"Question {n}?" for n in range(10)]
+    assert all(t["as_it_is"]["plain"] and not t["clear"]["plain"] for t in told)
+
+
+def test_two_tabs_with_two_adapters_do_not_mix(page, toy, second):
+    tabs = [Client(page[0], verbose=False) for _ in range(2)]
+    adapters = [str(toy / "adapter"), second]
+
+    def tokens(number):
+        lengths = []
+        for seed in range(3):
+            told = ask(tabs[number], "Which?", "never", str(toy / "model"), adapters[number], seed)[
+                "transcript"
+            ]
+            lengths.append(max(s["tokens"] for s in told["clear"]["transcript"][-1:] if s["kind"] == "text"))
+            assert told["adapter"] == adapters[number]
+        return lengths
+
+    with ThreadPoolExecutor(2) as pool:
+        first, other = pool.map(tokens, range(2))
+    assert min(first) > 2
+    assert max(other) <= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"question": ""}, "Write a question first"),
+        ({"question": "y" * 10_000}, "10,000 characters"),
+        ({"adapter": "builtin:clear-bagle-tiny"}, "Did you mean"),
+        ({"adapter": "./nowhere"}, "no folder on this machine"),
+        (
+            {"model": "builtin:bagel-tiny", "adapter": str(Path(__file__).parent / "data" / "bagel")},
+            "clear_config",
+        ),
+        ({"seed": None}, "seed"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_and_the_server_lives_on(client, options, message):
+    shown = ask(client, **options)
+    assert 'role="alert"' in shown["status"]
+    assert message in shown["status"]
+    assert "transcript" not in shown or shown["transcript"] is None
+    assert ask(client)["transcript"]["question"] == "What is it?"
+
+
+def upload(client, path):
+    return client.predict(handle_file(str(path)), "none", "high", 0.9, 0, "", "", api_name="/upload")
+
+
+def test_uploads_are_read_asked_about_and_kept_nowhere(client, page, tmp_path):
+    path = tmp_path / "own.jpg"
+    Image.new("RGB", (700, 350), "teal").save(path)
+    shown = upload(client, path)
+    assert "What the models see: as it is" in str(shown)
+    told = ask(client, "What colour is it?")["transcript"]
+    assert told["picture"] == {"sample": None, "size": [512, 256], "degradation": None}
+    assert [p for p in page[1].rglob("*") if p.is_file()] == []
+
+
+def test_bad_uploads_are_told_and_kept_nowhere(client, page, tmp_path):
+    text = tmp_path / "text.png"
+    text.write_text("this is no picture")
+    large = tmp_path / "large.png"
+    Image.new("1", (10_000, 5_000)).save(large)
+    assert "no picture that can be read" in str(upload(client, text))
+    assert "50 megapixels" in str(upload(client, large))
+    heavy = tmp_path / "heavy.png"
+    heavy.write_bytes(bytes(21 * 2**20))
+    with pytest.raises(Exception, match=r"413|size"):
+        upload(client, heavy)
+    assert [p for p in page[1].rglob("*") if p.is_file()] == []
+    assert ask(client)["transcript"] is not None
+
+
+def test_no_file_outside_can_be_read_through_the_page(client, page, toy, tmp_path):
+    address, _ = page
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (20, 20)).save(secret)
+    here = Path(__file__)
+    for path in (secret, here, "/etc/passwd", "../../../../etc/passwd", toy / "model" / "ema.safetensors"):
+        found = httpx.get(f"{address}gradio_api/file={path}")
+        assert found.status_code in (403, 404), path
+    session = {"session_hash": "x1"}
+    body = {
+        "data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "none", "high", 0.9, 0, "", ""]
+    }
+    httpx.post(f"{address}gradio_api/call/upload", json={**body, **session})
+    event = httpx.post(f"{address}gradio_api/call/upload", json=body).json().get("event_id")
+    told = httpx.get(f"{address}gradio_api/call/upload/{event}", timeout=30).text if event else "refused"
+    assert "What the models see" not in told
+    assert secret.exists()
+
+
+def test_the_page_asks_nobody_else(page):
+    text = httpx.get(page[0]).text
+    loaded = re.findall(r'(?:src|href)="(https?://[^"]+)"', text)
+    assert [a for a in loaded if not a.startswith(page[0])] == []
+
+
+def test_a_small_run_of_the_page(client):
+    job = client.submit(6, "", "", api_name="/run")
+    job.result(timeout=100)
+    told = [o[0] for o in job.outputs()]
+    assert sum("<progress" in str(t) for t in told) > 3
+    assert "Done: 6 questions" in told[-1]
+    assert "| CLEAR |" in job.outputs()[-1][1]
