@@ -147,7 +147,8 @@ class Visitor:
         folder = os.environ.get("CLEAR_SCREENSHOTS")
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            image.save(Path(folder) / f"{name}.jpg", quality=82)
+            image.thumbnail((900, 10_000), Image.Resampling.LANCZOS)
+            image.save(Path(folder) / f"{name}.jpg", quality=70, optimize=True)
 
 
 @pytest.fixture

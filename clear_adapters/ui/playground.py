@@ -81,6 +81,19 @@ class Playground:
     def _build_inputs(self, first: Subject, questions: list[list[str]]) -> None:
         self.preview = gr.HTML(render.preview(first), elem_id="preview")
         self.trouble = gr.HTML("", elem_id="trouble")
+        with gr.Accordion("Use a picture of your own", open=False, elem_id="own"):
+            self.upload = gr.Image(
+                type="filepath",
+                sources=["upload", "clipboard", "webcam"],
+                label="Upload, paste or photograph",
+                height=190,
+                elem_id="upload",
+                buttons=[],
+            )
+            # Handed over unopened: `read_upload` is the one that opens the file, within bounds, and deletes it. (Gradio
+            # writes a file beside a module that subclasses its components, so the instance is changed.)
+            self.upload.preprocess = _place_of
+            gr.Markdown(_PRIVACY, elem_classes="small")
         self.kind = gr.Dropdown(
             _kinds(), value=first.degradation, label="What spoils the picture", elem_id="kind"
         )
@@ -111,24 +124,11 @@ class Playground:
             self.go = gr.Button("Ask both", variant="primary", elem_id="ask", scale=3, min_width=120)
             self.end = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
         self.status = gr.HTML(render.status(), elem_id="status")
-        with gr.Accordion("Use a picture of your own", open=False, elem_id="own"):
-            self.upload = gr.Image(
-                type="filepath",
-                sources=["upload", "clipboard", "webcam"],
-                label="Upload, paste or photograph",
-                height=190,
-                elem_id="upload",
-                buttons=[],
-            )
-            # Handed over unopened: `read_upload` is the one that opens the file, within bounds, and deletes it. (Gradio
-            # writes a file beside a module that subclasses its components, so the instance is changed.)
-            self.upload.preprocess = _place_of
-            gr.Markdown(_PRIVACY, elem_classes="small")
 
     def _build_advanced(self, first: Subject) -> None:
         others = self.shelf.allow_others
         hint = "built-in, a folder, or a Hub id (owner/name)" if others else "what this page offers"
-        with gr.Accordion("Advanced: model, adapter, seeds, sampling", open=False, elem_id="advanced"):
+        with gr.Accordion("Advanced: models, seeds, sampling", open=False, elem_id="advanced"):
             with gr.Row():
                 self.model = gr.Dropdown(
                     ["", *self.shelf.choices("model")],
@@ -234,7 +234,10 @@ class Playground:
         self.upload.input(
             self.take,
             [self.upload, *damage, self.model, self.adapter],
-            [self.upload, self.subject, self.suggested, self.gallery, self.preview, self.trouble, *answers],
+            [
+                *(self.upload, self.subject, self.question, self.suggested, self.gallery, self.preview),
+                *(self.trouble, *answers),
+            ],
             cancels=running,
             api_name="upload",
             concurrency_limit=2,
@@ -313,6 +316,7 @@ class Playground:
         return {
             self.upload: None,
             self.subject: subject,
+            self.question: OWN_QUESTIONS[0][0],
             self.suggested: gr.Dataset(samples=OWN_QUESTIONS, label="Questions"),
             self.gallery: self._gallery(subject),
             self.preview: render.preview(subject, self._is_builtin(model, adapter)),

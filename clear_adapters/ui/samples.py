@@ -37,7 +37,7 @@ OUTCOMES = ("helps", "helps", "helps", "untouched", "unneeded", "fails", "harms"
 
 TITLES = {
     "helps": "CLEAR helps",
-    "untouched": "Nothing to repair",
+    "untouched": "No need to restore",
     "unneeded": "Both right",
     "fails": "Both wrong",
     "harms": "CLEAR does harm",
