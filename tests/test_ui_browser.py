@@ -91,6 +91,7 @@ class Visitor:
         self.wait("#gallery button img")
         self.wait("#ask")
         self.driver.execute_script(WATCH)
+        self.driver.get_log("browser")  # what was logged before is another visit's
 
     def all(self, selector):
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
@@ -153,7 +154,9 @@ class Visitor:
 
 @pytest.fixture
 def visitor(driver, page):
-    return Visitor(driver, page)
+    made = Visitor(driver, page)
+    yield made
+    assert [t.text for t in made.all(".toast-body")] == []  # nothing is told where nobody looks for it
 
 
 def test_a_visitor_sees_both_answers_and_the_restored_picture(visitor):
@@ -207,6 +210,10 @@ def test_another_severity_another_question_and_a_stop(visitor):
     assert first.endswith("high")
     visitor.click("#level label", "low")
     visitor.wait("#preview figcaption", ", low")
+    assert visitor.wait("#intensity input[type=number]").get_attribute("value") == "0.23"
+    visitor.wait("#intensity input[type=range]").send_keys(Keys.ARROW_RIGHT)
+    visitor.wait("#preview figcaption", ", 0.24")
+    WebDriverWait(visitor.driver, PATIENCE, 0.05).until(lambda _: not visitor.all("#level input:checked"))
     visitor.write("#question textarea", "How many stars are there? {{value}} <b>${1+1}</b>")
     visitor.forget()
     visitor.click("#ask")
@@ -227,6 +234,7 @@ def test_another_severity_another_question_and_a_stop(visitor):
     visitor.wait("#before .moment")
     visitor.click("#stop")
     visitor.wait("#status", "Stopped.")
+    assert not visitor.all("#verdict section")
     visitor.write("#question textarea", "")
     visitor.click("#ask")
     visitor.wait("#status [role=alert]", "Write a question first")

@@ -142,7 +142,8 @@ class Benchmark:
             [self.status, self.table],
             concurrency_limit=1,
             concurrency_id="run",
-            show_progress="hidden",
+            show_progress="minimal",
+            show_progress_on=self.status,
             api_name="run",
         )
         self.end.click(

@@ -70,7 +70,7 @@ def build_demo(
             with gr.Tab("Try it", elem_id="tab-try"):
                 playground = Playground(shelf, max_side)
             with gr.Tab("Results", elem_id="tab-results"):
-                Benchmark(shelf, playground.model, playground.adapter)
+                Benchmark(shelf, playground.on.model, playground.on.adapter)
         gr.HTML(_FOOT, elem_id="foot")
     demo.queue(max_size=QUEUE, default_concurrency_limit=4)
     return demo
@@ -104,6 +104,7 @@ def launch(demo: gr.Blocks, **settings: Any) -> Any:
             "pwa": False,
             "mcp_server": False,
             "enable_monitoring": False,
+            "run_history": False,
             **settings,
         }
     )

@@ -10,21 +10,19 @@ from typing import Any
 
 import gradio as gr
 
-from clear_adapters.degradations import SEVERITIES, list_degradations
+from clear_adapters.degradations import SEVERITIES
 from clear_adapters.errors import ClearError, ClearValueError
 from clear_adapters.results import ResultFile
 from clear_adapters.ui import render
 from clear_adapters.ui.asking import Asking, Course, Wish
+from clear_adapters.ui.controls import KNOWN, SHOW_ANSWERS, Controls
 from clear_adapters.ui.models import Names, Shelf
-from clear_adapters.ui.pictures import AS_IT_IS, RANDOM, Subject, degraded, read_upload
+from clear_adapters.ui.pictures import Subject, degraded, read_upload
 from clear_adapters.ui.samples import SEVERITY, Suggestion, draw_sample, gallery, recorded
 from clear_adapters.ui.transcripts import transcript_of
 
 KEPT = 32
 """Courses of examples that are kept."""
-SESSION = 3600
-"""Seconds for which a visitor's picture is held in memory after he last changed it."""
-
 OWN_QUESTIONS = [["What is in this picture?"], ["What does the sign say?"]]
 
 Shown = dict[Any, Any]
@@ -46,212 +44,81 @@ class Playground:
         self.examples = [(e, _example(e.index), draw_sample(e.index).suggestions[0].text) for e in gallery()]
         self._kept: OrderedDict[Any, Course] = OrderedDict()
         self._running: dict[str, threading.Event] = {}
-        self._build()
+        self.on = Controls(shelf, self.examples[0][1], self._gallery(self.examples[0][1]))
         self._connect()
 
-    # ------------------------------------------------------------------------------------------------ what stands where
-
-    def _build(self) -> None:
-        first = self.examples[0][1]
-        assert first.sample is not None
-        questions = [[s.text] for s in first.sample.suggestions]
-        self.strip = gr.HTML(render.strip(), elem_id="strip")
-        self.gallery = gr.HTML(self._gallery(first), elem_id="gallery", js_on_load=_PICK, label="Examples")
-        self.index = gr.Number(first.sample.index, visible=False, elem_id="index")
-        self.subject = gr.State(first, time_to_live=SESSION)
-        with gr.Row(elem_id="bench"):
-            with gr.Column(scale=10, min_width=320, elem_id="inputs"):
-                self._build_inputs(first, questions)
-            with gr.Column(scale=21, min_width=320, elem_id="outcome"):
-                with gr.Row(elem_id="columns"):
-                    with gr.Column(scale=1, min_width=280, elem_id="plain"):
-                        self.base = gr.HTML(render.base_card(None, None, None), elem_id="base")
-                    with gr.Column(scale=1, min_width=280, elem_id="clear"):
-                        self.before = gr.HTML(render.clear_before(None), elem_id="before")
-                        self.picture = gr.HTML("", elem_id="restoration")
-                        self.after = gr.HTML("", elem_id="after")
-                self.verdict = gr.HTML("", elem_id="verdict")
-        self._build_advanced(first)
-        with gr.Accordion("Transcript", open=False, elem_id="transcript"):
-            self.save = gr.HTML(render.download(None), elem_id="save")
-            self.transcript = gr.JSON(
-                None, label="Transcript", show_label=False, elem_id="transcript-json", max_height=420
-            )
-
-    def _build_inputs(self, first: Subject, questions: list[list[str]]) -> None:
-        self.preview = gr.HTML(render.preview(first), elem_id="preview")
-        self.trouble = gr.HTML("", elem_id="trouble")
-        with gr.Accordion("Use a picture of your own", open=False, elem_id="own"):
-            self.upload = gr.Image(
-                type="filepath",
-                sources=["upload", "clipboard", "webcam"],
-                label="Upload, paste or photograph",
-                height=190,
-                elem_id="upload",
-                buttons=[],
-            )
-            # Handed over unopened: `read_upload` is the one that opens the file, within bounds, and deletes it. (Gradio
-            # writes a file beside a module that subclasses its components, so the instance is changed.)
-            self.upload.preprocess = _place_of
-            gr.Markdown(_PRIVACY, elem_classes="small")
-        self.kind = gr.Dropdown(
-            _kinds(), value=first.degradation, label="What spoils the picture", elem_id="kind"
-        )
-        with gr.Group(elem_id="severity"):
-            self.level = gr.Radio([*SEVERITIES], value=SEVERITY, label="How much", elem_id="level")
-            self.intensity = gr.Slider(
-                0, 1, SEVERITIES[SEVERITY], step=0.01, label="Or exactly", elem_id="intensity", buttons=[]
-            )
-        self.question = gr.Textbox(
-            questions[0][0], label="Question", lines=2, max_lines=6, elem_id="question"
-        )
-        self.suggested = gr.Dataset(
-            components=[self.question],
-            samples=questions,
-            label=_KNOWN,
-            type="values",
-            layout="gallery",
-            samples_per_page=6,
-            elem_id="suggested",
-        )
-        self.restore = gr.Radio(
-            [("model decides", "auto"), ("always", "always"), ("never", "never")],
-            value="auto",
-            label="Restore",
-            elem_id="restore",
-        )
-        with gr.Row():
-            self.go = gr.Button("Ask both", variant="primary", elem_id="ask", scale=3, min_width=120)
-            self.end = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
-        self.status = gr.HTML(render.status(), elem_id="status")
-
-    def _build_advanced(self, first: Subject) -> None:
-        others = self.shelf.allow_others
-        hint = "built-in, a folder, or a Hub id (owner/name)" if others else "what this page offers"
-        with gr.Accordion("Advanced: models, seeds, sampling", open=False, elem_id="advanced"):
-            with gr.Row():
-                self.model = gr.Dropdown(
-                    ["", *self.shelf.choices("model")],
-                    value=self.shelf.default.model or "",
-                    allow_custom_value=True,
-                    label="Model",
-                    info=f"{hint}; empty for the adapter's own base",
-                    elem_id="model",
-                )
-                self.adapter = gr.Dropdown(
-                    self.shelf.choices("adapter"),
-                    value=self.shelf.default.adapter,
-                    allow_custom_value=True,
-                    label="Adapter",
-                    info=hint,
-                    elem_id="adapter",
-                )
-            with gr.Row():
-                self.damage_seed = gr.Number(
-                    first.seed, precision=0, minimum=0, label="Seed of the damage", elem_id="damage-seed"
-                )
-                self.seed = gr.Number(0, precision=0, minimum=0, label="Seed of the models", elem_id="seed")
-                self.steps = gr.Slider(
-                    0,
-                    50,
-                    0,
-                    step=1,
-                    label="Points of the denoising schedule",
-                    info="0 is the adapter's own",
-                    elem_id="steps",
-                )
-                self.temperature = gr.Slider(
-                    0,
-                    1.5,
-                    0,
-                    step=0.1,
-                    label="Temperature of text",
-                    info="0 is greedy",
-                    elem_id="temperature",
-                )
-
     def _connect(self) -> None:
-        answers = [self.strip, self.status, self.base, self.before, self.picture, self.after, self.verdict]
-        answers += [self.transcript, self.save]
+        on = self.on
+        answers = [
+            on.strip,
+            on.status,
+            on.base,
+            on.before,
+            on.picture,
+            on.after,
+            on.verdict,
+            on.transcript,
+            on.save,
+        ]
         asked: dict[str, Any] = {
             "fn": self.ask,
             "inputs": [
-                *(self.subject, self.question, self.restore, self.model, self.adapter, self.seed),
-                *(self.steps, self.temperature),
+                on.subject,
+                on.question,
+                on.restore,
+                on.model,
+                on.adapter,
+                on.seed,
+                on.steps,
+                on.temperature,
             ],
             "outputs": answers,
             "concurrency_limit": 1,
             "concurrency_id": "model",
-            "show_progress": "hidden",
+            "show_progress": "minimal",  # the place in the queue
+            "show_progress_on": on.status,
         }
-        by_button = self.go.click(**asked, api_name="ask", trigger_mode="once", js=_SHOW_ANSWERS)
-        shown = [
-            *(self.subject, self.kind, self.level, self.intensity, self.damage_seed, self.question),
-            *(self.suggested, self.gallery, self.preview, self.trouble, *answers),
-        ]
+        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        by_button = on.go.click(**asked, api_name="ask", trigger_mode="once", js=SHOW_ANSWERS)
+        picture = [on.subject, on.question, on.suggested, on.gallery, on.preview, on.trouble]
+        damage = [on.kind, on.level, on.intensity, on.damage_seed]
         by_example = (
-            self.gallery.select(
-                _picked, None, self.index, queue=False, show_progress="hidden", api_visibility="private"
+            on.gallery.select(_picked, None, on.index, **quiet)
+            .then(
+                self.choose,
+                on.index,
+                [*picture, *damage, *answers],
+                api_name="choose",
+                show_progress="hidden",
             )
-            .then(self.choose, self.index, shown, api_name="choose", show_progress="hidden")
             .then(**asked, api_visibility="private")
         )
         running = [by_button, by_example]
-        self.end.click(
-            self.stop,
-            None,
-            self.status,
-            queue=False,
-            cancels=running,
-            show_progress="hidden",
-            api_visibility="private",
-        )
-        damage = [self.kind, self.level, self.intensity, self.damage_seed]
+        on.end.click(self.stop, None, on.status, cancels=running, **quiet)
         spoiled: dict[str, Any] = {
-            "fn": self.spoil,
-            "inputs": [self.subject, *damage, self.model, self.adapter],
-            "outputs": [self.subject, self.preview, self.trouble, *answers],
+            "outputs": [on.subject, on.preview, on.trouble, on.level, on.intensity, *answers],
             "cancels": running,
             "trigger_mode": "always_last",
             "concurrency_limit": 2,
             "concurrency_id": "pictures",
             "show_progress": "hidden",
         }
-        self.kind.input(**spoiled, api_name="degrade")
-        self.level.input(
-            _intensity,
-            self.level,
-            self.intensity,
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        ).then(**spoiled, api_visibility="private")
-        self.intensity.release(
-            lambda: None, None, self.level, queue=False, show_progress="hidden", api_visibility="private"
-        ).then(**spoiled, api_visibility="private")
-        self.damage_seed.submit(**spoiled, api_visibility="private")
-        self.damage_seed.blur(**spoiled, api_visibility="private")
-        self.upload.input(
+        choice = [on.subject, *damage, on.model, on.adapter]
+        on.kind.input(self.spoil, choice, **spoiled, api_name="degrade")
+        for changed in (on.level.input, on.damage_seed.submit, on.damage_seed.blur):
+            changed(self.spoil, choice, **spoiled, api_visibility="private")
+        on.intensity.input(self.spoil_exactly, choice, **spoiled, api_visibility="private")
+        on.upload.input(
             self.take,
-            [self.upload, *damage, self.model, self.adapter],
-            [
-                *(self.upload, self.subject, self.question, self.suggested, self.gallery, self.preview),
-                *(self.trouble, *answers),
-            ],
+            [on.upload, *damage, on.model, on.adapter],
+            [on.upload, *picture, *answers],
             cancels=running,
             api_name="upload",
             concurrency_limit=2,
             concurrency_id="pictures",
             show_progress="hidden",
         )
-        self.suggested.click(
-            lambda row: row[0],
-            self.suggested,
-            self.question,
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        on.suggested.click(lambda row: row[0], on.suggested, on.question, **quiet)
 
     # ------------------------------------------------------------------------------------------------ what controls do
 
@@ -262,15 +129,15 @@ class Playground:
     def _nothing(self) -> Shown:
         """The answers' half with nothing answered yet."""
         return {
-            self.strip: render.strip(),
-            self.status: render.status(),
-            self.base: render.base_card(None, None, None),
-            self.before: render.clear_before(None),
-            self.picture: "",
-            self.after: "",
-            self.verdict: "",
-            self.transcript: None,
-            self.save: render.download(None),
+            self.on.strip: render.strip(),
+            self.on.status: render.status(),
+            self.on.base: render.base_card(None, None, None),
+            self.on.before: render.clear_before(None),
+            self.on.picture: "",
+            self.on.after: "",
+            self.on.verdict: "",
+            self.on.transcript: None,
+            self.on.save: render.download(None),
         }
 
     def choose(self, index: float, request: gr.Request) -> Shown:
@@ -280,16 +147,16 @@ class Playground:
         assert subject.sample is not None
         questions = [[s.text] for s in subject.sample.suggestions]
         return {
-            self.subject: subject,
-            self.kind: subject.degradation,
-            self.level: SEVERITY,
-            self.intensity: SEVERITIES[SEVERITY],
-            self.damage_seed: subject.seed,
-            self.question: questions[0][0],
-            self.suggested: gr.Dataset(samples=questions, label=_KNOWN),
-            self.gallery: self._gallery(subject),
-            self.preview: render.preview(subject),
-            self.trouble: "",
+            self.on.subject: subject,
+            self.on.kind: subject.degradation,
+            self.on.level: SEVERITY,
+            self.on.intensity: SEVERITIES[SEVERITY],
+            self.on.damage_seed: subject.seed,
+            self.on.question: questions[0][0],
+            self.on.suggested: gr.Dataset(samples=questions, label=KNOWN),
+            self.on.gallery: self._gallery(subject),
+            self.on.preview: render.preview(subject),
+            self.on.trouble: "",
             **self._nothing(),
         }
 
@@ -297,7 +164,7 @@ class Playground:
         self,
         path: str | None,
         kind: str,
-        level: str,
+        level: str | None,
         intensity: float,
         seed: float,
         model: str,
@@ -306,21 +173,21 @@ class Playground:
     ) -> Shown:
         """Takes a visitor's picture, or says why it cannot be taken."""
         if path is None:
-            return {self.trouble: ""}
+            return {self.on.trouble: ""}
         self._end(request)
         try:
             picture = read_upload(path, self.max_side)
             subject = degraded(picture, None, kind, _severity(level, intensity), _whole(seed))
         except (ClearError, OSError) as error:
-            return {self.upload: None, self.trouble: render.problem(str(error))}
+            return {self.on.upload: None, self.on.trouble: render.problem(str(error))}
         return {
-            self.upload: None,
-            self.subject: subject,
-            self.question: OWN_QUESTIONS[0][0],
-            self.suggested: gr.Dataset(samples=OWN_QUESTIONS, label="Questions"),
-            self.gallery: self._gallery(subject),
-            self.preview: render.preview(subject, self._is_builtin(model, adapter)),
-            self.trouble: "",
+            self.on.upload: None,
+            self.on.subject: subject,
+            self.on.question: OWN_QUESTIONS[0][0],
+            self.on.suggested: gr.Dataset(samples=OWN_QUESTIONS, label="Questions"),
+            self.on.gallery: self._gallery(subject),
+            self.on.preview: render.preview(subject, self._is_builtin(model, adapter)),
+            self.on.trouble: "",
             **self._nothing(),
         }
 
@@ -328,7 +195,7 @@ class Playground:
         self,
         subject: Subject | None,
         kind: str,
-        level: str,
+        level: str | None,
         intensity: float,
         seed: float,
         model: str,
@@ -337,23 +204,41 @@ class Playground:
     ) -> Shown:
         """Degrades the picture anew, where anything about it was changed."""
         if subject is None:
-            return {self.trouble: render.problem(_EXPIRED)}
+            return {self.on.trouble: render.problem(_EXPIRED)}
         try:
             changed = degraded(
                 subject.picture, subject.sample, kind, _severity(level, intensity), _whole(seed)
             )
         except (ClearError, OSError) as error:
-            return {self.trouble: render.problem(str(error))}
+            return {self.on.trouble: render.problem(str(error))}
         if replace(changed, seen=subject.seen) == subject:
-            return {self.trouble: ""}
+            return {self.on.trouble: ""}
         self._end(request)
         foreign = changed.sample is None and self._is_builtin(model, adapter)
         return {
-            self.subject: changed,
-            self.preview: render.preview(changed, foreign),
-            self.trouble: "",
+            self.on.level: level,
+            self.on.intensity: _severity(level, intensity),
+            self.on.subject: changed,
+            self.on.preview: render.preview(changed, foreign),
+            self.on.trouble: "",
             **self._nothing(),
         }
+
+    def spoil_exactly(
+        self,
+        subject: Subject | None,
+        kind: str,
+        level: str | None,
+        intensity: float,
+        seed: float,
+        model: str,
+        adapter: str,
+        request: gr.Request,
+    ) -> Shown:
+        """The same by the slider, whatever level was chosen before."""
+        shown = self.spoil(subject, kind, None, intensity, seed, model, adapter, request)
+        shown.pop(self.on.intensity, None)  # it may have moved on
+        return shown
 
     def ask(
         self,
@@ -381,7 +266,7 @@ class Playground:
                 float(temperature),
             )
         except ClearError as error:
-            yield {**self._nothing(), self.status: render.status(None, str(error))}
+            yield {**self._nothing(), self.on.status: render.status(None, str(error))}
             return
         truth = subject.sample.find(wish.question) if subject.sample is not None else None
         key = self._key(names, subject, wish)
@@ -404,7 +289,11 @@ class Playground:
             if self._running.get(_session(request)) is asking.stop:
                 del self._running[_session(request)]
         if key is not None and course.phase == "done":
-            self._kept[key] = course
+            assert course.base is not None
+            assert course.clear is not None
+            # Without what would keep a model in memory that the shelf has dropped.
+            base, clear = (replace(r, _decode=None) for r in (course.base, course.clear))
+            self._kept[key] = replace(course, base=base, clear=clear)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
 
@@ -434,15 +323,15 @@ class Playground:
     ) -> Shown:
         told = transcript_of(course, subject, truth, wish, names) if course.is_whole else None
         return {
-            self.strip: render.strip(course),
-            self.status: render.status(course),
-            self.base: render.base_card(course, subject, truth),
-            self.before: render.clear_before(course),
-            self.picture: render.clear_picture(course),
-            self.after: render.clear_after(course, truth),
-            self.verdict: render.verdict(course, subject, truth) if told is not None else "",
-            self.transcript: told,
-            self.save: render.download(told),
+            self.on.strip: render.strip(course),
+            self.on.status: render.status(course),
+            self.on.base: render.base_card(course, subject, truth),
+            self.on.before: render.clear_before(course),
+            self.on.picture: render.clear_picture(course),
+            self.on.after: render.clear_after(course, truth),
+            self.on.verdict: render.verdict(course, subject, truth) if told is not None else "",
+            self.on.transcript: told,
+            self.on.save: render.download(told),
         }
 
     def stop(self, request: gr.Request) -> str:
@@ -462,30 +351,7 @@ class Playground:
             return self.shelf.default.is_builtin
 
 
-_KNOWN = "Questions whose answer is known"
 _EXPIRED = "There is no picture: it was forgotten after an hour. Choose an example or bring one."
-_PRIVACY = (
-    "JPEG, PNG, WebP and the like, at most 20 MB and 32 megapixels. The file is deleted as soon as it is read; the picture "
-    "stays in memory while this page is open, and nothing leaves the machine that runs the page."
-)
-_TO_ANSWERS = """
-  const cards = document.getElementById('plain');
-  if (cards.getBoundingClientRect().top > innerHeight * 0.8) cards.scrollIntoView({behavior: 'smooth', block: 'start'});
-"""
-"""On a phone the answers are below the controls: show where something happens."""
-_PICK = f"""
-element.addEventListener('click', event => {{
-  const button = event.target.closest('button[data-index]');
-  if (!button) return;
-  trigger('select', {{index: Number(button.dataset.index)}});
-  {_TO_ANSWERS}
-}});
-"""
-_SHOW_ANSWERS = f"(...all) => {{ {_TO_ANSWERS} return all; }}"
-
-
-def _place_of(payload: Any) -> str | None:
-    return None if payload is None else payload.path
 
 
 def _example(index: int) -> Subject:
@@ -497,21 +363,8 @@ def _picked(event: gr.EventData) -> int:
     return int(event.index)
 
 
-def _kinds() -> list[tuple[str, str]]:
-    named = [(f"{d.name.replace('_', ' ')}: {d.description}", d.name) for d in list_degradations()]
-    return [
-        ("random: one of the sixteen, by the seed of the damage", RANDOM),
-        *named,
-        ("nothing: already degraded, or fine as it is", AS_IT_IS),
-    ]
-
-
 def _severity(level: str | None, intensity: float) -> float:
     return float(SEVERITIES.get(level or "", intensity))
-
-
-def _intensity(level: str) -> Any:
-    return SEVERITIES.get(level, gr.skip())
 
 
 def _whole(number: float | None) -> int:
