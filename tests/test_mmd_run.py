@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from clear_adapters import attach
 from clear_adapters.datasets.tsv import TsvError
 from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError, UnknownNameError
@@ -135,6 +136,27 @@ def test_a_run_that_was_interrupted_ends_with_the_same_result(toy, data, tmp_pat
     assert timeless(again.payload) == timeless(whole.payload)
     assert start(toy, data, tmp_path / "r").payload == again.payload
     assert len(calls) == 13
+
+
+def test_who_watches_is_told_and_can_end_the_run_which_goes_on_where_it_was(toy, data, tmp_path):
+    whole = start(toy, data, tmp_path / "whole")
+    told = []
+
+    def watch(what, done, total):
+        told.append((done, total))
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(toy, data, tmp_path / "r", watch=watch)
+    model = attach(str(toy / "model"), str(toy / "adapter"), device="cpu")
+    result = start(toy, data, tmp_path / "r", watch=watch, load=lambda: model, progress=False)
+    total = told[0][1]
+    assert [t for _, t in told] == [total] * len(told)
+    done = [d for d, _ in told]
+    assert done == sorted(set(done))
+    assert done[-1] == total == sum(c["rows"] for c in whole.payload["cells"].values())
+    assert timeless(result.payload["cells"]) == timeless(whole.payload["cells"])
 
 
 @pytest.mark.slow

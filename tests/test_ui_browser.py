@@ -9,11 +9,13 @@ import io
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -112,6 +114,16 @@ class Visitor:
         element = self.wait(selector, text)
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
+
+    def click_until(self, selector, shown, text):
+        """Clicks, and again after a while: Gradio cancels by visitor, so that right after a stop a click may be taken back."""
+        for _ in range(5):
+            self.click(selector)
+            with suppress(TimeoutException):
+                return WebDriverWait(self.driver, PATIENCE / 5, 0.05).until(
+                    lambda _: any(text in e.text for e in self.all(shown))
+                )
+        pytest.fail(f"{shown} not there: {text!r}")
 
     def write(self, selector, text):
         field = self.wait(selector)
@@ -236,8 +248,7 @@ def test_another_severity_another_question_and_a_stop(visitor):
     visitor.wait("#status", "Stopped.")
     assert not visitor.all("#verdict section")
     visitor.write("#question textarea", "")
-    visitor.click("#ask")
-    visitor.wait("#status [role=alert]", "Write a question first")
+    visitor.click_until("#ask", "#status [role=alert]", "Write a question first")
     visitor.write("#question textarea", "What is behind the shapes?")
     visitor.click("#ask")
     visitor.wait("#verdict h3", "CLEAR")

@@ -79,7 +79,7 @@ class Playground:
             "show_progress_on": on.status,
         }
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        by_button = on.go.click(**asked, api_name="ask", trigger_mode="once", js=SHOW_ANSWERS)
+        by_button = on.go.click(**asked, api_name="ask", trigger_mode="always_last", js=SHOW_ANSWERS)
         picture = [on.subject, on.question, on.suggested, on.gallery, on.preview, on.trouble]
         damage = [on.kind, on.level, on.intensity, on.damage_seed]
         by_example = (

@@ -102,7 +102,7 @@ class Sample:
         return next((s for s in self.suggestions if " ".join(s.text.split()) == wanted), None)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def draw_sample(index: int) -> Sample:
     """The sample of a number from 0 on."""
     item, scene = draw_item(SET, index)
