@@ -5,6 +5,7 @@ CLEAR_BROWSER=required. CLEAR_SCREENSHOTS=FOLDER keeps the pictures that it take
 """
 
 import base64
+import gc
 import io
 import json
 import os
@@ -23,7 +24,12 @@ from selenium.webdriver.support.ui import WebDriverWait
 from clear_adapters.ui import build_demo, launch
 from clear_adapters.ui.samples import gallery
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    # Gradio's server leaves sockets and event loops to the collector, whose warnings come at any moment.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 FLAGS = (
     *(
@@ -60,6 +66,7 @@ def page(tmp_path_factory):
         _, address, _ = launch(demo, prevent_thread_lock=True, quiet=True, inbrowser=False)
         yield address
         demo.close()
+    gc.collect()  # what is left is told here, and not in another module's test
 
 
 @pytest.fixture(scope="module")

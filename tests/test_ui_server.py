@@ -1,5 +1,6 @@
 """The page's server, asked over loopback by Gradio's own client: many at once, two adapters, bad input, files."""
 
+import gc
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,9 @@ from clear_adapters import attach
 from clear_adapters.ui import build_demo, launch
 from clear_adapters.ui.pictures import degraded
 from clear_adapters.ui.samples import SEVERITY, draw_sample
+
+# Gradio's server and client leave sockets and event loops to the collector, whose warnings come at any moment.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 OUTPUTS = ("strip", "status", "base", "before", "picture", "after", "verdict", "transcript", "save")
 
@@ -41,6 +45,7 @@ def page(toy, tmp_path_factory):
         _, address, _ = launch(demo, prevent_thread_lock=True, quiet=True, inbrowser=False)
         yield address, files
         demo.close()
+    gc.collect()  # what is left is told here, and not in another module's test
 
 
 @pytest.fixture
