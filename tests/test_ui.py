@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from clear_adapters import attach, store
 from clear_adapters.cli import main
 from clear_adapters.errors import ClearError, ClearValueError, ImageError
+from clear_adapters.results import read_result
 from clear_adapters.ui import build_demo, render
 from clear_adapters.ui.asking import MAX_QUESTION, Asking, Course, Turn, Wish, answer_of, thought_of
 from clear_adapters.ui.benchmark import SmallRun
@@ -31,9 +32,10 @@ from clear_adapters.ui.samples import (
 )
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "degraded_world"))
+sys.path[:0] = [str(ROOT / "benchmarks" / name) for name in ("degraded_world", "demo")]
 
 import report  # noqa: E402
+import visits  # noqa: E402
 
 
 @pytest.fixture
@@ -115,6 +117,14 @@ def test_the_tables_and_the_figure_of_the_page_are_those_of_the_official_result(
     assert (PAGE_DATA / "results.png").read_bytes() == official.read_bytes(), again
     assert sum(p.stat().st_size for p in PAGE_DATA.iterdir()) < 300_000
     assert store.builtin_names() == [n for n in store.builtin_names() if "page" not in n]
+
+
+def test_the_times_in_the_readme_are_those_of_the_result():
+    text = visits.README.read_text(encoding="utf-8")
+    shown = text.partition(visits.MARKERS[0])[2].partition(visits.MARKERS[1])[0].strip()
+    official = ROOT / "benchmarks" / "results" / "demo.json"
+    found = visits.render(read_result(official)) if official.is_file() else ""
+    assert shown == found, "run benchmarks/demo/visits.py with --output and --readme"
 
 
 def test_a_question_is_known_however_it_is_spaced():

@@ -1,6 +1,6 @@
 """The page under load: time to the first visible text and to the full answer in a browser, ten visitors at once, memory.
 
-    python benchmarks/demo/measure.py --output benchmarks/results/demo.json
+    python benchmarks/demo/visits.py --output benchmarks/results/demo.json
 
 Serves the page in a process of its own on two threads of a CPU. Seconds in a browser are those between the click and the text
 on the page. Needs chromium and chromedriver. Other work on the machine makes every number worse: its load is recorded.
@@ -220,7 +220,7 @@ def main() -> int:
     payload = measure(args.repeats, args.users, args.questions)
     device = f"CPU, {os.cpu_count()} cores, {THREADS} threads, float32"
     ResultFile.collect(
-        "demo", payload, device=device, seeds=[0], command="measure.py", packages=["gradio"]
+        "demo", payload, device=device, seeds=[0], command="visits.py", packages=["gradio"]
     ).write(args.output)
     result = read_result(args.output)
     print(render(result))
