@@ -1,4 +1,4 @@
-"""The page without a browser: samples, uploads, the course of a question, what is shown, and its models."""
+"""The page without a browser: samples, uploads, the progress of a question, what is shown, and its models."""
 
 import io
 import re
@@ -15,9 +15,9 @@ from clear_adapters.cli import main
 from clear_adapters.errors import ClearError, ClearValueError, ImageError
 from clear_adapters.results import read_result
 from clear_adapters.ui import build_demo, render
-from clear_adapters.ui.asking import MAX_QUESTION, Asking, Course, Turn, Wish, answer_of, thought_of
+from clear_adapters.ui.asking import MAX_QUESTION, Asking, Progress, Query, Turn, answer_of, thought_of
 from clear_adapters.ui.benchmark import SmallRun
-from clear_adapters.ui.models import Names, Shelf, Stopped
+from clear_adapters.ui.models import ModelPool, Names, Stopped
 from clear_adapters.ui.pictures import AS_IT_IS, RANDOM, data_url, degraded, read_upload
 from clear_adapters.ui.samples import (
     OUTCOMES,
@@ -44,13 +44,13 @@ def names(toy):
 
 
 @pytest.fixture
-def shelf(names):
-    return Shelf(names, allow_others=True, device="cpu", capacity=2)
+def pool(names):
+    return ModelPool(names, allow_others=True, device="cpu", capacity=2)
 
 
-def wish(**options):
+def query(**options):
     picture = draw_sample(0).clean
-    return Wish(picture, options.pop("question", "What is it?"), **options)
+    return Query(picture, options.pop("question", "What is it?"), **options)
 
 
 # ------------------------------------------------------------------------------------------------------- samples
@@ -209,10 +209,10 @@ def test_what_is_clean_depends_on_what_is_known():
         ({"seed": -1}, "seed"),
     ],
 )
-def test_a_wish_that_cannot_work_says_why(options, message):
+def test_a_query_that_cannot_work_says_why(options, message):
     with pytest.raises(ClearValueError, match=message):
-        wish(**options)
-    assert wish(question="x" * MAX_QUESTION).restore == "auto"
+        query(**options)
+    assert query(question="x" * MAX_QUESTION).restore == "auto"
 
 
 @pytest.mark.parametrize(
@@ -234,41 +234,41 @@ def test_half_written_turns_are_shown_without_tags(text, thought, answer):
     assert answer_of(text) == answer
 
 
-def test_the_course_equals_what_the_model_answers(shelf, names):
-    asking = Asking(shelf, names, wish(restore="always", seed=3))
+def test_the_progress_equals_what_the_model_answers(pool, names):
+    asking = Asking(pool, names, query(restore="always", seed=3))
     phases, pictures = [], []
-    for course in asking.follow():
-        phases.append(course.phase)
-        pictures += [t.picture for t in course.turns if t.picture is not None]
+    for progress in asking.follow():
+        phases.append(progress.phase)
+        pictures += [t.picture for t in progress.turns if t.picture is not None]
     assert phases[-1] == "done"
-    assert course.is_whole
+    assert progress.is_whole
     assert phases[0] in ("load", "base")
-    with shelf.use(names) as model:
+    with pool.use(names) as model:
         with model.disabled():
-            base = model.answer(wish().picture, "What is it?", seed=3)
-        clear = model.answer(wish().picture, "What is it?", restore="always", seed=3)
-    assert course.base_text == base.text
-    assert course.base.plain
-    assert course.clear.transcript.reply == clear.transcript.reply
-    assert course.restored_image.tobytes() == clear.restored_image.tobytes()
-    assert course.turns[0].decision.forced
-    assert "\n".join(t.text.strip("\n") for t in course.turns) == clear.transcript.reply
-    assert course.base_seconds > 0 < course.clear_seconds
+            base = model.answer(query().picture, "What is it?", seed=3)
+        clear = model.answer(query().picture, "What is it?", restore="always", seed=3)
+    assert progress.base_text == base.text
+    assert progress.base.plain
+    assert progress.clear.transcript.reply == clear.transcript.reply
+    assert progress.restored_image.tobytes() == clear.restored_image.tobytes()
+    assert progress.turns[0].decision.forced
+    assert "\n".join(t.text.strip("\n") for t in progress.turns) == clear.transcript.reply
+    assert progress.base_seconds > 0 < progress.clear_seconds
 
 
-def test_who_leaves_in_the_middle_leaves_the_model_as_it_was(shelf, names):
+def test_who_leaves_in_the_middle_leaves_the_model_as_it_was(pool, names):
     for kind in ("close", "stop"):
-        asking = Asking(shelf, names, wish(restore="always"))
+        asking = Asking(pool, names, query(restore="always"))
         follow = asking.follow()
-        for course in follow:
-            if course.phase != "load":
+        for progress in follow:
+            if progress.phase != "load":
                 break
         if kind == "close":
             follow.close()
         else:
             asking.stop.set()
             assert list(follow)[-1].phase in ("stopped", "done")
-        with shelf.use(names) as model:
+        with pool.use(names) as model:
             assert model.enabled
     assert not [
         t for t in threading.enumerate() if t.name == "clear-demo-ask" and t.is_alive() and not _ends(t)
@@ -280,20 +280,20 @@ def _ends(thread):
     return not thread.is_alive()
 
 
-def test_who_waits_can_give_up_and_errors_become_words(shelf, names, monkeypatch, caplog):
-    with shelf.use(names):
-        asking = Asking(shelf, names, wish())
+def test_who_waits_can_give_up_and_errors_become_words(pool, names, monkeypatch, caplog):
+    with pool.use(names):
+        asking = Asking(pool, names, query())
         follow = asking.follow()
         threading.Timer(0.05, asking.stop.set).start()
         assert [c.phase for c in follow][-1] == "stopped"
-    course = list(Asking(shelf, Names(None, "builtin:nothing"), wish()).follow())[-1]
-    assert course.phase == "failed"
-    assert "builtin:nothing" in course.message
+    progress = list(Asking(pool, Names(None, "builtin:nothing"), query()).follow())[-1]
+    assert progress.phase == "failed"
+    assert "builtin:nothing" in progress.message
     monkeypatch.setattr("clear_adapters.attached.AttachedModel.stream", lambda *a, **k: 1 / 0)
-    course = list(Asking(shelf, names, wish()).follow())[-1]
-    assert (course.phase, "log says what" in course.message) == ("failed", True)
+    progress = list(Asking(pool, names, query()).follow())[-1]
+    assert (progress.phase, "log says what" in progress.message) == ("failed", True)
     assert "ZeroDivisionError" in caplog.text
-    assert "ZeroDivision" not in course.message
+    assert "ZeroDivision" not in progress.message
 
 
 def test_one_at_a_time_has_a_model_and_few_are_kept(toy, names, monkeypatch):
@@ -301,43 +301,44 @@ def test_one_at_a_time_has_a_model_and_few_are_kept(toy, names, monkeypatch):
     monkeypatch.setattr(
         "clear_adapters.ui.models.attach", lambda m, a, device: loaded.append((m, a)) or object()
     )
-    shelf = Shelf(names, allow_others=True, device="cpu", capacity=2)
+    pool = ModelPool(names, allow_others=True, device="cpu", capacity=2)
     others = [Names("x", str(n)) for n in range(3)]
     for n in (*others[:2], others[0], others[2], others[0], others[1]):
-        with shelf.use(n):
+        with pool.use(n):
             pass
     assert loaded == [("x", "0"), ("x", "1"), ("x", "2"), ("x", "1")]
-    assert not shelf.holds(others[2])
+    assert not pool.holds(others[2])
     entered = threading.Event()
 
     def second():
-        with shelf.use(others[0]):
+        with pool.use(others[0]):
             entered.set()
 
-    with shelf.use(others[1]):
+    with pool.use(others[1]):
         thread = threading.Thread(target=second)
         thread.start()
         assert not entered.wait(0.3)
-        shelf.give_way()
+        pool.give_way()
         assert entered.is_set()
         stop = threading.Event()
         stop.set()
-        with pytest.raises(Stopped), shelf.use(others[1], stop):
+        with pytest.raises(Stopped), pool.use(others[1], stop):
             pass
     thread.join()
 
 
 def test_a_restricted_page_takes_no_other_names(names):
-    shelf = Shelf(
+    pool = ModelPool(
         Names("builtin:bagel-tiny", "builtin:clear-bagel-tiny"), allow_others=False, device="cpu", capacity=1
     )
-    assert shelf.names("", "builtin:clear-bagel-tiny-sft") == Names(None, "builtin:clear-bagel-tiny-sft")
-    assert shelf.names(None, None) == shelf.default
+    assert pool.names("", "builtin:clear-bagel-tiny-sft") == Names(None, "builtin:clear-bagel-tiny-sft")
+    assert pool.names(None, None) == pool.default
     for model, adapter in (("/etc", ""), ("", "owner/other"), ("builtin:bagel-tiny", str(ROOT))):
         with pytest.raises(ClearValueError, match="its own models alone"):
-            shelf.names(model, adapter)
+            pool.names(model, adapter)
     assert (
-        Shelf(names, allow_others=False, device="cpu", capacity=1).names(names.model, names.adapter) == names
+        ModelPool(names, allow_others=False, device="cpu", capacity=1).names(names.model, names.adapter)
+        == names
     )
 
 
@@ -346,16 +347,16 @@ def test_a_restricted_page_takes_no_other_names(names):
 
 def test_nothing_foreign_reaches_the_page_unescaped():
     bad = '<img src=x onerror="1"> {{value}} ${1+1}'
-    course = Course("done", bad, turns=[Turn(f"<think>{bad}</think><answer>{bad}")])
+    progress = Progress("done", bad, turns=[Turn(f"<think>{bad}</think><answer>{bad}")])
     sample = draw_sample(0)
     subject = degraded(sample.clean, sample, AS_IT_IS, 0.5, 0)
     shown = [
-        render.base_card(course, subject, None),
-        render.clear_before(course),
-        render.clear_after(course, None),
+        render.base_card(progress, subject, None),
+        render.clear_before(progress),
+        render.clear_after(progress, None),
         render.status(None, bad),
         render.problem(bad),
-        render.progress(1, 2, bad),
+        render.bar(1, 2, bad),
     ]
     for text in shown:
         assert "onerror" in text
@@ -394,11 +395,11 @@ def test_pictures_are_named_and_any_two_of_them_compared():
     assert "means nothing" not in render.preview(own)
 
 
-def test_a_family_without_steps_or_pixels_is_shown_too(shelf, names):
-    course = list(Asking(shelf, names, wish(restore="always")).follow())[-1]
-    turn = course.turns[0]
+def test_a_family_without_steps_or_pixels_is_shown_too(pool, names):
+    progress = list(Asking(pool, names, query(restore="always")).follow())[-1]
+    turn = progress.turns[0]
     turn.steps, turn.step, turn.picture = 0, 0, None
-    text = render.clear_picture(course)
+    text = render.clear_picture(progress)
     assert "without pixels" in text
     assert "<progress" not in text
     assert "Restores" in text
@@ -407,23 +408,23 @@ def test_a_family_without_steps_or_pixels_is_shown_too(shelf, names):
 # ------------------------------------------------------------------------------------------------------- a small run
 
 
-def test_a_small_run_counts_up_and_can_be_cancelled(shelf, names):
-    events = list(SmallRun(shelf, names, 2).follow())
+def test_a_small_run_counts_up_and_can_be_cancelled(pool, names):
+    events = list(SmallRun(pool, names, 2).follow())
     done = [e[1:] for kind, e in events if kind == "progress"]
     assert done == [(2, 8), (4, 8), (6, 8), (8, 8)]
     kind, table = events[-1]
     assert kind == "done"
     assert "| CLEAR |" in table
-    run = SmallRun(shelf, names, 12)
+    run = SmallRun(pool, names, 12)
     seen = []
     for kind, _ in run.follow():
         seen.append(kind)
         if kind == "progress":
             run.stop.set()
     assert seen == ["progress", "stopped"]
-    with shelf.use(names) as model:
+    with pool.use(names) as model:
         assert model.enabled
-    assert [k for k, _ in SmallRun(shelf, Names(None, "builtin:nothing"), 2).follow()] == ["failed"]
+    assert [k for k, _ in SmallRun(pool, Names(None, "builtin:nothing"), 2).follow()] == ["failed"]
 
 
 # ------------------------------------------------------------------------------------------------------- the command

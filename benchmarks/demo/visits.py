@@ -30,7 +30,7 @@ THREADS = 2
 FIRST = 1000
 """Samples from here on are asked about: none of the gallery, so that nothing is answered from memory."""
 QUESTION = "Read me what is written on the sign."
-"""None of those whose courses are kept."""
+"""None of those whose answers are kept."""
 MARKERS = ("<!-- demo:begin -->", "<!-- demo:end -->")
 README = Path(__file__).parents[1] / "README.md"
 

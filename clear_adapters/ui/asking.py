@@ -1,4 +1,4 @@
-"""One question put to both models: a worker that has the model, and the course of the answers as the page follows it.
+"""One question put to both models: a worker that has the model, and the progress of the answers as the page follows it.
 
 The worker is a thread of its own which takes the model, works and gives it back whatever becomes of the page: a visitor
 who leaves in the middle never leaves the model behind in another state.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from clear_adapters.errors import ClearError, ClearValueError
 from clear_adapters.reply import Answer, Decision, DenoisingStep, Reply, Restored, TextDelta, Timing
 from clear_adapters.transcript import ANSWER_CLOSE, ANSWER_OPEN, RESTORE, THINK_CLOSE, parse
-from clear_adapters.ui.models import Names, Shelf, Stopped
+from clear_adapters.ui.models import ModelPool, Names, Stopped
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +33,7 @@ _PREVIEWS = 8
 """Steps of a restoration that are decoded to be looked at, at most."""
 
 _PACE = 0.1
-"""Seconds between two looks at the course, at least: more often nobody sees, and showing takes time from the model."""
+"""Seconds between two looks at the progress, at least: more often nobody sees, and showing takes time from the model."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ Phase = Literal[
 
 
 @dataclass(frozen=True)
-class Wish:
+class Query:
     """What a visitor wants to know, and how.
 
     Attributes:
@@ -98,7 +98,7 @@ class Turn:
 
 
 @dataclass
-class Course:
+class Progress:
     """What is known by now.
 
     Attributes:
@@ -140,7 +140,7 @@ class Course:
         """Whether both have answered, and both times are known."""
         return self.phase == "done" and self.clear_seconds > 0
 
-    def take(self, kind: str, event: Any, picture: Image.Image | None) -> None:
+    def update(self, kind: str, event: Any, picture: Image.Image | None) -> None:
         """Goes on by one event of the worker."""
         if kind == "phase":
             self.phase = event
@@ -149,11 +149,11 @@ class Course:
         elif kind == "shown":
             self.shown_seconds += event
         elif kind == "base":
-            self._take_base(event)
+            self._update_base(event)
         else:
-            self._take_clear(event, picture)
+            self._update_clear(event, picture)
 
-    def _take_base(self, event: Event | float) -> None:
+    def _update_base(self, event: Event | float) -> None:
         if isinstance(event, TextDelta):
             self.base_text += event.text
         elif isinstance(event, Answer):
@@ -161,7 +161,7 @@ class Course:
         elif isinstance(event, float):
             self.base_seconds = event
 
-    def _take_clear(self, event: Event | float, picture: Image.Image | None) -> None:
+    def _update_clear(self, event: Event | float, picture: Image.Image | None) -> None:
         if isinstance(event, float):
             self.clear_seconds = event
             return
@@ -211,39 +211,39 @@ class Asking:
     """A question on its way.
 
     Args:
-        shelf: where the model is.
+        pool: where the model is.
         names: which.
-        wish: what is asked.
+        query: what is asked.
     """
 
-    def __init__(self, shelf: Shelf, names: Names, wish: Wish) -> None:
-        self._shelf, self._names, self._wish = shelf, names, wish
+    def __init__(self, pool: ModelPool, names: Names, query: Query) -> None:
+        self._pool, self._names, self._query = pool, names, query
         self._events: queue.SimpleQueue[tuple[str, Any, Image.Image | None] | None] = queue.SimpleQueue()
         self.stop = threading.Event()
 
-    def follow(self) -> Iterator[Course]:
-        """Asks, and gives the course whenever it went on; the same object every time.
+    def follow(self) -> Iterator[Progress]:
+        """Asks, and gives the progress whenever it went on; the same object every time.
 
         Closing the iterator, or setting `stop`, ends the work within one step of the model.
         """
-        course = Course()
+        progress = Progress()
         threading.Thread(target=self._work, name="clear-demo-ask", daemon=True).start()
         shown = 0.0
         try:
             while True:
                 item = self._events.get()
                 while item is not None:
-                    course.take(*item)
+                    progress.update(*item)
                     try:
                         item = self._events.get(timeout=max(shown + _PACE - time.monotonic(), 0.001))
                     except queue.Empty:
                         break
                 if item is None:
-                    if not course.is_over:
-                        course.phase = "stopped"
-                    yield course
+                    if not progress.is_over:
+                        progress.phase = "stopped"
+                    yield progress
                     return
-                yield course
+                yield progress
                 shown = time.monotonic()
         finally:
             self.stop.set()
@@ -257,9 +257,9 @@ class Asking:
 
     def _work(self) -> None:
         try:
-            if not self._shelf.holds(self._names):
+            if not self._pool.holds(self._names):
                 self._tell("phase", "load")
-            with self._shelf.use(self._names, self.stop) as model:
+            with self._pool.use(self._names, self.stop) as model:
                 self._ask(model)
         except Stopped:
             pass
@@ -267,24 +267,24 @@ class Asking:
             self._events.put(("failed", str(error), None))
         except Exception:
             _log.exception("a question failed")
-            told = "Something failed in the model; the server's log says what. Other questions can go on."
-            self._events.put(("failed", told, None))
+            message = "Something failed in the model; the server's log says what. Other questions can go on."
+            self._events.put(("failed", message, None))
         finally:
             self._events.put(None)
 
     def _ask(self, model: AttachedModel) -> None:
-        w = self._wish
-        text = replace(model.config.text, temperature=w.temperature)
-        latent = model.config.latent if w.steps is None else replace(model.config.latent, steps=w.steps)
+        q = self._query
+        text = replace(model.config.text, temperature=q.temperature)
+        latent = model.config.latent if q.steps is None else replace(model.config.latent, steps=q.steps)
         self._tell("phase", "base")
         began = time.perf_counter()
         with model.disabled():
-            for event in model.stream(w.picture, w.question, text=text, seed=w.seed):
+            for event in model.stream(q.picture, q.question, text=text, seed=q.seed):
                 self._tell("base", event)
         self._tell("base", time.perf_counter() - began)
         self._tell("phase", "look")
         began, shown = time.perf_counter(), 0.0
-        events = model.stream(w.picture, w.question, restore=w.restore, text=text, latent=latent, seed=w.seed)
+        events = model.stream(q.picture, q.question, restore=q.restore, text=text, latent=latent, seed=q.seed)
         for event in events:
             picture = None
             if _is_worth_a_look(event):

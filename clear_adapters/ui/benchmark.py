@@ -17,7 +17,7 @@ import gradio as gr
 from clear_adapters.errors import ClearError
 from clear_adapters.mmd_bench.tables import overview
 from clear_adapters.ui import render
-from clear_adapters.ui.models import Shelf, Stopped
+from clear_adapters.ui.models import ModelPool, Stopped
 from clear_adapters.ui.samples import PAGE_DATA
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ class SmallRun:
     """A small run on its way, in a thread of its own.
 
     Args:
-        shelf: where the model is.
+        pool: where the model is.
         names: which.
         count: questions of each set.
     """
 
-    def __init__(self, shelf: Shelf, names: Names, count: int) -> None:
-        self._shelf, self._names, self._count = shelf, names, count
+    def __init__(self, pool: ModelPool, names: Names, count: int) -> None:
+        self._pool, self._names, self._count = pool, names, count
         self._events: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
         self.stop = threading.Event()
 
@@ -62,7 +62,7 @@ class SmallRun:
         try:
             with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
                 table = self._run(
-                    Path(folder), lambda: stack.enter_context(self._shelf.use(self._names, self.stop))
+                    Path(folder), lambda: stack.enter_context(self._pool.use(self._names, self.stop))
                 )
             self._events.put(("done", table))
         except Stopped:
@@ -95,7 +95,7 @@ class SmallRun:
             skip_bad=False,
             skip_missing=False,
             judge=None,
-            device=self._shelf.device,
+            device=self._pool.device,
             dtype=None,
             revision=None,
             report=_log.info,
@@ -109,20 +109,20 @@ class SmallRun:
         if self.stop.is_set():
             raise Stopped
         self._events.put(("progress", (what, done, total)))
-        self._shelf.give_way()
+        self._pool.give_way()
 
 
 class Benchmark:
     """The tab and what its controls do; to be made inside a `gr.Blocks`.
 
     Args:
-        shelf: the models.
+        pool: the models.
         model: the first tab's choice of a model.
         adapter: its choice of an adapter.
     """
 
-    def __init__(self, shelf: Shelf, model: Any, adapter: Any) -> None:
-        self.shelf = shelf
+    def __init__(self, pool: ModelPool, model: Any, adapter: Any) -> None:
+        self.pool = pool
         self._running: dict[str, threading.Event] = {}
         gr.HTML(_figure(), elem_id="figure")
         with gr.Accordion("The tables", open=False, elem_id="tables"):
@@ -160,22 +160,22 @@ class Benchmark:
         """Runs base and CLEAR on the first questions of the built-in set, clean and at high severity."""
         count = min(max(int(count), 1), QUESTIONS)
         try:
-            names = self.shelf.names(model, adapter)
+            names = self.pool.names(model, adapter)
         except ClearError as error:
             yield {self.status: render.problem(str(error)), self.table: ""}
             return
-        running = SmallRun(self.shelf, names, count)
+        running = SmallRun(self.pool, names, count)
         session = str(request.session_hash)
         self._running[session] = running.stop
         yield {
-            self.status: render.progress(0, 4 * count, "Drawing the set, loading the model"),
+            self.status: render.bar(0, 4 * count, "Drawing the set, loading the model"),
             self.table: "",
         }
         try:
             for kind, event in running.follow():
                 if kind == "progress":
                     what, done, total = event
-                    yield {self.status: render.progress(done, total, what)}
+                    yield {self.status: render.bar(done, total, what)}
                 elif kind == "done":
                     yield {self.status: _said(f"Done: {count} questions of each set."), self.table: event}
                 else:

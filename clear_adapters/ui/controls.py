@@ -8,7 +8,7 @@ import gradio as gr
 
 from clear_adapters.degradations import SEVERITIES, list_degradations
 from clear_adapters.ui import render
-from clear_adapters.ui.models import Shelf
+from clear_adapters.ui.models import ModelPool
 from clear_adapters.ui.pictures import AS_IT_IS, RANDOM, Subject
 from clear_adapters.ui.samples import SEVERITY
 
@@ -40,13 +40,13 @@ class Controls:
     """Every component of the tab by name; to be made inside a `gr.Blocks`.
 
     Args:
-        shelf: the models.
+        pool: the models.
         first: what is shown at first, a sample.
         gallery: the examples, as HTML.
     """
 
-    def __init__(self, shelf: Shelf, first: Subject, gallery: str) -> None:
-        self._shelf = shelf
+    def __init__(self, pool: ModelPool, first: Subject, gallery: str) -> None:
+        self._pool = pool
         assert first.sample is not None
         questions = [[s.text] for s in first.sample.suggestions]
         self.strip = gr.HTML(render.strip(), elem_id="strip")
@@ -120,21 +120,21 @@ class Controls:
         self.status = gr.HTML(render.status(), elem_id="status")
 
     def _build_advanced(self, first: Subject) -> None:
-        others = self._shelf.allow_others
+        others = self._pool.allow_others
         hint = "built-in, a folder, or a Hub id (owner/name)" if others else "what this page offers"
         with gr.Accordion("Advanced: models, seeds, sampling", open=False, elem_id="advanced"):
             with gr.Row():
                 self.model = gr.Dropdown(
-                    ["", *self._shelf.choices("model")],
-                    value=self._shelf.default.model or "",
+                    ["", *self._pool.choices("model")],
+                    value=self._pool.default.model or "",
                     allow_custom_value=True,
                     label="Model",
                     info=f"{hint}; empty for the adapter's own base",
                     elem_id="model",
                 )
                 self.adapter = gr.Dropdown(
-                    self._shelf.choices("adapter"),
-                    value=self._shelf.default.adapter,
+                    self._pool.choices("adapter"),
+                    value=self._pool.default.adapter,
                     allow_custom_value=True,
                     label="Adapter",
                     info=hint,

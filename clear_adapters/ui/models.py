@@ -42,7 +42,7 @@ class Names:
         return (self.model or self.adapter).startswith("builtin:")
 
 
-class Shelf:
+class ModelPool:
     """Attached models by their names, a bounded number of them.
 
     One lock stands before all: whoever is inside `use` has the machine to himself, so that the adapter which is switched

@@ -12,7 +12,7 @@ from clear_adapters._version import __version__
 from clear_adapters.cli_options import ADAPTER, MODEL
 from clear_adapters.errors import ClearValueError
 from clear_adapters.ui.benchmark import Benchmark
-from clear_adapters.ui.models import Names, Shelf
+from clear_adapters.ui.models import ModelPool, Names
 from clear_adapters.ui.pictures import MAX_UPLOAD
 from clear_adapters.ui.playground import Playground
 
@@ -62,15 +62,15 @@ def build_demo(
     if names.model is not None:
         store.resolve(names.model, "model")
     capacity = keep_models or (2 if names.is_builtin else 1)
-    shelf = Shelf(names, allow_others=allow_other_models, device=device, capacity=capacity)
+    pool = ModelPool(names, allow_others=allow_other_models, device=device, capacity=capacity)
     # Files of uploads are deleted when they are read; what was uploaded and never read is gone ten minutes later.
     with gr.Blocks(title="CLEAR adapters", analytics_enabled=False, delete_cache=(300, 600)) as demo:
         gr.HTML(_HEAD, elem_id="head")
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Try it", elem_id="tab-try"):
-                playground = Playground(shelf, max_side)
+                playground = Playground(pool, max_side)
             with gr.Tab("Results", elem_id="tab-results"):
-                Benchmark(shelf, playground.on.model, playground.on.adapter)
+                Benchmark(pool, playground.on.model, playground.on.adapter)
         gr.HTML(_FOOT, elem_id="foot")
     demo.queue(max_size=QUEUE, default_concurrency_limit=4)
     return demo

@@ -14,15 +14,15 @@ from clear_adapters.degradations import SEVERITIES
 from clear_adapters.errors import ClearError, ClearValueError
 from clear_adapters.results import ResultFile
 from clear_adapters.ui import render
-from clear_adapters.ui.asking import Asking, Course, Wish
+from clear_adapters.ui.asking import Asking, Progress, Query
 from clear_adapters.ui.controls import KNOWN, SHOW_ANSWERS, Controls
-from clear_adapters.ui.models import Names, Shelf
+from clear_adapters.ui.models import ModelPool, Names
 from clear_adapters.ui.pictures import Subject, degraded, read_upload
 from clear_adapters.ui.samples import SEVERITY, Suggestion, draw_sample, gallery, recorded
 from clear_adapters.ui.transcripts import transcript_of
 
 KEPT = 32
-"""Courses of examples that are kept."""
+"""Answers about examples that are kept."""
 OWN_QUESTIONS = [["What is in this picture?"], ["What does the sign say?"]]
 
 Shown = dict[Any, Any]
@@ -33,18 +33,18 @@ class Playground:
     """The tab and what its controls do; to be made inside a `gr.Blocks`.
 
     Args:
-        shelf: the models.
+        pool: the models.
         max_side: longest side of a visitor's picture, in pixels.
     """
 
-    def __init__(self, shelf: Shelf, max_side: int) -> None:
-        self.shelf = shelf
+    def __init__(self, pool: ModelPool, max_side: int) -> None:
+        self.pool = pool
         self.max_side = max_side
         self.chosen_from: ResultFile = recorded()
         self.examples = [(e, _example(e.index), draw_sample(e.index).suggestions[0].text) for e in gallery()]
-        self._kept: OrderedDict[Any, Course] = OrderedDict()
+        self._kept: OrderedDict[Any, Progress] = OrderedDict()
         self._running: dict[str, threading.Event] = {}
-        self.on = Controls(shelf, self.examples[0][1], self._gallery(self.examples[0][1]))
+        self.on = Controls(pool, self.examples[0][1], self._gallery(self.examples[0][1]))
         self._connect()
 
     def _connect(self) -> None:
@@ -95,7 +95,7 @@ class Playground:
         )
         running = [by_button, by_example]
         on.end.click(self.stop, None, on.status, cancels=running, **quiet)
-        spoiled: dict[str, Any] = {
+        degrading: dict[str, Any] = {
             "outputs": [on.subject, on.preview, on.trouble, on.level, on.intensity, *answers],
             "cancels": running,
             "trigger_mode": "always_last",
@@ -104,12 +104,12 @@ class Playground:
             "show_progress": "hidden",
         }
         choice = [on.subject, *damage, on.model, on.adapter]
-        on.kind.input(self.spoil, choice, **spoiled, api_name="degrade")
+        on.kind.input(self.degrade, choice, **degrading, api_name="degrade")
         for changed in (on.level.input, on.damage_seed.submit, on.damage_seed.blur):
-            changed(self.spoil, choice, **spoiled, api_visibility="private")
-        on.intensity.input(self.spoil_exactly, choice, **spoiled, api_visibility="private")
+            changed(self.degrade, choice, **degrading, api_visibility="private")
+        on.intensity.input(self.degrade_exactly, choice, **degrading, api_visibility="private")
         on.upload.input(
-            self.take,
+            self.upload,
             [on.upload, *damage, on.model, on.adapter],
             [on.upload, *picture, *answers],
             cancels=running,
@@ -160,7 +160,7 @@ class Playground:
             **self._nothing(),
         }
 
-    def take(
+    def upload(
         self,
         path: str | None,
         kind: str,
@@ -191,7 +191,7 @@ class Playground:
             **self._nothing(),
         }
 
-    def spoil(
+    def degrade(
         self,
         subject: Subject | None,
         kind: str,
@@ -224,7 +224,7 @@ class Playground:
             **self._nothing(),
         }
 
-    def spoil_exactly(
+    def degrade_exactly(
         self,
         subject: Subject | None,
         kind: str,
@@ -236,7 +236,7 @@ class Playground:
         request: gr.Request,
     ) -> Shown:
         """The same by the slider, whatever level was chosen before."""
-        shown = self.spoil(subject, kind, None, intensity, seed, model, adapter, request)
+        shown = self.degrade(subject, kind, None, intensity, seed, model, adapter, request)
         shown.pop(self.on.intensity, None)  # it may have moved on
         return shown
 
@@ -252,12 +252,12 @@ class Playground:
         temperature: float,
         request: gr.Request,
     ) -> Iterator[Shown]:
-        """Asks both models, and shows the course of it."""
+        """Asks both models, and shows the progress of it."""
         try:
             if subject is None:
                 raise ClearValueError(_EXPIRED)
-            names = self.shelf.names(model, adapter)
-            wish = Wish(
+            names = self.pool.names(model, adapter)
+            query = Query(
                 subject.seen,
                 question or "",
                 "always" if restore == "always" else "never" if restore == "never" else "auto",
@@ -268,18 +268,18 @@ class Playground:
         except ClearError as error:
             yield {**self._nothing(), self.on.status: render.status(None, str(error))}
             return
-        truth = subject.sample.find(wish.question) if subject.sample is not None else None
-        key = self._key(names, subject, wish)
+        truth = subject.sample.find(query.question) if subject.sample is not None else None
+        key = self._key(names, subject, query)
         if key in self._kept:
-            yield self._shown(replace(self._kept[key], cached=True), subject, truth, wish, names)
+            yield self._shown(replace(self._kept[key], cached=True), subject, truth, query, names)
             return
-        asking = Asking(self.shelf, names, wish)
+        asking = Asking(self.pool, names, query)
         self._running[_session(request)] = asking.stop
         before: Shown = {}
-        course = Course()
+        progress = Progress()
         try:
-            for course in asking.follow():
-                now = self._shown(course, subject, truth, wish, names)
+            for progress in asking.follow():
+                now = self._shown(progress, subject, truth, query, names)
                 changed = {c: v for c, v in now.items() if c not in before or before[c] != v}
                 before = now
                 if changed:
@@ -288,17 +288,17 @@ class Playground:
             asking.stop.set()
             if self._running.get(_session(request)) is asking.stop:
                 del self._running[_session(request)]
-        if key is not None and course.phase == "done":
-            assert course.base is not None
-            assert course.clear is not None
-            # Without what would keep a model in memory that the shelf has dropped.
-            base, clear = (replace(r, _decode=None) for r in (course.base, course.clear))
-            self._kept[key] = replace(course, base=base, clear=clear)
+        if key is not None and progress.phase == "done":
+            assert progress.base is not None
+            assert progress.clear is not None
+            # Without what would keep a model in memory that the pool has dropped.
+            base, clear = (replace(r, _decode=None) for r in (progress.base, progress.clear))
+            self._kept[key] = replace(progress, base=base, clear=clear)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
 
-    def _key(self, names: Names, subject: Subject, wish: Wish) -> Any:
-        """Under which an example's course is kept; None for anything that is none."""
+    def _key(self, names: Names, subject: Subject, query: Query) -> Any:
+        """Under which an example's progress is kept; None for anything that is none."""
         if subject.sample is None or subject.sample.index not in [e.index for e, _, _ in self.examples]:
             return None
         about = (subject.sample.index, subject.degradation, subject.intensity, subject.seed)
@@ -306,38 +306,38 @@ class Playground:
             (s.sample.index, s.degradation, s.intensity, s.seed) for _, s, _ in self.examples if s.sample
         ]:
             return None
-        if subject.sample.find(wish.question) is None:
+        if subject.sample.find(query.question) is None:
             return None
         return (
             names,
             about,
-            " ".join(wish.question.split()),
-            wish.restore,
-            wish.seed,
-            wish.steps,
-            wish.temperature,
+            " ".join(query.question.split()),
+            query.restore,
+            query.seed,
+            query.steps,
+            query.temperature,
         )
 
     def _shown(
-        self, course: Course, subject: Subject, truth: Suggestion | None, wish: Wish, names: Names
+        self, progress: Progress, subject: Subject, truth: Suggestion | None, query: Query, names: Names
     ) -> Shown:
-        told = transcript_of(course, subject, truth, wish, names) if course.is_whole else None
+        transcript = transcript_of(progress, subject, truth, query, names) if progress.is_whole else None
         return {
-            self.on.strip: render.strip(course),
-            self.on.status: render.status(course),
-            self.on.base: render.base_card(course, subject, truth),
-            self.on.before: render.clear_before(course),
-            self.on.picture: render.clear_picture(course),
-            self.on.after: render.clear_after(course, truth),
-            self.on.verdict: render.verdict(course, subject, truth) if told is not None else "",
-            self.on.transcript: told,
-            self.on.save: render.download(told),
+            self.on.strip: render.strip(progress),
+            self.on.status: render.status(progress),
+            self.on.base: render.base_card(progress, subject, truth),
+            self.on.before: render.clear_before(progress),
+            self.on.picture: render.clear_picture(progress),
+            self.on.after: render.clear_after(progress, truth),
+            self.on.verdict: render.verdict(progress, subject, truth) if transcript is not None else "",
+            self.on.transcript: transcript,
+            self.on.save: render.download(transcript),
         }
 
     def stop(self, request: gr.Request) -> str:
         """Ends what this visitor has asked."""
         self._end(request)
-        return render.status(Course(phase="stopped"))
+        return render.status(Progress(phase="stopped"))
 
     def _end(self, request: gr.Request) -> None:
         running = self._running.pop(_session(request), None)
@@ -346,9 +346,9 @@ class Playground:
 
     def _is_builtin(self, model: str, adapter: str) -> bool:
         try:
-            return self.shelf.names(model, adapter).is_builtin
+            return self.pool.names(model, adapter).is_builtin
         except ClearError:
-            return self.shelf.default.is_builtin
+            return self.pool.default.is_builtin
 
 
 _EXPIRED = "There is no picture: it was forgotten after an hour. Choose an example or bring one."

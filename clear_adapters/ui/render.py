@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from clear_adapters.ui.asking import Course, Turn, answer_of, thought_of
+from clear_adapters.ui.asking import Progress, Turn, answer_of, thought_of
 from clear_adapters.ui.pictures import data_url
 
 if TYPE_CHECKING:
@@ -58,11 +58,11 @@ def _image(picture: Image.Image, alt: str, name: str = "") -> str:
 # ----------------------------------------------------------------------------------------------------- the frame
 
 
-def strip(course: Course | None = None) -> str:
+def strip(progress: Progress | None = None) -> str:
     """The five steps of the method, the present one marked."""
-    now = _AT.get(course.phase, -1) if course is not None else -1
-    over = course is not None and course.phase == "done"
-    used = over and course is not None and any(t.restored for t in course.turns)
+    now = _AT.get(progress.phase, -1) if progress is not None else -1
+    over = progress is not None and progress.phase == "done"
+    used = over and progress is not None and any(t.restored for t in progress.turns)
     items = []
     for place, (name, what) in enumerate(STEPS):
         passed = place < now or (over and (used or place not in (2, 3)))
@@ -74,13 +74,13 @@ def strip(course: Course | None = None) -> str:
     return f'<ol class="strip" aria-label="What the adapter makes of a question">{"".join(items)}</ol>'
 
 
-def status(course: Course | None = None, message: str = "") -> str:
+def status(progress: Progress | None = None, message: str = "") -> str:
     """What happens now, or what went wrong."""
-    if message or (course is not None and course.message):
-        told = escape(message or (course.message if course is not None else ""))
+    if message or (progress is not None and progress.message):
+        told = escape(message or (progress.message if progress is not None else ""))
         return f'<p class="problem" role="alert"><b>That did not work.</b> {told}</p>'
-    said = "" if course is None else _SAID[course.phase]
-    if course is not None and course.cached:
+    said = "" if progress is None else _SAID[progress.phase]
+    if progress is not None and progress.cached:
         said = "Done, from memory: this example was computed before."
     return f'<p class="status" role="status">{said}</p>'
 
@@ -169,15 +169,15 @@ def answer_box(text: str, done: bool, truth: Suggestion | None) -> str:
     return f'<div class="answer {kind}"><strong>{escape(text) or "(nothing)"}</strong>{mark}</div>'
 
 
-def base_card(course: Course | None, subject: Subject | None, truth: Suggestion | None) -> str:
+def base_card(progress: Progress | None, subject: Subject | None, truth: Suggestion | None) -> str:
     """The column of the model as it is."""
     body = '<p class="empty">Its answer appears here.</p>'
-    if course is not None:
+    if progress is not None:
         picture = _image(subject.seen, "The degraded picture") if subject is not None else ""
-        took = f'<p class="took">{course.base_seconds:.1f} s</p>' if course.base_seconds else ""
+        took = f'<p class="took">{progress.base_seconds:.1f} s</p>' if progress.base_seconds else ""
         body = (
             f'<div class="moment"><h4>Looks once</h4><div class="held">{picture}</div></div>'
-            f'<div class="moment"><h4>Answers</h4>{answer_box(course.base_text, course.base is not None, truth)}{took}</div>'
+            f'<div class="moment"><h4>Answers</h4>{answer_box(progress.base_text, progress.base is not None, truth)}{took}</div>'
         )
     return f'<section class="card base" aria-label="The model as it is"><h3>The model as it is</h3>{body}</section>'
 
@@ -207,16 +207,16 @@ def _thought(turn: Turn) -> str:
     )
 
 
-def clear_before(course: Course | None) -> str:
+def clear_before(progress: Progress | None) -> str:
     """The first half of the adapter's column: look and decide."""
     title = "<h3>The same model with CLEAR</h3>"
-    if course is None or not course.turns:
-        waits = course is not None and not course.is_over
+    if progress is None or not progress.turns:
+        waits = progress is not None and not progress.is_over
         told = (
             "Its turn comes next …" if waits else "You will see it look, decide, perhaps restore, and answer."
         )
         return f'<div class="card-top">{title}<p class="empty">{told}</p></div>'
-    first = course.turns[0]
+    first = progress.turns[0]
     decided = first.decision
     forced_open = decided is not None and decided.forced and not thought_of(first.text)
     look = "" if forced_open else f'<div class="moment"><h4>1 Looks</h4>{_thought(first)}</div>'
@@ -228,12 +228,13 @@ def clear_before(course: Course | None) -> str:
     return f'<div class="card-top">{title}{look}{decide}</div>'
 
 
-def clear_picture(course: Course | None) -> str:
+def clear_picture(progress: Progress | None) -> str:
     """The middle: the restoration as it denoises."""
-    if course is None:
+    if progress is None:
         return ""
     turn = next(
-        (t for t in reversed(course.turns) if t.decision is not None and t.decision.action == "restore"), None
+        (t for t in reversed(progress.turns) if t.decision is not None and t.decision.action == "restore"),
+        None,
     )
     if turn is None:
         return ""
@@ -255,21 +256,21 @@ def clear_picture(course: Course | None) -> str:
     return f'<div class="moment"><h4>3 Restores <small>{told}</small></h4>{bar}{picture}</div>'
 
 
-def clear_after(course: Course | None, truth: Suggestion | None) -> str:
+def clear_after(progress: Progress | None, truth: Suggestion | None) -> str:
     """The second half: read and answer."""
-    if course is None or not course.turns:
+    if progress is None or not progress.turns:
         return ""
     parts = []
-    for place, turn in enumerate(course.turns[1:]):
+    for place, turn in enumerate(progress.turns[1:]):
         again = turn.decision is not None and turn.decision.action == "restore"
         parts.append(
             f'<div class="moment"><h4>4 Reads{" again" if place else ""}</h4>{_thought(turn)}{_decision(turn.decision, True) if again else ""}</div>'
         )
-    last = course.turns[-1]
-    done = course.clear is not None
-    text = course.clear.text.strip() if course.clear is not None else answer_of(last.text)
+    last = progress.turns[-1]
+    done = progress.clear is not None
+    text = progress.clear.text.strip() if progress.clear is not None else answer_of(last.text)
     if text or done:
-        took = f'<p class="took">{course.clear_seconds:.1f} s</p>' if course.clear_seconds else ""
+        took = f'<p class="took">{progress.clear_seconds:.1f} s</p>' if progress.clear_seconds else ""
         parts.append(f'<div class="moment"><h4>5 Answers</h4>{answer_box(text, done, truth)}{took}</div>')
     return "".join(parts)
 
@@ -277,26 +278,26 @@ def clear_after(course: Course | None, truth: Suggestion | None) -> str:
 # ---------------------------------------------------------------------------------------------------- what it comes to
 
 
-def verdict(course: Course | None, subject: Subject | None, truth: Suggestion | None) -> str:
+def verdict(progress: Progress | None, subject: Subject | None, truth: Suggestion | None) -> str:
     """One sentence on what happened, the pictures beside each other, and the time it took."""
-    if course is None or subject is None or course.clear is None or course.base is None:
+    if progress is None or subject is None or progress.clear is None or progress.base is None:
         return ""
     return (
-        f'<section class="card verdict" aria-label="What happened">{_summary(course, truth)}'
-        f'<div class="two"><div>{compare(subject, course.restored_image)}</div><div>{_times(course)}</div></div></section>'
+        f'<section class="card verdict" aria-label="What happened">{_summary(progress, truth)}'
+        f'<div class="two"><div>{compare(subject, progress.restored_image)}</div><div>{_times(progress)}</div></div></section>'
     )
 
 
-def _summary(course: Course, truth: Suggestion | None) -> str:
-    assert course.clear is not None
-    restored = course.clear.restored
+def _summary(progress: Progress, truth: Suggestion | None) -> str:
+    assert progress.clear is not None
+    restored = progress.clear.restored
     did = "CLEAR restored the picture first" if restored else "CLEAR saw no need to restore"
-    decision = course.turns[0].decision if course.turns else None
+    decision = progress.turns[0].decision if progress.turns else None
     if not restored and decision is not None and decision.forced:
         did = "CLEAR was not allowed to restore"
     if truth is None:
         return f"<h3>{did}.</h3><p>The truth of this question is not known here, so nothing is marked.</p>"
-    base, clear = truth.is_right(course.base_text), truth.is_right(course.clear.text.strip())
+    base, clear = truth.is_right(progress.base_text), truth.is_right(progress.clear.text.strip())
     said = {
         (False, True): "and was right where the plain model was wrong",
         (True, False): "and was wrong where the plain model was right",
@@ -344,14 +345,14 @@ _PARTS = {
 }
 
 
-def _times(course: Course) -> str:
-    assert course.base is not None
-    assert course.clear is not None
-    most = max(course.base_seconds, course.clear_seconds, 0.01)
+def _times(progress: Progress) -> str:
+    assert progress.base is not None
+    assert progress.clear is not None
+    most = max(progress.base_seconds, progress.clear_seconds, 0.01)
     rows = []
     for title, reply, seconds in (
-        ("as it is", course.base, course.base_seconds),
-        ("with CLEAR", course.clear, course.clear_seconds),
+        ("as it is", progress.base, progress.base_seconds),
+        ("with CLEAR", progress.clear, progress.clear_seconds),
     ):
         bars = "".join(
             f'<i class="{name}" style="width:{100 * reply.timings.get(name, 0.0) / most:.1f}%"></i>'
@@ -362,14 +363,14 @@ def _times(course: Course) -> str:
         )
     parts = []
     for name, what in _PARTS.items():
-        base, clear = course.base.timings.get(name, 0.0), course.clear.timings.get(name, 0.0)
+        base, clear = progress.base.timings.get(name, 0.0), progress.clear.timings.get(name, 0.0)
         shown = f"{base:.2f} s" if base else "–"
         parts.append(
             f'<tr><th scope="row"><i class="{name}" aria-hidden="true"></i>{what}</th><td>{shown}</td><td>{f"{clear:.2f} s" if clear else "–"}</td></tr>'
         )
     extra = (
-        f'<p class="small">Turning latents into the pictures of this page took {course.shown_seconds:.2f} s more; the model does not need them.</p>'
-        if course.shown_seconds
+        f'<p class="small">Turning latents into the pictures of this page took {progress.shown_seconds:.2f} s more; the model does not need them.</p>'
+        if progress.shown_seconds
         else ""
     )
     return (
@@ -386,7 +387,7 @@ def download(transcript: dict[str, Any] | None) -> str:
     return f'<a class="save" download="clear-transcript.json" href="data:application/json;base64,{content}">Download the transcript (JSON)</a>'
 
 
-def progress(done: int, total: int, what: str) -> str:
+def bar(done: int, total: int, what: str) -> str:
     """A bar of a run."""
     return (
         f'<div class="run" role="status"><label>{escape(what)}: {done} of {total}'

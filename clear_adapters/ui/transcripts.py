@@ -5,26 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from clear_adapters._version import __version__
-from clear_adapters.ui.asking import Course, Wish
+from clear_adapters.ui.asking import Progress, Query
 from clear_adapters.ui.models import Names
 from clear_adapters.ui.pictures import Subject
 from clear_adapters.ui.samples import Suggestion
 
 
 def transcript_of(
-    course: Course, subject: Subject, truth: Suggestion | None, wish: Wish, names: Names
+    progress: Progress, subject: Subject, truth: Suggestion | None, query: Query, names: Names
 ) -> dict[str, Any]:
     """Everything that is needed to read it, and with a sample to do it again; no pixels.
 
     Args:
-        course: whole.
+        progress: whole.
         subject: the picture.
         truth: None where it is not known.
-        wish: what was asked.
+        query: what was asked.
         names: who answered.
     """
-    assert course.base is not None
-    assert course.clear is not None
+    assert progress.base is not None
+    assert progress.clear is not None
     about = (
         None
         if subject.degradation is None
@@ -34,8 +34,8 @@ def transcript_of(
         None
         if truth is None
         else {
-            "as_it_is": truth.is_right(course.base_text),
-            "clear": truth.is_right(course.clear.text.strip()),
+            "as_it_is": truth.is_right(progress.base_text),
+            "clear": truth.is_right(progress.clear.text.strip()),
         }
     )
     return {
@@ -47,13 +47,13 @@ def transcript_of(
             "size": list(subject.seen.size),
             "degradation": about,
         },
-        "question": wish.question,
+        "question": query.question,
         "truth": None if truth is None else truth.truth,
         "right": right,
-        "restore": wish.restore,
-        "seed": wish.seed,
-        "steps": wish.steps,
-        "temperature": wish.temperature,
-        "as_it_is": {**course.base.to_json(), "seconds": round(course.base_seconds, 3)},
-        "clear": {**course.clear.to_json(), "seconds": round(course.clear_seconds, 3)},
+        "restore": query.restore,
+        "seed": query.seed,
+        "steps": query.steps,
+        "temperature": query.temperature,
+        "as_it_is": {**progress.base.to_json(), "seconds": round(progress.base_seconds, 3)},
+        "clear": {**progress.clear.to_json(), "seconds": round(progress.clear_seconds, 3)},
     }
