@@ -1,6 +1,8 @@
 """The page's server, asked over loopback by Gradio's own client: many at once, two adapters, bad input, files."""
 
 import gc
+import io
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -188,15 +190,100 @@ def test_no_file_outside_can_be_read_through_the_page(client, page, toy, tmp_pat
     for path in (secret, here, "/etc/passwd", "../../../../etc/passwd", toy / "model" / "ema.safetensors"):
         found = httpx.get(f"{address}gradio_api/file={path}")
         assert found.status_code in (403, 404), path
-    session = {"session_hash": "x1"}
-    body = {
-        "data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "none", "high", 0.9, 0, "", ""]
-    }
-    httpx.post(f"{address}gradio_api/call/upload", json={**body, **session})
-    event = httpx.post(f"{address}gradio_api/call/upload", json=body).json().get("event_id")
-    told = httpx.get(f"{address}gradio_api/call/upload/{event}", timeout=30).text if event else "refused"
-    assert "What the models see" not in told
-    assert secret.exists()
+
+
+def call(page, name, data, session=None):
+    """Asks the server without Gradio's client, which would tidy up what is sent; the whole stream of answers."""
+    body = {"data": data, **({"session_hash": session} if session else {})}
+    made = httpx.post(
+        f"{page[0]}gradio_api/call/{name}",
+        content=json.dumps(body),
+        headers={"content-type": "application/json"},
+        timeout=30,
+    )
+    event = made.json().get("event_id") if made.status_code == 200 else None
+    return httpx.get(f"{page[0]}gradio_api/call/{name}/{event}", timeout=60).text if event else made.text
+
+
+DAMAGE = ["none", "high", 0.9, 0, "", ""]
+PROPER = {"_type": "gradio.FileData"}
+
+
+def sent(page, content, name="own.png"):
+    """The path of a file that was sent to the page."""
+    return httpx.post(f"{page[0]}gradio_api/upload", files={"files": (name, content)}).json()[0]
+
+
+def encoded(picture, kind="PNG"):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("session", [None, "thief"])
+@pytest.mark.parametrize("kind", ["picture", "text", "in the page's folder"])
+@pytest.mark.parametrize("meta", ["absent", None, {"_type": "x"}, PROPER])
+def test_no_file_that_is_no_upload_is_read_or_deleted(page, tmp_path, session, kind, meta):
+    victim = (page[1] if kind == "in the page's folder" else tmp_path) / "victim.png"
+    if kind == "text":
+        victim.write_text("password = hunter2")
+    else:
+        Image.new("RGB", (77, 33), "purple").save(victim)
+    try:
+        payload = {"path": str(victim), **({} if meta == "absent" else {"meta": meta})}
+        shown = call(page, "upload", [payload, *DAMAGE], session)
+        assert "77/33" not in shown
+        assert "What the models see" not in shown
+        assert "no picture that can be read" not in shown
+        assert victim.exists()
+    finally:
+        victim.unlink()
+
+
+def test_uploads_are_told_apart_after_an_empty_one(page):
+    for content in (b"this is no picture", encoded(Image.new("1", (10_000, 5_000)))):
+        call(page, "upload", [None, *DAMAGE], "empty")
+        shown = call(page, "upload", [{"path": sent(page, content), "meta": PROPER}, *DAMAGE], "empty")
+        assert "no picture that can be read" in shown or "50 megapixels" in shown
+        assert [p for p in page[1].rglob("*") if p.is_file()] == []
+    path = sent(page, encoded(Image.new("RGB", (60, 40))))
+    assert "What the models see" in call(page, "upload", [{"path": path, "meta": PROPER}, *DAMAGE], "empty")
+    again = call(page, "upload", [{"path": path, "meta": PROPER}, *DAMAGE], "another")
+    assert "Upload it again" in again  # the same file of another visitor, read in between
+
+
+NONSENSE = [None, "x", float("nan"), float("inf"), -1, 10**400, [1], {}, True]
+
+
+@pytest.mark.parametrize("value", NONSENSE, ids=str)
+def test_what_is_no_number_is_told(page, value):
+    for place, name in ((4, "seed"), (5, "number of steps"), (6, "temperature")):
+        data = ["What?", "never", "", "", 0, 0, 0]
+        data[place] = value
+        shown = call(page, "ask", data)
+        assert f"The {name} is" in shown, shown[-300:]
+    assert "The number of the sample" in call(page, "choose", [value])
+    assert "The number of questions" in call(page, "run", [value, "", ""])
+    assert "The seed" in call(page, "degrade", ["none", "high", 0.9, value, "", ""])
+    assert "The severity" in call(page, "degrade", ["scan_lines", None, value, 0, "", ""])
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, 5, "no text"),
+        (0, ["a"], "no text"),
+        (0, None, "Write a question first"),
+        (0, "\ud800 what", "cannot be written"),
+        (2, ["x"], "no name"),
+        (3, {}, "no name"),
+        (5, 1, "2 to 50"),
+    ],
+)
+def test_what_is_no_text_is_told(page, place, value, message):
+    data = ["What?", "never", "", "", 0, 0, 0]
+    data[place] = value
+    assert message in call(page, "ask", data)
 
 
 def test_the_page_asks_nobody_else(page):

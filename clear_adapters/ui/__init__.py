@@ -1,10 +1,13 @@
 """The Gradio page (extra `demo`): `launch(build_demo())`.
 
+A folder where the design has one file, since the page is ten concepts, and one file of them would have 2,000 lines.
+
 page          the whole, and how it is served
 playground    first tab: picture, damage, question, both answers
 benchmark     second tab: official results, and a small run
 asking        one question to both models, in a thread that has the model
 models        the models, shared, one question at a time
+inputs        what visitors send, checked
 pictures      uploads within bounds; pictures as text
 samples       scenes, questions, truths; how the gallery is chosen
 render        what is shown, as HTML

@@ -17,6 +17,7 @@ import gradio as gr
 from clear_adapters.errors import ClearError
 from clear_adapters.mmd_bench.tables import overview
 from clear_adapters.ui import render
+from clear_adapters.ui.inputs import read_whole
 from clear_adapters.ui.models import ModelPool, Stopped
 from clear_adapters.ui.samples import PAGE_DATA
 
@@ -140,6 +141,7 @@ class Benchmark:
             self.run,
             [self.count, model, adapter],
             [self.status, self.table],
+            preprocess=False,  # what is sent is checked by `inputs`
             concurrency_limit=1,
             concurrency_id="run",
             show_progress="minimal",
@@ -156,10 +158,10 @@ class Benchmark:
             api_visibility="private",
         )
 
-    def run(self, count: float, model: str, adapter: str, request: gr.Request) -> Iterator[dict[Any, Any]]:
+    def run(self, count: Any, model: Any, adapter: Any, request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Runs base and CLEAR on the first questions of the built-in set, clean and at high severity."""
-        count = min(max(int(count), 1), QUESTIONS)
         try:
+            count = read_whole(count, "number of questions", 1, QUESTIONS)
             names = self.pool.names(model, adapter)
         except ClearError as error:
             yield {self.status: render.problem(str(error)), self.table: ""}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import gradio as gr
 
 from clear_adapters.degradations import SEVERITIES, list_degradations
 from clear_adapters.ui import render
+from clear_adapters.ui.inputs import HOTTEST, STEPS
 from clear_adapters.ui.models import ModelPool
 from clear_adapters.ui.pictures import AS_IT_IS, RANDOM, Subject
 from clear_adapters.ui.samples import SEVERITY
@@ -84,9 +83,6 @@ class Controls:
                 elem_id="upload",
                 buttons=[],
             )
-            # Handed over unopened: `read_upload` is the one that opens the file, within bounds, and deletes it. (Gradio
-            # writes a file beside a module that subclasses its components, so the instance is changed.)
-            self.upload.preprocess = _place_of
             gr.Markdown(_PRIVACY, elem_classes="small")
         self.kind = gr.Dropdown(
             _kinds(), value=first.degradation, label="What spoils the picture", elem_id="kind"
@@ -147,26 +143,22 @@ class Controls:
                 self.seed = gr.Number(0, precision=0, minimum=0, label="Seed of the models", elem_id="seed")
                 self.steps = gr.Slider(
                     0,
-                    50,
+                    STEPS[1],
                     0,
-                    step=1,
+                    step=2,  # a schedule of one point takes no step
                     label="Points of the denoising schedule",
                     info="0 is the adapter's own",
                     elem_id="steps",
                 )
                 self.temperature = gr.Slider(
                     0,
-                    1.5,
+                    HOTTEST,
                     0,
                     step=0.1,
                     label="Temperature of text",
                     info="0 is greedy",
                     elem_id="temperature",
                 )
-
-
-def _place_of(payload: Any) -> str | None:
-    return None if payload is None else payload.path
 
 
 def _kinds() -> list[tuple[str, str]]:

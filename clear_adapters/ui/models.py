@@ -7,11 +7,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clear_adapters.adapter import attach
 from clear_adapters.errors import ClearValueError
 from clear_adapters.store import builtin_names
+from clear_adapters.ui.inputs import read_name
 
 if TYPE_CHECKING:
     from clear_adapters.attached import AttachedModel
@@ -69,13 +70,13 @@ class ModelPool:
         offered = builtin_names("model" if kind == "model" else "adapter")
         return [*([own] if own and own not in offered else []), *offered]
 
-    def names(self, model: str | None, adapter: str | None) -> Names:
+    def names(self, model: Any, adapter: Any) -> Names:
         """Two names as a visitor gave them, checked.
 
         Raises:
-            ClearValueError: the page does not take other models, and one is none of those offered.
+            ClearValueError: one is no name, or the page does not take other models, and one is none of those offered.
         """
-        model, adapter = (model or "").strip(), (adapter or "").strip()
+        model, adapter = read_name(model, "model"), read_name(adapter, "adapter")
         found = Names(model or (self.default.model if not adapter else None), adapter or self.default.adapter)
         if not self.allow_others:
             for kind, name in (("model", found.model), ("adapter", found.adapter)):

@@ -68,7 +68,7 @@ def build_demo(
         gr.HTML(_HEAD, elem_id="head")
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Try it", elem_id="tab-try"):
-                playground = Playground(pool, max_side)
+                playground = Playground(pool, max_side, demo.upload_file_set)
             with gr.Tab("Results", elem_id="tab-results"):
                 Benchmark(pool, playground.on.model, playground.on.adapter)
         gr.HTML(_FOOT, elem_id="foot")

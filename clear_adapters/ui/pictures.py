@@ -122,7 +122,10 @@ def read_upload(path: str | Path, max_side: int) -> Image.Image:
             )
         data = file.read_bytes()
     except OSError as error:
-        raise ImageError(f"The upload did not arrive whole ({error.strerror}). Try again.") from error
+        raise ImageError(
+            "The upload is not here: it did not arrive, or was deleted because another visitor sent the same file. "
+            f"Upload it again. ({error.strerror})"
+        ) from error
     finally:
         file.unlink(missing_ok=True)
     _check_pixels(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,17 @@ from clear_adapters.results import ResultFile
 from clear_adapters.ui import render
 from clear_adapters.ui.asking import Asking, Progress, Query
 from clear_adapters.ui.controls import KNOWN, SHOW_ANSWERS, Controls
+from clear_adapters.ui.inputs import (
+    HOTTEST,
+    find_upload,
+    read_name,
+    read_number,
+    read_seed,
+    read_severity,
+    read_steps,
+    read_text,
+    read_whole,
+)
 from clear_adapters.ui.models import ModelPool, Names
 from clear_adapters.ui.pictures import Subject, degraded, read_upload
 from clear_adapters.ui.samples import SEVERITY, Suggestion, draw_sample, gallery, recorded
@@ -35,10 +46,12 @@ class Playground:
     Args:
         pool: the models.
         max_side: longest side of a visitor's picture, in pixels.
+        uploads: paths of what was uploaded to this page.
     """
 
-    def __init__(self, pool: ModelPool, max_side: int) -> None:
+    def __init__(self, pool: ModelPool, max_side: int, uploads: Container[str]) -> None:
         self.pool = pool
+        self.uploads = uploads
         self.max_side = max_side
         self.chosen_from: ResultFile = recorded()
         self.examples = [(e, _example(e.index), draw_sample(e.index).suggestions[0].text) for e in gallery()]
@@ -62,6 +75,7 @@ class Playground:
         ]
         asked: dict[str, Any] = {
             "fn": self.ask,
+            "preprocess": False,  # here and below: what is sent is checked by `inputs`
             "inputs": [
                 on.subject,
                 on.question,
@@ -89,6 +103,7 @@ class Playground:
                 on.index,
                 [*picture, *damage, *answers],
                 api_name="choose",
+                preprocess=False,
                 show_progress="hidden",
             )
             .then(**asked, api_visibility="private")
@@ -96,6 +111,7 @@ class Playground:
         running = [by_button, by_example]
         on.end.click(self.stop, None, on.status, cancels=running, **quiet)
         degrading: dict[str, Any] = {
+            "preprocess": False,
             "outputs": [on.subject, on.preview, on.trouble, on.level, on.intensity, *answers],
             "cancels": running,
             "trigger_mode": "always_last",
@@ -113,6 +129,7 @@ class Playground:
             [on.upload, *damage, on.model, on.adapter],
             [on.upload, *picture, *answers],
             cancels=running,
+            preprocess=False,  # so that the file comes unopened, too
             api_name="upload",
             concurrency_limit=2,
             concurrency_id="pictures",
@@ -140,10 +157,13 @@ class Playground:
             self.on.save: render.download(None),
         }
 
-    def choose(self, index: float, request: gr.Request) -> Shown:
+    def choose(self, index: Any, request: gr.Request) -> Shown:
         """Shows a sample: its picture as degraded at first, its questions, and nothing answered yet."""
+        try:
+            subject = _example(read_whole(index, "number of the sample", 0, 10**6))
+        except ClearError as error:
+            return {self.on.trouble: render.problem(str(error))}
         self._end(request)
-        subject = _example(int(index) if 0 <= index < 10**6 else 0)
         assert subject.sample is not None
         questions = [[s.text] for s in subject.sample.suggestions]
         return {
@@ -162,22 +182,23 @@ class Playground:
 
     def upload(
         self,
-        path: str | None,
-        kind: str,
-        level: str | None,
-        intensity: float,
-        seed: float,
-        model: str,
-        adapter: str,
+        payload: Any,
+        kind: Any,
+        level: Any,
+        intensity: Any,
+        seed: Any,
+        model: Any,
+        adapter: Any,
         request: gr.Request,
     ) -> Shown:
         """Takes a visitor's picture, or says why it cannot be taken."""
-        if path is None:
+        if payload is None:
             return {self.on.trouble: ""}
         self._end(request)
         try:
-            picture = read_upload(path, self.max_side)
-            subject = degraded(picture, None, kind, _severity(level, intensity), _whole(seed))
+            picture = read_upload(find_upload(payload, self.uploads), self.max_side)
+            name = read_name(kind, "corruption")
+            subject = degraded(picture, None, name, read_severity(level, intensity), read_seed(seed))
         except (ClearError, OSError) as error:
             return {self.on.upload: None, self.on.trouble: render.problem(str(error))}
         return {
@@ -194,21 +215,21 @@ class Playground:
     def degrade(
         self,
         subject: Subject | None,
-        kind: str,
-        level: str | None,
-        intensity: float,
-        seed: float,
-        model: str,
-        adapter: str,
+        kind: Any,
+        level: Any,
+        intensity: Any,
+        seed: Any,
+        model: Any,
+        adapter: Any,
         request: gr.Request,
     ) -> Shown:
         """Degrades the picture anew, where anything about it was changed."""
         if subject is None:
             return {self.on.trouble: render.problem(_EXPIRED)}
         try:
-            changed = degraded(
-                subject.picture, subject.sample, kind, _severity(level, intensity), _whole(seed)
-            )
+            severity = read_severity(level, intensity)
+            name = read_name(kind, "corruption")
+            changed = degraded(subject.picture, subject.sample, name, severity, read_seed(seed))
         except (ClearError, OSError) as error:
             return {self.on.trouble: render.problem(str(error))}
         if replace(changed, seen=subject.seen) == subject:
@@ -217,7 +238,7 @@ class Playground:
         foreign = changed.sample is None and self._is_builtin(model, adapter)
         return {
             self.on.level: level,
-            self.on.intensity: _severity(level, intensity),
+            self.on.intensity: severity,
             self.on.subject: changed,
             self.on.preview: render.preview(changed, foreign),
             self.on.trouble: "",
@@ -227,12 +248,12 @@ class Playground:
     def degrade_exactly(
         self,
         subject: Subject | None,
-        kind: str,
-        level: str | None,
-        intensity: float,
-        seed: float,
-        model: str,
-        adapter: str,
+        kind: Any,
+        level: Any,
+        intensity: Any,
+        seed: Any,
+        model: Any,
+        adapter: Any,
         request: gr.Request,
     ) -> Shown:
         """The same by the slider, whatever level was chosen before."""
@@ -243,13 +264,13 @@ class Playground:
     def ask(
         self,
         subject: Subject | None,
-        question: str,
-        restore: str,
-        model: str,
-        adapter: str,
-        seed: float,
-        steps: float,
-        temperature: float,
+        question: Any,
+        restore: Any,
+        model: Any,
+        adapter: Any,
+        seed: Any,
+        steps: Any,
+        temperature: Any,
         request: gr.Request,
     ) -> Iterator[Shown]:
         """Asks both models, and shows the progress of it."""
@@ -259,11 +280,11 @@ class Playground:
             names = self.pool.names(model, adapter)
             query = Query(
                 subject.seen,
-                question or "",
+                read_text(question),
                 "always" if restore == "always" else "never" if restore == "never" else "auto",
-                _whole(seed),
-                int(steps) or None,
-                float(temperature),
+                read_seed(seed),
+                read_steps(steps),
+                read_number(temperature, "temperature", 0, HOTTEST),
             )
         except ClearError as error:
             yield {**self._nothing(), self.on.status: render.status(None, str(error))}
@@ -344,7 +365,7 @@ class Playground:
         if running is not None:
             running.set()
 
-    def _is_builtin(self, model: str, adapter: str) -> bool:
+    def _is_builtin(self, model: Any, adapter: Any) -> bool:
         try:
             return self.pool.names(model, adapter).is_builtin
         except ClearError:
@@ -361,16 +382,6 @@ def _example(index: int) -> Subject:
 
 def _picked(event: gr.EventData) -> int:
     return int(event.index)
-
-
-def _severity(level: str | None, intensity: float) -> float:
-    return float(SEVERITIES.get(level or "", intensity))
-
-
-def _whole(number: float | None) -> int:
-    if number is None or not 0 <= number < 2**53:
-        raise ClearValueError(f"The seed is {number}, and must be a whole number from 0 on.")
-    return int(number)
 
 
 def _session(request: gr.Request) -> str:
