@@ -10,13 +10,12 @@ import io
 import json
 import os
 import shutil
-from contextlib import suppress
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from selenium import webdriver
-from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -121,16 +120,6 @@ class Visitor:
         element = self.wait(selector, text)
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
-
-    def click_until(self, selector, shown, text):
-        """Clicks, and again after a while: Gradio cancels by visitor, so that right after a stop a click may be taken back."""
-        for _ in range(5):
-            self.click(selector)
-            with suppress(TimeoutException):
-                return WebDriverWait(self.driver, PATIENCE / 5, 0.05).until(
-                    lambda _: any(text in e.text for e in self.all(shown))
-                )
-        pytest.fail(f"{shown} not there: {text!r}")
 
     def write(self, selector, text):
         field = self.wait(selector)
@@ -255,11 +244,57 @@ def test_another_severity_another_question_and_a_stop(visitor):
     visitor.wait("#status", "Stopped.")
     assert not visitor.all("#verdict section")
     visitor.write("#question textarea", "")
-    visitor.click_until("#ask", "#status [role=alert]", "Write a question first")
+    visitor.click("#ask")
+    visitor.wait("#status [role=alert]", "Write a question first")
     visitor.write("#question textarea", "What is behind the shapes?")
     visitor.click("#ask")
     visitor.wait("#verdict h3", "CLEAR")
     assert not [t for t in visitor.seen("status") if "went wrong" in t]
+
+
+def test_two_examples_in_a_row_leave_the_second_answered(visitor):
+    visitor.resize(1280, 1000)
+    for gap in (0.05, 0.3, 1.5):
+        visitor.open()
+        first, second = (e.index for e in gallery()[3:5])
+        visitor.click(f"#gallery button[data-index='{first}']")
+        time.sleep(gap)
+        visitor.click(f"#gallery button[data-index='{second}']")
+        visitor.wait(f"#gallery button[data-index='{second}'][aria-pressed=true]")
+        visitor.wait("#verdict h3", "CLEAR")
+        visitor.click("#transcript button", "Transcript")
+        link = visitor.wait("#save a.save").get_attribute("href")
+        assert json.loads(base64.b64decode(link.partition("base64,")[2]))["picture"]["sample"] == second
+
+
+def test_a_field_that_is_left_as_it_is_ends_nothing(visitor):
+    visitor.resize(1280, 1000)
+    visitor.open()
+    visitor.click("#advanced button", "Advanced")
+    seed = visitor.wait("#damage-seed input").get_attribute("value")
+    visitor.write("#question textarea", "What is to be seen on the left of everything?")
+    visitor.forget()
+    visitor.click("#ask")
+    visitor.wait("#before .moment")
+    visitor.click("#damage-seed input")
+    visitor.click("#seed input")
+    visitor.wait("#verdict h3", "CLEAR")
+    visitor.write("#question textarea", "What is to be seen on the right of everything?")
+    visitor.click("#ask")
+    visitor.wait("#verdict section", absent=True)
+    visitor.write("#damage-seed input", "")
+    visitor.click("#seed input")
+    visitor.wait("#trouble [role=alert]", "The seed")
+    visitor.wait("#verdict h3", "CLEAR")
+    assert "Stopped." not in visitor.seen("status")
+    visitor.write("#question textarea", "What is to be seen at the top of everything?")
+    visitor.click("#ask")
+    visitor.wait("#verdict section", absent=True)
+    visitor.write("#damage-seed input", f"{int(seed) + 1}")
+    visitor.click("#seed input")
+    visitor.wait("#status", "Stopped.")
+    visitor.wait("#trouble [role=alert]", absent=True)
+    assert not visitor.all("#before .moment")
 
 
 def test_broken_files_are_told_and_a_picture_of_ones_own_is_taken(visitor, tmp_path):

@@ -97,6 +97,21 @@ def test_the_damage_can_be_changed(client):
     assert told["truth"] is None
 
 
+def test_a_picture_that_was_forgotten_is_not_swapped_for_another(page):
+    """After its time in memory a picture is gone, and the page may not answer about the first example in its place."""
+    data = ["What?", "never", "", "", 0, 0, 0, 123]
+    assert "forgotten" in call(page, "ask", data, "long ago")
+    assert "forgotten" in call(page, "degrade", ["scan_lines", "high", 0.9, 0, "", "", 123], "long ago")
+    assert "Done." in call(page, "ask", [*data[:-1], 0], "just come")
+
+
+def test_a_question_about_a_picture_that_is_no_longer_there_is_dropped(page):
+    call(page, "choose", [2], "hasty")
+    shown = call(page, "ask", ["What?", "never", "", "", 0, 0, 0, 123], "hasty")
+    assert "Stopped." in shown
+    assert "Done." not in shown
+
+
 def test_ten_at_once_are_all_answered(page):
     clients = [Client(page[0], verbose=False) for _ in range(10)]
 
@@ -258,14 +273,14 @@ NONSENSE = [None, "x", float("nan"), float("inf"), -1, 10**400, [1], {}, True]
 @pytest.mark.parametrize("value", NONSENSE, ids=str)
 def test_what_is_no_number_is_told(page, value):
     for place, name in ((4, "seed"), (5, "number of steps"), (6, "temperature")):
-        data = ["What?", "never", "", "", 0, 0, 0]
+        data = ["What?", "never", "", "", 0, 0, 0, 0]
         data[place] = value
         shown = call(page, "ask", data)
         assert f"The {name} is" in shown, shown[-300:]
     assert "The number of the sample" in call(page, "choose", [value])
     assert "The number of questions" in call(page, "run", [value, "", ""])
-    assert "The seed" in call(page, "degrade", ["none", "high", 0.9, value, "", ""])
-    assert "The severity" in call(page, "degrade", ["scan_lines", None, value, 0, "", ""])
+    assert "The seed" in call(page, "degrade", ["none", "high", 0.9, value, "", "", 0])
+    assert "The severity" in call(page, "degrade", ["scan_lines", None, value, 0, "", "", 0])
 
 
 @pytest.mark.parametrize(
@@ -281,7 +296,7 @@ def test_what_is_no_number_is_told(page, value):
     ],
 )
 def test_what_is_no_text_is_told(page, place, value, message):
-    data = ["What?", "never", "", "", 0, 0, 0]
+    data = ["What?", "never", "", "", 0, 0, 0, 0]
     data[place] = value
     assert message in call(page, "ask", data)
 

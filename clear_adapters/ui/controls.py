@@ -51,7 +51,8 @@ class Controls:
         self.strip = gr.HTML(render.strip(), elem_id="strip")
         self.gallery = gr.HTML(gallery, elem_id="gallery", js_on_load=_PICK, label="Examples")
         self.index = gr.Number(first.sample.index, visible=False, elem_id="index")
-        self.subject = gr.State(first, time_to_live=SESSION)
+        self.subject = gr.State(None, time_to_live=SESSION)
+        self.version = gr.Number(0, visible=False, elem_id="version")
         with gr.Row(elem_id="bench"):
             with gr.Column(scale=10, min_width=320, elem_id="inputs"):
                 self._build_inputs(first, questions)

@@ -72,6 +72,8 @@ def build_demo(
             with gr.Tab("Results", elem_id="tab-results"):
                 Benchmark(pool, playground.on.model, playground.on.adapter)
         gr.HTML(_FOOT, elem_id="foot")
+        held = [playground.on.subject, playground.on.version]
+        demo.load(playground.begin, None, held, show_progress="hidden", queue=False, api_visibility="private")
     demo.queue(max_size=QUEUE, default_concurrency_limit=4)
     return demo
 

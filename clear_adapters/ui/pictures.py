@@ -42,6 +42,7 @@ class Subject:
         seed: of that corruption.
         seen: what the models see.
         drawn: whether the corruption was drawn and not named.
+        version: of what the visitor has before him; 0 for none.
     """
 
     picture: Image.Image
@@ -51,6 +52,7 @@ class Subject:
     intensity: float = 0.0
     seed: int = 0
     drawn: bool = False
+    version: int = 0
 
     @property
     def clean(self) -> Image.Image | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Container, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -56,7 +57,7 @@ class Playground:
         self.chosen_from: ResultFile = recorded()
         self.examples = [(e, _example(e.index), draw_sample(e.index).suggestions[0].text) for e in gallery()]
         self._kept: OrderedDict[Any, Progress] = OrderedDict()
-        self._running: dict[str, threading.Event] = {}
+        self._running: dict[str, _Running] = {}
         self.on = Controls(pool, self.examples[0][1], self._gallery(self.examples[0][1]))
         self._connect()
 
@@ -85,6 +86,7 @@ class Playground:
                 on.seed,
                 on.steps,
                 on.temperature,
+                on.version,
             ],
             "outputs": answers,
             "concurrency_limit": 1,
@@ -93,33 +95,48 @@ class Playground:
             "show_progress_on": on.status,
         }
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        by_button = on.go.click(**asked, api_name="ask", trigger_mode="always_last", js=SHOW_ANSWERS)
-        picture = [on.subject, on.question, on.suggested, on.gallery, on.preview, on.trouble]
+        # Nothing is cancelled through Gradio, which ends an answer without a word and may take the next click back. Whatever
+        # ends an answer sets its flag (`_end`), and makes a new version, so that a question that still waits is dropped.
+        on.go.click(**asked, api_name="ask", trigger_mode="always_last", js=SHOW_ANSWERS)
+        picture = [
+            on.subject,
+            on.version,
+            on.question,
+            on.suggested,
+            on.gallery,
+            on.preview,
+            on.trouble,
+        ]
         damage = [on.kind, on.level, on.intensity, on.damage_seed]
-        by_example = (
-            on.gallery.select(_picked, None, on.index, **quiet)
+        (
+            on.gallery.select(_picked, None, on.index, trigger_mode="multiple", **quiet)
             .then(
                 self.choose,
                 on.index,
                 [*picture, *damage, *answers],
                 api_name="choose",
                 preprocess=False,
+                trigger_mode="always_last",
                 show_progress="hidden",
             )
-            .then(**asked, api_visibility="private")
+            .then(**asked, api_visibility="private", trigger_mode="always_last")
         )
-        running = [by_button, by_example]
-        on.end.click(self.stop, None, on.status, cancels=running, **quiet)
+        on.end.click(
+            self.stop,
+            [on.subject, on.version],
+            [on.subject, on.version, on.status],
+            preprocess=False,
+            **quiet,
+        )
         degrading: dict[str, Any] = {
             "preprocess": False,
-            "outputs": [on.subject, on.preview, on.trouble, on.level, on.intensity, *answers],
-            "cancels": running,
+            "outputs": [on.subject, on.version, on.preview, on.trouble, on.level, on.intensity, *answers],
             "trigger_mode": "always_last",
             "concurrency_limit": 2,
             "concurrency_id": "pictures",
             "show_progress": "hidden",
         }
-        choice = [on.subject, *damage, on.model, on.adapter]
+        choice = [on.subject, *damage, on.model, on.adapter, on.version]
         on.kind.input(self.degrade, choice, **degrading, api_name="degrade")
         for changed in (on.level.input, on.damage_seed.submit, on.damage_seed.blur):
             changed(self.degrade, choice, **degrading, api_visibility="private")
@@ -128,7 +145,7 @@ class Playground:
             self.upload,
             [on.upload, *damage, on.model, on.adapter],
             [on.upload, *picture, *answers],
-            cancels=running,
+            trigger_mode="always_last",
             preprocess=False,  # so that the file comes unopened, too
             api_name="upload",
             concurrency_limit=2,
@@ -143,11 +160,11 @@ class Playground:
         chosen = None if subject.sample is None else subject.sample.index
         return render.gallery(self.examples, chosen, self.chosen_from.payload["counts"])
 
-    def _nothing(self) -> Shown:
-        """The answers' half with nothing answered yet."""
+    def _nothing(self, stopped: bool = False) -> Shown:
+        """The answers' half with nothing answered yet, or with an answer that was ended."""
         return {
             self.on.strip: render.strip(),
-            self.on.status: render.status(),
+            self.on.status: render.status(_STOPPED if stopped else None),
             self.on.base: render.base_card(None, None, None),
             self.on.before: render.clear_before(None),
             self.on.picture: "",
@@ -163,11 +180,11 @@ class Playground:
             subject = _example(read_whole(index, "number of the sample", 0, 10**6))
         except ClearError as error:
             return {self.on.trouble: render.problem(str(error))}
-        self._end(request)
+        stopped = self._end(request)
         assert subject.sample is not None
         questions = [[s.text] for s in subject.sample.suggestions]
         return {
-            self.on.subject: subject,
+            **self._hold(subject),
             self.on.kind: subject.degradation,
             self.on.level: SEVERITY,
             self.on.intensity: SEVERITIES[SEVERITY],
@@ -177,8 +194,27 @@ class Playground:
             self.on.gallery: self._gallery(subject),
             self.on.preview: render.preview(subject),
             self.on.trouble: "",
-            **self._nothing(),
+            **self._nothing(stopped),
         }
+
+    def _hold(self, subject: Subject) -> Shown:
+        """Another picture, or the same after a stop: what was asked before is not answered any more."""
+        version = time.time_ns() // 10**6
+        return {self.on.subject: replace(subject, version=version), self.on.version: version}
+
+    def _held(self, subject: Subject | None, version: Any) -> Subject:
+        """What the visitor has before him.
+
+        Raises:
+            ClearValueError: it was forgotten. (A visitor who never chose anything has the first example.)
+        """
+        if subject is None and version != 0:
+            raise ClearValueError(_EXPIRED)
+        return subject or self.examples[0][1]
+
+    def begin(self) -> Shown:
+        """The first example, for a page that was just opened."""
+        return self._hold(self.examples[0][1])
 
     def upload(
         self,
@@ -194,22 +230,22 @@ class Playground:
         """Takes a visitor's picture, or says why it cannot be taken."""
         if payload is None:
             return {self.on.trouble: ""}
-        self._end(request)
         try:
             picture = read_upload(find_upload(payload, self.uploads), self.max_side)
             name = read_name(kind, "corruption")
             subject = degraded(picture, None, name, read_severity(level, intensity), read_seed(seed))
         except (ClearError, OSError) as error:
             return {self.on.upload: None, self.on.trouble: render.problem(str(error))}
+        stopped = self._end(request)
         return {
             self.on.upload: None,
-            self.on.subject: subject,
+            **self._hold(subject),
             self.on.question: OWN_QUESTIONS[0][0],
             self.on.suggested: gr.Dataset(samples=OWN_QUESTIONS, label="Questions"),
             self.on.gallery: self._gallery(subject),
             self.on.preview: render.preview(subject, self._is_builtin(model, adapter)),
             self.on.trouble: "",
-            **self._nothing(),
+            **self._nothing(stopped),
         }
 
     def degrade(
@@ -221,28 +257,28 @@ class Playground:
         seed: Any,
         model: Any,
         adapter: Any,
+        version: Any,
         request: gr.Request,
     ) -> Shown:
         """Degrades the picture anew, where anything about it was changed."""
-        if subject is None:
-            return {self.on.trouble: render.problem(_EXPIRED)}
         try:
+            subject = self._held(subject, version)
             severity = read_severity(level, intensity)
             name = read_name(kind, "corruption")
             changed = degraded(subject.picture, subject.sample, name, severity, read_seed(seed))
         except (ClearError, OSError) as error:
             return {self.on.trouble: render.problem(str(error))}
-        if replace(changed, seen=subject.seen) == subject:
+        if replace(changed, seen=subject.seen, version=subject.version) == subject:
             return {self.on.trouble: ""}
-        self._end(request)
+        stopped = self._end(request)
         foreign = changed.sample is None and self._is_builtin(model, adapter)
         return {
             self.on.level: level,
             self.on.intensity: severity,
-            self.on.subject: changed,
+            **self._hold(changed),
             self.on.preview: render.preview(changed, foreign),
             self.on.trouble: "",
-            **self._nothing(),
+            **self._nothing(stopped),
         }
 
     def degrade_exactly(
@@ -254,10 +290,11 @@ class Playground:
         seed: Any,
         model: Any,
         adapter: Any,
+        version: Any,
         request: gr.Request,
     ) -> Shown:
         """The same by the slider, whatever level was chosen before."""
-        shown = self.degrade(subject, kind, None, intensity, seed, model, adapter, request)
+        shown = self.degrade(subject, kind, None, intensity, seed, model, adapter, version, request)
         shown.pop(self.on.intensity, None)  # it may have moved on
         return shown
 
@@ -271,12 +308,15 @@ class Playground:
         seed: Any,
         steps: Any,
         temperature: Any,
+        version: Any,
         request: gr.Request,
     ) -> Iterator[Shown]:
         """Asks both models, and shows the progress of it."""
+        if subject is not None and version not in (0, subject.version):
+            yield {self.on.status: render.status(_STOPPED)}
+            return
         try:
-            if subject is None:
-                raise ClearValueError(_EXPIRED)
+            subject = self._held(subject, version)
             names = self.pool.names(model, adapter)
             query = Query(
                 subject.seen,
@@ -295,11 +335,16 @@ class Playground:
             yield self._shown(replace(self._kept[key], cached=True), subject, truth, query, names)
             return
         asking = Asking(self.pool, names, query)
-        self._running[_session(request)] = asking.stop
+        running = self._running[_session(request)] = _Running(asking.stop)
         before: Shown = {}
         progress = Progress()
         try:
             for progress in asking.follow():
+                if running.replaced:
+                    yield {
+                        self.on.status: render.status(_STOPPED)
+                    }  # the rest is about another picture already
+                    return
                 now = self._shown(progress, subject, truth, query, names)
                 changed = {c: v for c, v in now.items() if c not in before or before[c] != v}
                 before = now
@@ -307,7 +352,7 @@ class Playground:
                     yield changed
         finally:
             asking.stop.set()
-            if self._running.get(_session(request)) is asking.stop:
+            if self._running.get(_session(request)) is running:
                 del self._running[_session(request)]
         if key is not None and progress.phase == "done":
             assert progress.base is not None
@@ -355,15 +400,23 @@ class Playground:
             self.on.save: render.download(transcript),
         }
 
-    def stop(self, request: gr.Request) -> str:
+    def stop(self, subject: Subject | None, version: Any, request: gr.Request) -> Shown:
         """Ends what this visitor has asked."""
-        self._end(request)
-        return render.status(Progress(phase="stopped"))
-
-    def _end(self, request: gr.Request) -> None:
         running = self._running.pop(_session(request), None)
         if running is not None:
-            running.set()
+            running.stop.set()
+        status = {self.on.status: render.status(_STOPPED)}
+        if subject is None and version != 0:
+            return status
+        return {**self._hold(self._held(subject, version)), **status}
+
+    def _end(self, request: gr.Request) -> bool:
+        """Ends an answer since another picture takes its place; whether there was one."""
+        running = self._running.pop(_session(request), None)
+        if running is not None:
+            running.replaced = True
+            running.stop.set()
+        return running is not None
 
     def _is_builtin(self, model: Any, adapter: Any) -> bool:
         try:
@@ -372,6 +425,15 @@ class Playground:
             return self.pool.default.is_builtin
 
 
+@dataclass
+class _Running:
+    """An answer on its way: the flag that ends it, and whether it was ended by another picture."""
+
+    stop: threading.Event
+    replaced: bool = False
+
+
+_STOPPED = Progress(phase="stopped")
 _EXPIRED = "There is no picture: it was forgotten after an hour. Choose an example or bring one."
 
 
@@ -385,4 +447,4 @@ def _picked(event: gr.EventData) -> int:
 
 
 def _session(request: gr.Request) -> str:
-    return str(request.session_hash)
+    return str(request.session_hash or f"nobody-{id(request)}")
