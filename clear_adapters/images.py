@@ -43,6 +43,9 @@ _DECODING_ERRORS = (
 )
 """What Pillow's decoders raise, by format, for damaged data and for a file that was closed under an image."""
 
+_STARTING_PROGRAMS = ("EPS",)
+"""Formats for which Pillow starts another program (Ghostscript) on the bytes that it was given."""
+
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -195,11 +198,17 @@ def _load_bytes(data: bytes) -> Image.Image:
     return _decode(data, f"the {len(data)} bytes given")
 
 
+def _formats() -> list[str]:
+    """Every format that Pillow decodes itself."""
+    Image.init()
+    return [name for name in Image.ID if name not in _STARTING_PROGRAMS]
+
+
 def _decode(data: bytes, source: str) -> Image.Image:
     if not data:
         raise ImageError(f"No image in {source}: it is empty (0 bytes).")
     try:
-        opened = Image.open(io.BytesIO(data))
+        opened = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
         raise ImageError(
             f"{source} holds more than {MAX_PIXELS:,} pixels. Scale it down first. ({error})"
@@ -249,7 +258,7 @@ def _to_rgb(image: Image.Image, source: str) -> Image.Image:
         raise ImageError(
             f"{source} cannot be decoded: it is truncated, damaged or closed ({error})."
         ) from error
-    _check_size(*image.size, source)  # some formats (ICO, EPS) know their true size only now
+    _check_size(*image.size, source)  # some formats (ICO) know their true size only now
     turn = _UPRIGHT.get(_orientation(image))
     try:
         flat = _flatten(image, source)

@@ -336,3 +336,12 @@ def test_home_folders_are_expanded(tmp_path, monkeypatch, picture):
 
 def test_limits_are_those_of_pillow():
     assert 2 * (Image.MAX_IMAGE_PIXELS or 0) == images.MAX_PIXELS
+
+
+def test_no_program_is_started_on_bytes_of_unknown_origin(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a program was started"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "picture.png").write_bytes(eps)
+    for given in (eps, tmp_path / "picture.png"):
+        with pytest.raises(ImageError, match="cannot tell the format"):
+            load_image(given)

@@ -181,6 +181,32 @@ def test_bad_uploads_are_refused_in_words_and_deleted(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PPM", "TGA"])
+def test_only_formats_that_visitors_need_are_opened(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a program was started"))
+    buffer = io.BytesIO(EPS)
+    if kind != "EPS":
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 32), "red").save(buffer, kind)
+    path = tmp_path / "named.png"
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(ImageError, match="no picture that can be read"):
+        read_upload(path, 512)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF"])
+def test_formats_of_phones_and_browsers_are_opened(tmp_path, kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    path = tmp_path / "named.bin"
+    Image.new("RGB", (32, 24), "red").save(path, kind)
+    assert read_upload(path, 512).size == (32, 24)
+
+
 def test_what_is_clean_depends_on_what_is_known():
     sample = draw_sample(1)
     spoilt = degraded(sample.clean, sample, "lens_blur", "high", 3)
