@@ -4,8 +4,12 @@ import gc
 import io
 import json
 import re
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -37,6 +41,12 @@ def second(toy, tmp_path_factory):
     return str(folder)
 
 
+class Page(NamedTuple):
+    address: str
+    files: Path
+    demo: Any
+
+
 @pytest.fixture(scope="module")
 def page(toy, tmp_path_factory):
     """The address of a page with a toy model, and the folder that its uploads go to."""
@@ -45,7 +55,7 @@ def page(toy, tmp_path_factory):
         patch.setenv("GRADIO_TEMP_DIR", str(files))
         demo = build_demo(str(toy / "model"), str(toy / "adapter"), allow_other_models=True, device="cpu")
         _, address, _ = launch(demo, prevent_thread_lock=True, quiet=True, inbrowser=False)
-        yield address, files
+        yield Page(address, files, demo)
         demo.close()
     gc.collect()  # what is left is told here, and not in another module's test
 
@@ -198,7 +208,7 @@ def test_bad_uploads_are_told_and_kept_nowhere(client, page, tmp_path):
 
 
 def test_no_file_outside_can_be_read_through_the_page(client, page, toy, tmp_path):
-    address, _ = page
+    address = page.address
     secret = tmp_path / "secret.png"
     Image.new("RGB", (20, 20)).save(secret)
     here = Path(__file__)
@@ -299,6 +309,76 @@ def test_what_is_no_text_is_told(page, place, value, message):
     data = ["What?", "never", "", "", 0, 0, 0, 0]
     data[place] = value
     assert message in call(page, "ask", data)
+
+
+def traces(page, session):
+    """Whether the server holds anything of a visit, and the texts in it."""
+    held = page.demo.state_holder.session_data.get(session)
+    return "" if held is None else str(held.config_values) + str(held.state_data)
+
+
+def until(what, seconds=20):
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.1)
+    return what()
+
+
+def test_a_visit_is_forgotten_when_its_page_is_closed(page):
+    with httpx.stream("GET", f"{page.address}gradio_api/heartbeat/closing", timeout=20) as beat:
+        next(beat.iter_lines())
+        for session in ("closing", "open"):
+            payload = {"path": sent(page, encoded(Image.new("RGB", (61, 43)))), "meta": PROPER}
+            assert "61/43" in call(page, "upload", [payload, *DAMAGE], session)
+            assert "61/43" in traces(page, session)
+    assert until(lambda: not traces(page, "closing"))
+    assert "61/43" in traces(page, "open")
+    page.demo.sessions.sweep(time.time() + 3000)
+    assert "61/43" in traces(page, "open")
+    page.demo.sessions.sweep(time.time() + 3700)
+    assert not traces(page, "open")
+
+
+def test_a_visit_that_ends_in_the_middle_of_an_answer_is_forgotten_too(page):
+    with httpx.stream("GET", f"{page.address}gradio_api/heartbeat/middle", timeout=20) as beat:
+        next(beat.iter_lines())
+        body = {"data": ["What?", "always", "", "", 0, 50, 0, 0], "session_hash": "middle"}
+        event = httpx.post(f"{page.address}gradio_api/call/ask", json=body).json()["event_id"]
+        with httpx.stream("GET", f"{page.address}gradio_api/call/ask/{event}", timeout=60) as answer:
+            for number, _ in enumerate(answer.iter_lines()):
+                if number > 6:
+                    break
+    assert until(lambda: not [t for t in threading.enumerate() if t.name == "clear-demo-ask"])
+    time.sleep(1)
+    page.demo.sessions.sweep()
+    assert not traces(page, "middle")
+
+
+def test_forgetting_goes_on_while_the_page_is_served(page, monkeypatch):
+    swept = threading.Event()
+    monkeypatch.setattr(page.demo.sessions, "sweep", swept.set)
+    monkeypatch.setattr("clear_adapters.ui.sessions._EVERY", 0.1)
+    with page.demo.sessions.watch():
+        assert swept.wait(5)
+    monkeypatch.setattr(page.demo, "is_running", False)
+    assert until(lambda: sum(t.name == "clear-demo-forget" for t in threading.enumerate()) <= 1)
+
+
+def test_many_files_in_one_request_are_refused(page):
+    many = [("files", (f"{n}.png", bytes(3 * 2**20))) for n in range(8)]
+    assert httpx.post(f"{page.address}gradio_api/upload", files=many, timeout=60).status_code == 413
+    request = httpx.Request("POST", f"{page.address}gradio_api/upload", files=many)
+    content = request.read()
+
+    def pieces():
+        for start in range(0, len(content), 2**20):
+            yield content[start : start + 2**20]
+
+    kind = {"content-type": request.headers["content-type"]}
+    with suppress(httpx.WriteError):
+        found = httpx.post(f"{page.address}gradio_api/upload", content=pieces(), headers=kind, timeout=60)
+        assert found.status_code == 413
+    assert [p for p in page.files.rglob("*") if p.is_file()] == []
 
 
 def test_the_page_asks_nobody_else(page):

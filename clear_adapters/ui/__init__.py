@@ -8,6 +8,7 @@ benchmark     second tab: official results, and a small run
 asking        one question to both models, in a thread that has the model
 models        the models, shared, one question at a time
 inputs        what visitors send, checked
+sessions      what is held of a visitor, and for how long
 pictures      uploads within bounds; pictures as text
 samples       scenes, questions, truths; how the gallery is chosen
 render        what is shown, as HTML

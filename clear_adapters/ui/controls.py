@@ -10,14 +10,12 @@ from clear_adapters.ui.inputs import HOTTEST, STEPS
 from clear_adapters.ui.models import ModelPool
 from clear_adapters.ui.pictures import AS_IT_IS, RANDOM, Subject
 from clear_adapters.ui.samples import SEVERITY
-
-SESSION = 3600
-"""Seconds for which a visitor's picture is held in memory after he last changed it."""
+from clear_adapters.ui.sessions import UNUSED
 
 KNOWN = "Questions whose answer is known"
 _PRIVACY = (
-    "JPEG, PNG, WebP and the like, at most 20 MB and 32 megapixels. The file is deleted as soon as it is read; the picture "
-    "stays in memory while this page is open, and nothing leaves the machine that runs the page."
+    "JPEG, PNG, WebP and the like, at most 20 MB and 32 megapixels. The file is deleted as soon as it is read. The picture "
+    "stays in the memory of the machine that runs the page until you close the page, one hour at most, and goes nowhere else."
 )
 _TO_ANSWERS = """
   const cards = document.getElementById('plain');
@@ -51,7 +49,7 @@ class Controls:
         self.strip = gr.HTML(render.strip(), elem_id="strip")
         self.gallery = gr.HTML(gallery, elem_id="gallery", js_on_load=_PICK, label="Examples")
         self.index = gr.Number(first.sample.index, visible=False, elem_id="index")
-        self.subject = gr.State(None, time_to_live=SESSION)
+        self.subject = gr.State(None, time_to_live=UNUSED)
         self.version = gr.Number(0, visible=False, elem_id="version")
         with gr.Row(elem_id="bench"):
             with gr.Column(scale=10, min_width=320, elem_id="inputs"):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from clear_adapters import store
 from clear_adapters._version import __version__
@@ -15,10 +16,13 @@ from clear_adapters.ui.benchmark import Benchmark
 from clear_adapters.ui.models import ModelPool, Names
 from clear_adapters.ui.pictures import MAX_UPLOAD
 from clear_adapters.ui.playground import Playground
+from clear_adapters.ui.sessions import RequestLimit, Sessions
 
 STYLE = Path(__file__).with_name("style.css")
 QUEUE = 64
 """Questions that may wait; whoever comes after them is told to come back."""
+MAX_REQUEST = MAX_UPLOAD + 2**16
+"""Bytes of a request: one upload and what is around it."""
 SESSIONS = 200
 """Visitors whose pictures are held in memory at the same time; the one who was away for longest is forgotten first."""
 
@@ -63,8 +67,8 @@ def build_demo(
         store.resolve(names.model, "model")
     capacity = keep_models or (2 if names.is_builtin else 1)
     pool = ModelPool(names, allow_others=allow_other_models, device=device, capacity=capacity)
-    # Files of uploads are deleted when they are read; what was uploaded and never read is gone ten minutes later.
-    with gr.Blocks(title="CLEAR adapters", analytics_enabled=False, delete_cache=(300, 600)) as demo:
+    # Files of uploads are deleted when they are read; what was uploaded and never read is gone three minutes later.
+    with gr.Blocks(title="CLEAR adapters", analytics_enabled=False, delete_cache=(60, 120)) as demo:
         gr.HTML(_HEAD, elem_id="head")
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Try it", elem_id="tab-try"):
@@ -73,7 +77,10 @@ def build_demo(
                 Benchmark(pool, playground.on.model, playground.on.adapter)
         gr.HTML(_FOOT, elem_id="foot")
         held = [playground.on.subject, playground.on.version]
+        sessions = Sessions(demo, playground.end)
+        demo.unload(sessions.leave)
         demo.load(playground.begin, None, held, show_progress="hidden", queue=False, api_visibility="private")
+    demo.sessions = sessions
     demo.queue(max_size=QUEUE, default_concurrency_limit=4)
     return demo
 
@@ -95,21 +102,25 @@ def launch(demo: gr.Blocks, **settings: Any) -> Any:
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
-    return demo.launch(
-        **{
-            "theme": theme,
-            "css_paths": STYLE,
-            "max_file_size": MAX_UPLOAD,
-            "state_session_capacity": SESSIONS,
-            "footer_links": ["settings"],
-            "ssr_mode": False,
-            "pwa": False,
-            "mcp_server": False,
-            "enable_monitoring": False,
-            "run_history": False,
-            **settings,
-        }
-    )
+    served = dict(settings.pop("app_kwargs", None) or {})
+    served["middleware"] = [*served.get("middleware", []), Middleware(RequestLimit, limit=MAX_REQUEST)]
+    with demo.sessions.watch():
+        return demo.launch(
+            **{
+                "app_kwargs": served,
+                "theme": theme,
+                "css_paths": STYLE,
+                "max_file_size": MAX_UPLOAD,
+                "state_session_capacity": SESSIONS,
+                "footer_links": ["settings"],
+                "ssr_mode": False,
+                "pwa": False,
+                "mcp_server": False,
+                "enable_monitoring": False,
+                "run_history": False,
+                **settings,
+            }
+        )
 
 
 _HEAD = """

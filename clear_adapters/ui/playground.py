@@ -96,7 +96,7 @@ class Playground:
         }
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         # Nothing is cancelled through Gradio, which ends an answer without a word and may take the next click back. Whatever
-        # ends an answer sets its flag (`_end`), and makes a new version, so that a question that still waits is dropped.
+        # ends an answer sets its flag (`end`), and makes a new version, so that a question that still waits is dropped.
         on.go.click(**asked, api_name="ask", trigger_mode="always_last", js=SHOW_ANSWERS)
         picture = [
             on.subject,
@@ -180,7 +180,7 @@ class Playground:
             subject = _example(read_whole(index, "number of the sample", 0, 10**6))
         except ClearError as error:
             return {self.on.trouble: render.problem(str(error))}
-        stopped = self._end(request)
+        stopped = self.end(request)
         assert subject.sample is not None
         questions = [[s.text] for s in subject.sample.suggestions]
         return {
@@ -236,7 +236,7 @@ class Playground:
             subject = degraded(picture, None, name, read_severity(level, intensity), read_seed(seed))
         except (ClearError, OSError) as error:
             return {self.on.upload: None, self.on.trouble: render.problem(str(error))}
-        stopped = self._end(request)
+        stopped = self.end(request)
         return {
             self.on.upload: None,
             **self._hold(subject),
@@ -270,7 +270,7 @@ class Playground:
             return {self.on.trouble: render.problem(str(error))}
         if replace(changed, seen=subject.seen, version=subject.version) == subject:
             return {self.on.trouble: ""}
-        stopped = self._end(request)
+        stopped = self.end(request)
         foreign = changed.sample is None and self._is_builtin(model, adapter)
         return {
             self.on.level: level,
@@ -410,7 +410,7 @@ class Playground:
             return status
         return {**self._hold(self._held(subject, version)), **status}
 
-    def _end(self, request: gr.Request) -> bool:
+    def end(self, request: gr.Request) -> bool:
         """Ends an answer since another picture takes its place; whether there was one."""
         running = self._running.pop(_session(request), None)
         if running is not None:
