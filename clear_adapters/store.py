@@ -259,6 +259,18 @@ def bridge_shapes(sizes: BridgeConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+def read_config(folder: str | Path) -> ClearConfig:
+    """What an adapter folder says about itself, without its tensors.
+
+    Raises:
+        AdapterError: the file is missing or damaged, or the folder holds what is refused.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        check_folder(folder)
+    return ClearConfig.from_json(_text(folder, CONFIG), str(folder / CONFIG))
+
+
 def read_adapter(folder: str | Path) -> StoredAdapter:
     """Reads an adapter folder; what needs no model is checked here.
 
@@ -267,9 +279,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
             what cannot be.
     """
     folder = Path(folder)
-    if folder.is_dir():
-        check_folder(folder)
-    config = ClearConfig.from_json(_text(folder, CONFIG), str(folder / CONFIG))
+    config = read_config(folder)
     if config.bridge is not None:
         try:
             BridgeConfig(**config.bridge)

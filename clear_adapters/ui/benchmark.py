@@ -69,7 +69,7 @@ class SmallRun:
         except Stopped:
             self._events.put(("stopped", ""))
         except (ClearError, OSError) as error:
-            self._events.put(("failed", str(error)))
+            self._events.put(("failed", self._pool.explain(error)))
         except Exception:
             _log.exception("a small run failed")
             self._events.put(("failed", "Something failed in the run; the server's log says what."))

@@ -121,7 +121,7 @@ class Controls:
             with gr.Row():
                 self.model = gr.Dropdown(
                     ["", *self._pool.choices("model")],
-                    value=self._pool.default.model or "",
+                    value=self._pool.label(self._pool.default.model),
                     allow_custom_value=True,
                     label="Model",
                     info=f"{hint}; empty for the adapter's own base",
@@ -129,7 +129,7 @@ class Controls:
                 )
                 self.adapter = gr.Dropdown(
                     self._pool.choices("adapter"),
-                    value=self._pool.default.adapter,
+                    value=self._pool.label(self._pool.default.adapter),
                     allow_custom_value=True,
                     label="Adapter",
                     info=hint,
