@@ -1,9 +1,11 @@
 """The page without a browser: samples, uploads, the progress of a question, what is shown, and its models."""
 
 import io
+import json
 import re
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 from clear_adapters import attach, store
 from clear_adapters.cli import main
 from clear_adapters.errors import ClearError, ClearValueError, ImageError
+from clear_adapters.reply import TextDelta
 from clear_adapters.results import read_result
 from clear_adapters.ui import build_demo, render
 from clear_adapters.ui.asking import MAX_QUESTION, Asking, Progress, Query, Turn, answer_of, thought_of
@@ -123,7 +126,8 @@ def test_the_times_in_the_readme_are_those_of_the_result():
     text = visits.README.read_text(encoding="utf-8")
     shown = text.partition(visits.MARKERS[0])[2].partition(visits.MARKERS[1])[0].strip()
     official = ROOT / "benchmarks" / "results" / "demo.json"
-    found = visits.render(read_result(official)) if official.is_file() else ""
+    assert official.is_file(), "run benchmarks/demo/visits.py with --output and --readme"
+    found = visits.render(read_result(official))
     assert shown == found, "run benchmarks/demo/visits.py with --output and --readme"
 
 
@@ -232,6 +236,7 @@ def test_what_is_clean_depends_on_what_is_known():
         ({"question": ""}, "Write a question first"),
         ({"question": " \n"}, "Write a question first"),
         ({"question": "x" * 10_000}, "10,000 characters, and at most 2,000"),
+        ({"question": "\U0001f600" * 2_000}, "8,000 bytes .* at most 4,000"),
         ({"seed": -1}, "seed"),
     ],
 )
@@ -239,6 +244,7 @@ def test_a_query_that_cannot_work_says_why(options, message):
     with pytest.raises(ClearValueError, match=message):
         query(**options)
     assert query(question="x" * MAX_QUESTION).restore == "auto"
+    assert query(question="\u00fc" * MAX_QUESTION).restore == "auto"
 
 
 @pytest.mark.parametrize(
@@ -306,6 +312,31 @@ def _ends(thread):
     return not thread.is_alive()
 
 
+def test_a_question_that_takes_too_long_ends_with_a_message(pool, names, monkeypatch):
+    began = threading.Event()
+
+    def endless(*args, **options):
+        began.set()
+        while True:
+            time.sleep(0.05)
+            yield TextDelta("la ")
+
+    def stuck(*args, **options):
+        began.set()
+        time.sleep(3)
+        yield TextDelta("late")
+
+    for stream in (endless, stuck):
+        monkeypatch.setattr("clear_adapters.attached.AttachedModel.stream", stream)
+        start = time.monotonic()
+        progress = list(Asking(pool, names, query(), seconds=0.5).follow())[-1]
+        assert progress.phase == "failed"
+        assert "longer than 0.5 seconds" in progress.message
+        assert time.monotonic() - start < 2.5
+    monkeypatch.undo()
+    assert list(Asking(pool, names, query()).follow())[-1].phase == "done"  # whoever waits gets the model
+
+
 def test_who_waits_can_give_up_and_errors_become_words(pool, names, monkeypatch, caplog):
     with pool.use(names):
         asking = Asking(pool, names, query())
@@ -322,17 +353,25 @@ def test_who_waits_can_give_up_and_errors_become_words(pool, names, monkeypatch,
     assert "ZeroDivision" not in progress.message
 
 
-def test_one_at_a_time_has_a_model_and_few_are_kept(toy, names, monkeypatch):
+def counting(monkeypatch, names, capacity):
+    """A pool of models that are none, and the list of what was loaded."""
     loaded = []
     monkeypatch.setattr(
         "clear_adapters.ui.models.attach", lambda m, a, device: loaded.append((m, a)) or object()
     )
-    pool = ModelPool(names, allow_others=True, device="cpu", capacity=2)
-    others = [Names("x", str(n)) for n in range(3)]
+    return ModelPool(names, allow_others=True, device="cpu", capacity=capacity), loaded
+
+
+ADAPTERS = ["builtin:clear-bagel-tiny", "builtin:clear-bagel-tiny-sft", "builtin:clear-bagel-tiny-bridge"]
+
+
+def test_one_at_a_time_has_a_model_and_few_are_kept(names, monkeypatch):
+    pool, loaded = counting(monkeypatch, names, 2)
+    others = [Names(None, a) for a in ADAPTERS]
     for n in (*others[:2], others[0], others[2], others[0], others[1]):
         with pool.use(n):
             pass
-    assert loaded == [("x", "0"), ("x", "1"), ("x", "2"), ("x", "1")]
+    assert [ADAPTERS.index(a) for _, a in loaded] == [0, 1, 2, 1]
     assert not pool.holds(others[2])
     entered = threading.Event()
 
@@ -344,8 +383,7 @@ def test_one_at_a_time_has_a_model_and_few_are_kept(toy, names, monkeypatch):
         thread = threading.Thread(target=second)
         thread.start()
         assert not entered.wait(0.3)
-        pool.give_way()
-        assert entered.is_set()
+        until(entered.is_set, pool.give_way)
         stop = threading.Event()
         stop.set()
         with pytest.raises(Stopped), pool.use(others[1], stop):
@@ -353,19 +391,93 @@ def test_one_at_a_time_has_a_model_and_few_are_kept(toy, names, monkeypatch):
     thread.join()
 
 
-def test_a_restricted_page_takes_no_other_names(names):
-    pool = ModelPool(
-        Names("builtin:bagel-tiny", "builtin:clear-bagel-tiny"), allow_others=False, device="cpu", capacity=1
-    )
-    assert pool.names("", "builtin:clear-bagel-tiny-sft") == Names(None, "builtin:clear-bagel-tiny-sft")
+def until(what, otherwise, seconds=10):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        otherwise()
+
+
+def test_a_model_in_use_is_not_dropped_for_another(names, monkeypatch):
+    pool, loaded = counting(monkeypatch, names, 1)
+    first, second = (Names(None, a) for a in ADAPTERS[:2])
+    entered = threading.Event()
+
+    def wait():
+        with pool.use(second):
+            entered.set()
+
+    thread = threading.Thread(target=wait)
+    with pool.use(first):
+        thread.start()
+        for _ in range(4):
+            pool.give_way()
+        assert not entered.is_set()
+        assert pool.holds(first)
+    thread.join(10)
+    assert entered.is_set()
+    assert len(loaded) == 2
+    assert not pool.holds(first)
+
+
+def test_a_model_is_held_once_however_it_is_named(names, monkeypatch):
+    pool, loaded = counting(monkeypatch, names, 2)
+    for model in (None, "builtin:bagel-tiny", None):
+        with pool.use(Names(model, ADAPTERS[0])):
+            pass
+    assert loaded == [(None, ADAPTERS[0])]
+
+
+def test_a_choice_that_cannot_work_drops_nothing(names, monkeypatch, tmp_path):
+    pool, loaded = counting(monkeypatch, names, 1)
+    held = Names(None, ADAPTERS[0])
+    with pool.use(held):
+        pass
+    for wrong, message in (
+        (Names("builtin:janus-tiny", ADAPTERS[0]), "made for models of kind 'bagel'"),
+        (Names(None, "builtin:nothing"), "builtin:nothing"),
+        (Names(str(tmp_path), ADAPTERS[0]), "no model of a known kind"),
+        (Names(None, str(tmp_path)), "clear_config"),
+    ):
+        with pytest.raises(ClearError, match=message), pool.use(wrong):
+            pass
+        assert pool.holds(held)
+    assert len(loaded) == 1
+
+
+def test_a_restricted_page_takes_no_other_names_and_tells_no_places(names, toy):
+    pool = ModelPool(Names("builtin:bagel-tiny", ADAPTERS[0]), allow_others=False, device="cpu", capacity=1)
+    assert pool.choices("model") == ["builtin:bagel-tiny"]
+    assert pool.names("", ADAPTERS[1]) == Names(None, ADAPTERS[1])
     assert pool.names(None, None) == pool.default
-    for model, adapter in (("/etc", ""), ("", "owner/other"), ("builtin:bagel-tiny", str(ROOT))):
+    for model, adapter in (
+        ("/etc", ""),
+        ("", "owner/other"),
+        ("builtin:bagel-tiny", str(ROOT)),
+        ("builtin:janus-tiny", ""),
+    ):
         with pytest.raises(ClearValueError, match="its own models alone"):
             pool.names(model, adapter)
-    assert (
-        ModelPool(names, allow_others=False, device="cpu", capacity=1).names(names.model, names.adapter)
-        == names
-    )
+    own = ModelPool(names, allow_others=False, device="cpu", capacity=1)
+    assert own.choices("model")[0] == "model"
+    assert own.choices("adapter")[0] == "adapter"
+    assert own.names("model", "adapter") == own.names("", "") == names
+    assert own.names("", "adapter") == names
+    with pytest.raises(ClearValueError, match="was not made for model") as caught:
+        own.names("model", ADAPTERS[0])
+    assert str(toy) not in str(caught.value)
+    with pytest.raises(ClearValueError, match="its own models alone") as caught:
+        own.names(names.model, names.adapter)
+    assert str(toy) not in str(caught.value)
+    for error in (OSError(2, "gone", "/srv/model"), ClearError("the folder /srv/model is empty")):
+        assert "/srv" not in own.explain(error)
+        assert "/srv" in ModelPool(names, allow_others=True, device="cpu", capacity=1).explain(error)
+    assert own.explain(ClearError("too long: 1/2")) == "too long: 1/2"
+
+
+def test_a_restricted_page_holds_no_places(toy):
+    demo = build_demo(str(toy / "model"), str(toy / "adapter"), device="cpu")
+    assert str(toy) not in json.dumps(demo.get_config_file(), default=str)
 
 
 # ------------------------------------------------------------------------------------------------------- what is shown
@@ -434,7 +546,8 @@ def test_a_family_without_steps_or_pixels_is_shown_too(pool, names):
 # ------------------------------------------------------------------------------------------------------- a small run
 
 
-def test_a_small_run_counts_up_and_can_be_cancelled(pool, names):
+def test_a_small_run_counts_up_and_can_be_cancelled(pool, names, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # the page's extra does without
     events = list(SmallRun(pool, names, 2).follow())
     done = [e[1:] for kind, e in events if kind == "progress"]
     assert done == [(2, 8), (4, 8), (6, 8), (8, 8)]
@@ -462,6 +575,7 @@ def test_arguments_are_checked_before_anything_is_served():
         ({"adapter": "builtin:clear-bagel"}, "Did you mean"),
         ({"max_side": 3}, "max_side"),
         ({"keep_models": 0}, "keep_models"),
+        ({"max_seconds": 0}, "max_seconds"),
     ):
         with pytest.raises(ClearError, match=message):
             build_demo(**options)

@@ -7,10 +7,12 @@ who leaves in the middle never leaves the model behind in another state.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,12 +30,18 @@ if TYPE_CHECKING:
 
 MAX_QUESTION = 2000
 """Characters of a question."""
+MAX_BYTES = 4000
+"""Of a question as UTF-8: some models read bytes, of which a sign may have four."""
+SECONDS = 120.0
+"""That a question may take, by default."""
 
 _PREVIEWS = 8
 """Steps of a restoration that are decoded to be looked at, at most."""
 
 _PACE = 0.1
 """Seconds between two looks at the progress, at least: more often nobody sees, and showing takes time from the model."""
+
+_NOTHING = ("nothing", None, None)
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +79,12 @@ class Query:
         if len(self.question) > MAX_QUESTION:
             raise ClearValueError(
                 f"This question has {len(self.question):,} characters, and at most {MAX_QUESTION:,} are taken. Shorten it."
+            )
+        size = len(self.question.encode())
+        if size > MAX_BYTES:
+            raise ClearValueError(
+                f"This question has {size:,} bytes (letters have one or two, most other signs three or four), and at most "
+                f"{MAX_BYTES:,} are taken. Shorten it."
             )
         if self.seed < 0:
             raise ClearValueError(f"The seed is {self.seed}, and must be 0 or more.")
@@ -214,9 +228,11 @@ class Asking:
         pool: where the model is.
         names: which.
         query: what is asked.
+        seconds: that it may take once the model is there, so that one question does not keep everybody waiting.
     """
 
-    def __init__(self, pool: ModelPool, names: Names, query: Query) -> None:
+    def __init__(self, pool: ModelPool, names: Names, query: Query, seconds: float = SECONDS) -> None:
+        self._seconds = seconds
         self._pool, self._names, self._query = pool, names, query
         self._events: queue.SimpleQueue[tuple[str, Any, Image.Image | None] | None] = queue.SimpleQueue()
         self.stop = threading.Event()
@@ -228,23 +244,33 @@ class Asking:
         """
         progress = Progress()
         threading.Thread(target=self._work, name="clear-demo-ask", daemon=True).start()
-        shown = 0.0
+        shown, end, is_news = 0.0, math.inf, False
         try:
             while True:
-                item = self._events.get()
-                while item is not None:
-                    progress.update(*item)
-                    try:
-                        item = self._events.get(timeout=max(shown + _PACE - time.monotonic(), 0.001))
-                    except queue.Empty:
-                        break
+                until = min(end, shown + _PACE) if is_news else end
+                wait = None if math.isinf(until) else max(until - time.monotonic(), 0.001)
+                item: tuple[str, Any, Image.Image | None] | None = _NOTHING
+                with suppress(queue.Empty):
+                    item = self._events.get(timeout=wait)
                 if item is None:
                     if not progress.is_over:
                         progress.phase = "stopped"
                     yield progress
                     return
-                yield progress
-                shown = time.monotonic()
+                if item is not _NOTHING:
+                    if item[0] == "phase" and item[1] == "base":
+                        end = time.monotonic() + self._seconds
+                    progress.update(*item)
+                    is_news = True
+                    if progress.is_over:
+                        end = math.inf
+                if time.monotonic() >= end:
+                    progress.update("failed", _too_long(self._seconds), None)
+                    yield progress
+                    return
+                if item is _NOTHING and is_news:
+                    yield progress
+                    shown, is_news = time.monotonic(), False
         finally:
             self.stop.set()
 
@@ -264,7 +290,7 @@ class Asking:
         except Stopped:
             pass
         except (ClearError, OSError) as error:
-            self._events.put(("failed", str(error), None))
+            self._events.put(("failed", self._pool.explain(error), None))
         except Exception:
             _log.exception("a question failed")
             message = "Something failed in the model; the server's log says what. Other questions can go on."
@@ -294,6 +320,13 @@ class Asking:
             self._tell("clear", event, picture)
         self._tell("shown", shown)
         self._tell("clear", time.perf_counter() - began - shown)
+
+
+def _too_long(seconds: float) -> str:
+    return (
+        f"This question took longer than {seconds:g} seconds and was ended, since others wait for the model. Ask a shorter one, or "
+        "take fewer points of the denoising schedule."
+    )
 
 
 def _is_worth_a_look(event: Event) -> bool:

@@ -12,6 +12,7 @@ from clear_adapters import store
 from clear_adapters._version import __version__
 from clear_adapters.cli_options import ADAPTER, MODEL
 from clear_adapters.errors import ClearValueError
+from clear_adapters.ui.asking import SECONDS
 from clear_adapters.ui.benchmark import Benchmark
 from clear_adapters.ui.models import ModelPool, Names
 from clear_adapters.ui.pictures import MAX_UPLOAD
@@ -35,6 +36,7 @@ def build_demo(
     device: str | None = None,
     max_side: int = 512,
     keep_models: int | None = None,
+    max_seconds: float = SECONDS,
 ) -> gr.Blocks:
     """Builds the page; nothing is loaded until somebody asks.
 
@@ -47,6 +49,7 @@ def build_demo(
         max_side: longest side in pixels that a visitor's picture is scaled down to. Corruptions act at this size, and
             some of them take seconds on a large picture.
         keep_models: attached models that stay in memory; None is two with the built-in model and one with another.
+        max_seconds: that a question may take once the model is there; after them it ends with a message.
 
     Returns:
         The page, to be served by `launch`, which sets the limits that belong to serving.
@@ -59,6 +62,8 @@ def build_demo(
         raise ClearValueError(f"max_side={max_side}: pictures of fewer than 32 pixels show nothing")
     if keep_models is not None and keep_models < 1:
         raise ClearValueError(f"keep_models={keep_models}: at least the one that answers")
+    if not max_seconds > 0:
+        raise ClearValueError(f"max_seconds={max_seconds}: no question is answered in no time")
     if adapter is None and model not in (None, MODEL):
         raise ClearValueError(f"model={model!r}: name the adapter too, since {ADAPTER!r} is for {MODEL!r}")
     names = Names(MODEL if adapter is None else model, adapter or ADAPTER)
@@ -72,7 +77,7 @@ def build_demo(
         gr.HTML(_HEAD, elem_id="head")
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Try it", elem_id="tab-try"):
-                playground = Playground(pool, max_side, demo.upload_file_set)
+                playground = Playground(pool, max_side, demo.upload_file_set, max_seconds)
             with gr.Tab("Results", elem_id="tab-results"):
                 Benchmark(pool, playground.on.model, playground.on.adapter)
         gr.HTML(_FOOT, elem_id="foot")

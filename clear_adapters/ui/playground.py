@@ -15,7 +15,7 @@ from clear_adapters.degradations import SEVERITIES
 from clear_adapters.errors import ClearError, ClearValueError
 from clear_adapters.results import ResultFile
 from clear_adapters.ui import render
-from clear_adapters.ui.asking import Asking, Progress, Query
+from clear_adapters.ui.asking import SECONDS, Asking, Progress, Query
 from clear_adapters.ui.controls import KNOWN, SHOW_ANSWERS, Controls
 from clear_adapters.ui.inputs import (
     HOTTEST,
@@ -48,11 +48,15 @@ class Playground:
         pool: the models.
         max_side: longest side of a visitor's picture, in pixels.
         uploads: paths of what was uploaded to this page.
+        max_seconds: that a question may take.
     """
 
-    def __init__(self, pool: ModelPool, max_side: int, uploads: Container[str]) -> None:
+    def __init__(
+        self, pool: ModelPool, max_side: int, uploads: Container[str], max_seconds: float = SECONDS
+    ) -> None:
         self.pool = pool
         self.uploads = uploads
+        self.max_seconds = max_seconds
         self.max_side = max_side
         self.chosen_from: ResultFile = recorded()
         self.examples = [(e, _example(e.index), draw_sample(e.index).suggestions[0].text) for e in gallery()]
@@ -334,7 +338,7 @@ class Playground:
         if key in self._kept:
             yield self._shown(replace(self._kept[key], cached=True), subject, truth, query, names)
             return
-        asking = Asking(self.pool, names, query)
+        asking = Asking(self.pool, names, query, self.max_seconds)
         running = self._running[_session(request)] = _Running(asking.stop)
         before: Shown = {}
         progress = Progress()
@@ -387,7 +391,8 @@ class Playground:
     def _shown(
         self, progress: Progress, subject: Subject, truth: Suggestion | None, query: Query, names: Names
     ) -> Shown:
-        transcript = transcript_of(progress, subject, truth, query, names) if progress.is_whole else None
+        shown = Names(self.pool.label(names.model) or None, self.pool.label(names.adapter))
+        transcript = transcript_of(progress, subject, truth, query, shown) if progress.is_whole else None
         return {
             self.on.strip: render.strip(progress),
             self.on.status: render.status(progress),
