@@ -45,7 +45,7 @@ def test_the_builder_makes_the_pictures_that_are_timed(tmp_path):
     assert (made.written, len(made.pictures)) == (1, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     output = tmp_path / "speed.json"
     monkeypatch.setattr(

@@ -115,7 +115,9 @@ def test_the_base_of_the_other_kind_sees_and_keeps_what_a_picture_shows():
     assert min(kept) > 0.5
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "name", [n if n == "clear-bagel-tiny" else pytest.param(n, marks=pytest.mark.long) for n in STAGES]
+)
 def test_the_adapters_see_and_leave_clean_pictures_alone(name):
     rows = held_out(30)
     model = attach("builtin:bagel-tiny", adapter=f"builtin:{name}", device="cpu")

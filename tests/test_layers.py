@@ -9,7 +9,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "clear_adapters"
 
 LAYERS = {
-    7: ["cli", "cli_bench", "cli_data", "cli_demo", "cli_options", "cli_train", "quickstart", "ui/", "contract/"],
+    7: [
+        "cli",
+        "cli_bench",
+        "cli_data",
+        "cli_demo",
+        "cli_options",
+        "cli_train",
+        "quickstart",
+        "ui/",
+        "contract/",
+    ],
     6: ["training/", "mmd_bench/"],
     5: ["datasets/", "rewards/"],
     4: ["adapter", "attached", "engine", "rollout", "reply", "replay"],

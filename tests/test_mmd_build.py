@@ -286,7 +286,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_with_rows_or_pictures(tmp_path):
     write(tmp_path / "small" / "MMStar.tsv", *choice(4))
     columns, rows = choice(16)

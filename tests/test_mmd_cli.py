@@ -178,9 +178,18 @@ def test_what_is_refused_is_one_line(tmp_path, monkeypatch, arguments, words):
 
 
 @pytest.mark.slow
+def test_the_first_questions_give_the_committed_answers(tmp_path):
+    """Built-in base and adapter on a CPU: `benchmarks/miniature/measure.py` writes the file anew when they change."""
+    committed = read_result(COMMITTED)
+    payload = measure.measure(tmp_path, questions=measure.BATCH)
+    assert len(payload["answers"]) == 4
+    for cell, answers in payload["answers"].items():
+        assert answers == committed.payload["answers"][cell][: measure.BATCH], cell
+
+
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_miniature_subset_gives_the_committed_answers(tmp_path):
-    """Built-in base and adapter on a CPU: `benchmarks/miniature/measure.py` writes the file anew when they change."""
     committed = read_result(COMMITTED)
     payload = json.loads(json.dumps(measure.measure(tmp_path)))
     for cell, answers in committed.payload["answers"].items():

@@ -35,12 +35,13 @@ def timeless(value: Any) -> Any:
     return value
 
 
-def measure(folder: Path, report: Any = print) -> dict[str, Any]:
+def measure(folder: Path, report: Any = print, questions: int = QUESTIONS) -> dict[str, Any]:
     """Runs the subset.
 
     Args:
         folder: where the run goes.
         report: told what is left out.
+        questions: so many of its first ones.
 
     Returns:
         The run's payload, with `answers` by cell, the `seconds` that it took and the `cpu_seconds` of its one core.
@@ -60,7 +61,7 @@ def measure(folder: Path, report: Any = print) -> dict[str, Any]:
             severities=["clean", "high"],
             protocols=["mixed"],
             systems=["base", "clear"],
-            limit=QUESTIONS,
+            limit=questions,
             batch_size=BATCH,
             seed=0,
             max_new_tokens=None,
