@@ -188,7 +188,8 @@ def test_a_visitor_sees_both_answers_and_the_restored_picture(visitor):
     # It came bit by bit, in both directions: text, and the picture while it was denoised.
     assert len(visitor.seen("before")) > 3
     assert len(visitor.seen("after")) > 3
-    assert any("step 1 of 2" in " ".join(t.lower().split()) for t in visitor.seen("restoration"))
+    shown = [" ".join(t.lower().split()) for t in visitor.seen("restoration")]
+    assert any("step 1 of 2" in t for t in shown), shown
     visitor.shoot("demo-desktop", "#verdict")
 
     slider = visitor.driver.find_element(By.CSS_SELECTOR, "#verdict input[type=range]")

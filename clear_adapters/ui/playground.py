@@ -104,7 +104,6 @@ class Playground:
         on.go.click(**asked, api_name="ask", trigger_mode="always_last", js=SHOW_ANSWERS)
         picture = [
             on.subject,
-            on.version,
             on.question,
             on.suggested,
             on.gallery,
@@ -117,7 +116,7 @@ class Playground:
             .then(
                 self.choose,
                 on.index,
-                [*picture, *damage, *answers],
+                [*picture, *damage, *answers, on.version],
                 api_name="choose",
                 preprocess=False,
                 trigger_mode="always_last",
@@ -134,7 +133,7 @@ class Playground:
         )
         degrading: dict[str, Any] = {
             "preprocess": False,
-            "outputs": [on.subject, on.version, on.preview, on.trouble, on.level, on.intensity, *answers],
+            "outputs": [on.subject, on.preview, on.trouble, on.level, on.intensity, *answers, on.version],
             "trigger_mode": "always_last",
             "concurrency_limit": 2,
             "concurrency_id": "pictures",
@@ -148,7 +147,7 @@ class Playground:
         on.upload.input(
             self.upload,
             [on.upload, *damage, on.model, on.adapter],
-            [on.upload, *picture, *answers],
+            [on.upload, *picture, *answers, on.version],
             trigger_mode="always_last",
             preprocess=False,  # so that the file comes unopened, too
             api_name="upload",
