@@ -164,6 +164,33 @@ def test_a_json_list_and_a_table_give_the_same_rows(tmp_path):
     assert [(r.id, r.reason) for r in found.rejected] == [("3", "missing picture")]
 
 
+def test_a_table_trains_the_option_that_its_answer_names(tmp_path):
+    columns = ["index", "question", "A", "B", "C", "D", "answer", "image"]
+    table = [
+        ["1", "Which?", "B", "D", "A", "C", "A", picture(0, (96, 80))],  # options that are letters themselves
+        ["2", "Which?", "", "red", "green", "", "B", picture(1, (96, 80))],  # an empty column before the true one
+        ["3", "Which?", "", "red", "green", "", "green", picture(2, (96, 80))],
+        ["4", "Which?", "", "A", "green", "", "A", picture(3, (96, 80))],  # names the empty column
+        ["5", "Which?", "x", "red", "", "blue", "(d).", picture(4, (96, 80))],
+    ]
+    write_table(tmp_path / "rows.tsv", columns, table)
+    found = read_rows(tmp_path / "rows.tsv", None, Plan())
+    assert [(r.id, r.answer, r.options[ord(r.answer) - 65]) for r in found.rows] == [
+        ("1", "A", "B"),
+        ("2", "A", "red"),
+        ("3", "B", "green"),
+        ("5", "C", "blue"),
+    ]
+    assert [(r.id, r.reason) for r in found.rejected] == [("4", "answer is no option")]
+    plan = Plan(splits={"train": 1.0}, restore_share=None)
+    build(tmp_path / "rows.tsv", tmp_path / "out", plan, helpers=ONE)
+    rows = {r["id"]: r for r in lines(tmp_path / "out" / "data.jsonl")}
+    assert read_parts(rows["1"]["reply"]).answer == "A"
+    assert "B" in rows["1"]["reply"].split("</think>")[-2]  # the text of option A
+    assert matches("A", "A", ("B", "D", "A", "C"))
+    assert not matches("C", "A", ("B", "D", "A", "C"))
+
+
 def test_sampling_follows_from_the_seed_and_not_from_the_order(tmp_path):
     names = photographs(tmp_path, 2)
     rows = [{"id": str(i), "image": names[0], "question": "Q?", "answer": "A"} for i in range(40)]

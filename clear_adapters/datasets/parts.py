@@ -103,10 +103,10 @@ def letters_of(options: Sequence[str]) -> dict[str, str]:
 
 
 def letter_of(truth: str, letters: Mapping[str, str]) -> str | None:
-    """The letter of the true option; None where the truth names none."""
+    """The letter of the true option; None where the truth names none. A lone letter is never the text of another option."""
     told = truth.strip()
-    same = [letter for letter, text in letters.items() if text.strip() == told]
-    if len(same) == 1:
-        return same[0]
     lone = told.strip("() .").upper()
-    return lone if lone in letters else None
+    if lone in letters:
+        return lone
+    same = [letter for letter, text in letters.items() if text.strip() == told]
+    return same[0] if len(same) == 1 else None

@@ -363,6 +363,14 @@ def _placed(file: TsvFile, bad: list[TsvError]) -> Iterator[TsvRow]:
         yield TsvRow(row.line, row.offset, {**row.values, "image": short} if image else row.values)
 
 
+def _column_of(answer: str, filled: Mapping[str, str]) -> str | None:
+    """The column that holds the true option; a letter up to the last column is never taken for the text of another."""
+    letter = answer.strip("() .").upper()
+    if len(letter) == 1 and "A" <= letter <= max(filled):
+        return letter if letter in filled else None
+    return letter_of(answer, filled)
+
+
 def _tsv_row(
     path: Path, folder: Path, row: TsvRow, index: str, own: Mapping[str, tuple[int, int]], by_path: bool
 ) -> Row:
@@ -370,12 +378,14 @@ def _tsv_row(
     if not index:
         raise _RowError("bad row", "the row has no index")
     question, answer = _words(values, "question"), _words(values, "answer")
-    options = [values[c].strip() for c in string.ascii_uppercase if values.get(c, "").strip()]
+    filled = {c: values[c].strip() for c in string.ascii_uppercase if values.get(c, "").strip()}
+    options = list(filled.values())
     if options:
-        letter = letter_of(answer, {chr(65 + i): o for i, o in enumerate(options)})
+        letter = _column_of(answer, filled)
         if letter is None:
             raise _RowError("answer is no option", f"the answer {answer!r} is none of the options")
-        answer = letter
+        # Columns that are empty are not asked about, so the letters after them move up.
+        answer = string.ascii_uppercase[list(filled).index(letter)]
         hint = values.get("hint", "").strip()
         question = with_options(f"{hint}\n{question}" if hint else question, options)
     if by_path:
