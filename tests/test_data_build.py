@@ -475,10 +475,10 @@ def test_a_stream_of_datasets_is_drawn_by_seed_and_goes_on(tmp_path, monkeypatch
     from clear_adapters.datasets.builder import stream as streams
 
     entry = streams._entry
-    monkeypatch.setattr(streams, "_entry", lambda row, n, folder: entry(row, n, folder) if n < 2 else 1 / 0)
+    monkeypatch.setattr(streams, "_entry", lambda row, n, *more: entry(row, n, *more) if n < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(stream, tmp_path / "again", plan, helpers=ONE)
-    monkeypatch.setattr(streams, "_entry", lambda row, n, folder: entry(row, n, folder) if n >= 2 else 1 / 0)
+    monkeypatch.setattr(streams, "_entry", lambda row, n, *more: entry(row, n, *more) if n >= 2 else 1 / 0)
     build(stream, tmp_path / "again", plan, helpers=ONE)
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     with pytest.raises(ClearValueError, match="cannot be read as a stream"):
@@ -492,10 +492,74 @@ def test_a_stream_reads_pictures_that_are_named(tmp_path):
     path = tmp_path / "in" / name
     (tmp_path / "out").mkdir()
     for given in ({"path": str(path), "bytes": None}, {"path": None, "bytes": path.read_bytes()}):
-        entry = _entry({"image": given, "question": "Q?", "answers": ["A", "B"]}, 3, tmp_path / "out")
+        entry = _entry({"image": given, "question": "Q?", "answers": ["A", "B"]}, 3, tmp_path / "out", lambda path: True)
         assert (tmp_path / "out" / entry.pop("image")).read_bytes() == path.read_bytes()
         assert entry == {"id": "row-3", "question": "Q?", "answer": "A", "answers": ["A", "B"]}
-    assert "image" not in _entry({"image": {"path": "gone.jpg", "bytes": None}}, 0, tmp_path / "out")
+    gone = {"image": {"path": "gone.jpg", "bytes": None}}
+    assert "image" not in _entry(gone, 0, tmp_path / "out", lambda path: True)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("several", [True, False])
+def test_a_stream_reads_no_file_outside_its_dataset(tmp_path, monkeypatch, declared, several):
+    """Neither by a struct that looks like a picture nor by a column that is declared as pictures."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    photographs(tmp_path / "private", 1)
+    photographs(tmp_path / "set" / "images", 1)
+    own = str(tmp_path / "set" / "images" / "0.jpg")
+    (tmp_path / "set" / "link.jpg").symlink_to(tmp_path / "private" / "0.jpg")
+    outside = [
+        str(tmp_path / "private" / "0.jpg"),
+        str(tmp_path / "set" / ".." / "private" / "0.jpg"),
+        str(tmp_path / "set" / "link.jpg"),
+        f"{tmp_path}/private/0.jpg::{own}",
+    ]
+    column = "images" if several else "image"
+    rows = []
+    for i, path in enumerate([own, *outside]):
+        shown = {"path": path, "bytes": None}
+        rows.append({"id": str(i), column: [shown] if several else shown, "question": "Q?", "answer": "A"})
+    write_rows(tmp_path / "set" / "train.jsonl", rows)
+    if declared:
+        kind = f"\n    {'list' if several else 'dtype'}: image"
+        texts = "".join(f"\n  - name: {n}\n    dtype: string" for n in ("id", "question", "answer"))
+        card = f"---\ndataset_info:\n  features:\n  - name: {column}{kind}{texts}\n---\n"
+        (tmp_path / "set" / "README.md").write_text(card)
+    plan = Plan(splits={"train": 1.0}, restore_share=None)
+    stream = Stream(str(tmp_path / "set"))
+    if declared:
+        summary = build(stream, tmp_path / "out", plan, helpers=ONE)
+        assert summary["rejected"] == {"source": {"no picture": 4}}
+        assert [r["id"] for r in lines(tmp_path / "out" / "data.jsonl")] == ["0"]
+    else:
+        with pytest.raises(ClearValueError, match="names no picture"):
+            build(stream, tmp_path / "out", plan, helpers=ONE)
+    assert not (tmp_path / "out" / "source" / "images").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("hf://datasets/o/n@abc/train/0.jpg", True),
+        ("zip://0.jpg::hf://datasets/o/n@abc/a.zip", True),
+        ("zip://0.jpg::https://hub/datasets/o/n/resolve/abc/a.zip", True),
+        ("hf://datasets/o/n@abc/../../x/0.jpg", False),
+        ("hf://datasets/o/other@abc/0.jpg", False),
+        ("hf://datasets/o/nn/0.jpg", False),
+        ("https://hub.evil/datasets/o/n/resolve/abc/a.jpg", False),
+        ("/private/0.jpg::hf://datasets/o/n@abc/a.zip", False),
+        ("file:///private/0.jpg::hf://datasets/o/n@abc/a.zip", False),
+        ("zip://0.jpg::/private/a.zip", False),
+        ("http://169.254.169.254/latest", False),
+        ("/private/0.jpg", False),
+        ("", False),
+    ],
+)
+def test_a_picture_of_the_hub_lies_below_its_dataset(path, expected):
+    from clear_adapters.datasets.builder.stream import lies_below
+
+    assert lies_below(path, "o/n", "https://hub") is expected
 
 
 def test_what_a_teacher_would_cost_is_foreseen(source):

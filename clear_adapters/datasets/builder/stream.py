@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ BUFFER = 1000
 """Rows among which the next one is drawn."""
 
 ROWS = "rows.jsonl"
+
+_ARCHIVE = re.compile(r"(?:zip|tar|gzip|bz2|xz|zstd|lz4)://")
+"""How the place of a file inside an archive begins, before `::` and the place of the archive."""
+
+Inside = Callable[[str], bool]
+"""Whether a path lies below the dataset."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def fetch(stream: Stream, folder: Path, plan: Plan, progress: bool = True) -> Pa
     journal = Journal(folder / "rows.journal", {"rows": path})
     if journal.complete:
         return path
-    rows = _open(stream, plan.seed)
+    rows, inside = _open(stream, plan.seed)
     with (
         Progress(
             SpinnerColumn(),
@@ -82,14 +89,15 @@ def fetch(stream: Stream, folder: Path, plan: Plan, progress: bool = True) -> Pa
                 break
             if number < journal.done:
                 continue
-            text = json.dumps(_entry(row, number, folder), ensure_ascii=False) + "\n"
+            text = json.dumps(_entry(row, number, folder, inside), ensure_ascii=False) + "\n"
             log.write({}, {"rows": text.encode("utf-8", "surrogatepass")})
             bar.advance(line)
     journal.close()
     return path
 
 
-def _open(stream: Stream, seed: int) -> Any:
+def _open(stream: Stream, seed: int) -> tuple[Any, Inside]:
+    """The rows in their drawn order, and which paths of pictures may be read."""
     try:
         import datasets
     except ImportError as error:
@@ -106,13 +114,41 @@ def _open(stream: Stream, seed: int) -> Any:
             raise ClearValueError(
                 f"{stream.name}: no column 'image'; the columns are {', '.join(columns) or 'unknown'}"
             )
-        if isinstance(columns[column], datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-        return rows.shuffle(seed=seed, buffer_size=BUFFER)
+        # Decoding would open whatever a row names.
+        rows = rows.decode(False).shuffle(seed=seed, buffer_size=BUFFER)
+        kind = columns[column]
+        kind = kind[0] if isinstance(kind, list) and kind else getattr(kind, "feature", kind)
+        if not isinstance(kind, datasets.Image):
+            return rows, lambda path: False
+        return rows, lambda path: lies_below(path, stream.name, datasets.config.HF_ENDPOINT)
     except ClearValueError:
         raise
     except Exception as error:  # of a hundred kinds: network, formats, names
         raise _unreadable(stream, error) from error
+
+
+def lies_below(path: str, dataset: str, hub: str) -> bool:
+    """Whether a path is of the dataset itself: below its folder, or its address on the Hub, or in an archive there.
+
+    A row names its pictures, and may name any file of this machine or any address; those are not read.
+
+    Args:
+        path: as a row of a stream gives it: a path, an address, or `zip://NAME::` and one of them.
+        dataset: a folder, or `owner/name`.
+        hub: address of the Hub.
+    """
+    *inner, place = path.split("::")
+    if len(inner) > 1 or not all(_ARCHIVE.match(hop) for hop in inner):
+        return False
+    if Path(dataset).is_dir():
+        try:
+            return Path(place).is_absolute() and Path(place).resolve().is_relative_to(Path(dataset).resolve())
+        except (OSError, ValueError, RuntimeError):
+            return False
+    if ".." in re.split(r"[/\\]|%2f|%5c", place.replace("%2e", ".").replace("%2E", "."), flags=re.IGNORECASE):
+        return False
+    below = (f"hf://datasets/{dataset}@", f"hf://datasets/{dataset}/", f"{hub}/datasets/{dataset}/resolve/")
+    return place.startswith(below)
 
 
 def _guarded(rows: Any, stream: Stream) -> Any:
@@ -127,7 +163,7 @@ def _unreadable(stream: Stream, error: Exception) -> ClearValueError:
     return ClearValueError(f"the dataset {stream.name!r} cannot be read as a stream: {reason}")
 
 
-def _entry(row: Mapping[str, Any], number: int, folder: Path) -> dict[str, Any]:
+def _entry(row: Mapping[str, Any], number: int, folder: Path, inside: Inside) -> dict[str, Any]:
     """A row as `sources` reads it; what has no picture, or several, is left to be told there."""
     entry = {k: v for k, v in row.items() if k not in ("image", "images") and _plain(v)}
     if "answers" in row and "answer" not in entry and isinstance(row["answers"], list) and row["answers"]:
@@ -138,7 +174,7 @@ def _entry(row: Mapping[str, Any], number: int, folder: Path) -> dict[str, Any]:
         if len(pictures) != 1:
             return {**entry, "image": ["?"] * len(pictures)}
         pictures = pictures[0]
-    data = _bytes(pictures)
+    data = _bytes(pictures, inside)
     if data is not None:
         name = hashlib.sha256(data).hexdigest()[:20]
         (folder / name).write_bytes(data)
@@ -146,12 +182,12 @@ def _entry(row: Mapping[str, Any], number: int, folder: Path) -> dict[str, Any]:
     return entry
 
 
-def _bytes(picture: Any) -> bytes | None:
+def _bytes(picture: Any, inside: Inside) -> bytes | None:
     if isinstance(picture, Mapping):
         found = picture.get("bytes")
         if isinstance(found, bytes):
             return found
-        return _file(picture.get("path"))
+        return _file(picture.get("path"), inside)
     if hasattr(picture, "save"):
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
@@ -159,16 +195,16 @@ def _bytes(picture: Any) -> bytes | None:
     return None
 
 
-def _file(path: object) -> bytes | None:
-    """A picture that is named, on this machine or on the Hub."""
+def _file(path: object, inside: Inside) -> bytes | None:
+    """A picture of the dataset that is named, on this machine or on the Hub."""
     from datasets.utils.file_utils import xopen
 
-    if not isinstance(path, str) or not path:
+    if not isinstance(path, str) or not inside(path):
         return None
     try:
         with xopen(path, "rb") as opened:
             data: bytes = opened.read()
-    except OSError:
+    except (OSError, ValueError):
         return None
     return data
 
