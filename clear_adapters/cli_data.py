@@ -269,7 +269,7 @@ def build(
     prices = _prices(price)
     origin = _origin(source, Stream(source, config, hub_split, revision))
     if dry_run:
-        _tell_dry(origin, plan, pictures, prices)
+        _tell_dry(origin, plan, pictures, prices, max_tokens)
         return
     judge = None
     if judge_url is not None or judge_model is not None:
@@ -385,14 +385,16 @@ def _teacher(
     return None if model is None else LocalTeacher(model, device=device, max_new_tokens=max_tokens)
 
 
-def _tell_dry(origin: Path | Stream, plan: Plan, pictures: Path | None, prices: Prices | None) -> None:
+def _tell_dry(
+    origin: Path | Stream, plan: Plan, pictures: Path | None, prices: Prices | None, max_tokens: int
+) -> None:
     from collections import Counter
 
     from clear_adapters.datasets.builder.build import foresee
 
     if not isinstance(origin, Path):
         raise ClearValueError("--dry-run reads a file: of a stream nothing is known before it is downloaded")
-    found, expected = foresee(origin, plan, pictures=pictures)
+    found, expected = foresee(origin, plan, pictures=pictures, max_tokens=max_tokens)
     typer.echo(f"{found.read} rows read, {len(found.rows)} taken, {found.not_sampled} not sampled")
     for reason, count in Counter(r.reason for r in found.rejected).most_common():
         typer.echo(f"  left out: {reason}: {count}")

@@ -80,6 +80,7 @@ class Endpoint:
         base_url: address of the service.
         model: name of the model there.
         counts: requests so far: `asked` of the service, `failed` of those, `cached` ones that needed no asking.
+        max_tokens: longest reply that is asked for, in tokens; None where the options do not say.
         tokens: `prompt` and `completion` tokens so far, as far as the service tells them.
     """
 
@@ -172,6 +173,8 @@ class Endpoint:
         self._key = key
         self._key_name = key_env or "the key"
         self._options = {"temperature": 0.0} if options is None else dict(options)
+        told = self._options.get("max_tokens", self._options.get("max_completion_tokens"))
+        self.max_tokens = told if isinstance(told, int) else None
         self._timeout = timeout
         self._retries = retries
         self._concurrency = concurrency

@@ -53,6 +53,8 @@ def right(body):
 
 def helpers(service, judge=None, **settings):
     settings = {"retries": 0, "timeout": 5, "max_failures": 90, **settings}
+    if "budget" in settings:
+        settings["options"] = {"max_tokens": 500}
     more = {k: settings.pop(k) for k in ("prices", "budget", "report") if k in settings}
     teacher = EndpointTeacher(Endpoint(service.url, "m", **settings), side=64)
     return Helpers(teacher=teacher, judge=judge, workers=1, progress=False, **more)
@@ -291,6 +293,51 @@ def test_the_cost_is_told_before_the_first_call_and_a_budget_holds(source, tmp_p
         build(source, tmp_path / "out", Plan(**PLAN), helpers=used)
     assert "about 12 requests (36 at most)" in told[-1]
     assert "at most" in told[-1]
+
+
+@pytest.mark.parametrize("pathway", ["severity", "teacher"])
+def test_a_budget_holds_for_a_run_that_goes_on(source, tmp_path, pathway):
+    plan = Plan(**{**PLAN, "pathway": pathway})
+
+    def never(body, _):
+        return Reply(f"<think>Poor.</think>\n{RESTORE}" if len(body["messages"]) == 2 else "no")
+
+    told = []
+    with serve(never) as service:
+        used = helpers(service)
+        stopped = Helpers(teacher=Stopping(used.teacher, 12), workers=1, progress=False)
+        with pytest.raises(KeyboardInterrupt):
+            build(source, tmp_path / "out", plan, helpers=stopped)
+        time.sleep(0.2)
+        asked = len(service.requests)
+        used = helpers(service, prices=Prices(2.0, 8.0), budget=0.001, report=told.append)
+        with pytest.raises(ClearValueError, match="Nothing was asked"):
+            build(source, tmp_path / "out", plan, helpers=used)
+        assert len(service.requests) == asked
+    # All first replies are there: two more tries of each trace, or three of each second turn.
+    assert f"({24 if pathway == 'severity' else 36} at most)" in told[0]
+
+
+def test_what_a_teacher_may_cost_is_a_bound(source, tmp_path):
+    """Every try is taken, each reply is as long as it may be, and tokens are counted as four letters and 750 pixels."""
+    told = []
+    spent = Counter()
+
+    def endless(body, _):
+        texts = [m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"] for m in body["messages"]]
+        spent["prompt"] += sum(map(len, texts)) // 4
+        spent["completion"] += 500
+        return Reply("word " * 400)
+
+    with serve(endless) as service:
+        used = helpers(service, prices=Prices(1e6, 1e6), budget=1e9, report=told.append)
+        build(source, tmp_path / "out", Plan(**PLAN), helpers=used)
+    most = float(told[0].split("about ")[2].split(" at most")[0].split(", ")[1].replace(",", ""))
+    assert spent.total() <= most
+    with pytest.raises(ClearValueError, match="max_tokens"):
+        teacher = EndpointTeacher(Endpoint("http://127.0.0.1:1/v1", "m"))
+        more = Helpers(teacher=teacher, prices=Prices(1, 1), budget=1.0)
+        build(source, tmp_path / "none", Plan(**PLAN), helpers=more)
 
 
 # -------------------------------------------------------------------------------------------------- the endpoint

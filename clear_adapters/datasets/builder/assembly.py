@@ -14,14 +14,14 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from clear_adapters.datasets.builder import writers
-from clear_adapters.datasets.builder.cost import Estimate, Prices, estimate
+from clear_adapters.datasets.builder.cost import Asked, Estimate, Prices, estimate
 from clear_adapters.datasets.builder.duplicates import Clusters, near_pairs
 from clear_adapters.datasets.builder.pathways import Answerer, batches, drawn, wanted
 from clear_adapters.datasets.builder.pictures import PictureJob, make_picture
 from clear_adapters.datasets.builder.plan import FILES, Plan
 from clear_adapters.datasets.builder.sources import Found, Rejected, Row
 from clear_adapters.datasets.builder.summary import summarise
-from clear_adapters.datasets.builder.teachers import Teacher
+from clear_adapters.datasets.builder.teachers import MAX_TOKENS, Teacher
 from clear_adapters.datasets.builder.tracing import Said, Tracer, plain, without_unpaid_ends
 from clear_adapters.datasets.builder.writers import Judge, Way, template
 from clear_adapters.datasets.example import Example, split_of, to_row
@@ -46,7 +46,7 @@ class Helpers:
         judge: marks answers that do not match the truth; None takes no for an answer.
         base: the base model, for the pathway `backbone`.
         prices: of the teacher's service, for the estimate.
-        budget: what the teacher may cost at most, in the currency of the prices.
+        budget: what the teacher may cost at most in this run, in the currency of the prices; the judge is not counted.
         workers: processes that make pictures; None is one a core.
         progress: show bars.
         report: told what is about to happen.
@@ -62,15 +62,19 @@ class Helpers:
     report: Callable[[str], None] = lambda text: None
 
 
-def expect(rows: Sequence[tuple[int, tuple[int, int]]], plan: Plan) -> Estimate:
-    """What a teacher is asked for some rows, first tries; nothing where the plan needs none."""
-    none = Estimate(0, 0, 0, 0)
-    if plan.pathway == "teacher":
-        first = estimate(rows, 1, plan.tries)
-        if plan.writer == "template":
-            return first
-        return first + estimate(rows[: len(rows) // 2], 2, 2 * plan.tries)
-    return estimate(rows, 2, plan.tries) if plan.writer == "teacher" else none
+def expect(rows: Sequence[Asked], plan: Plan, max_tokens: int = MAX_TOKENS) -> Estimate:
+    """What a teacher is asked for some rows; nothing where the plan needs none."""
+    return estimate(rows, plan.pathway == "teacher", max_tokens)
+
+
+def unasked(text: str, size: tuple[int, int], plan: Plan) -> Asked:
+    """A row about which nothing was asked yet."""
+    turns = plan.tries if plan.pathway == "teacher" else 0
+    return Asked(_bytes(text), size, turns, plan.tries if plan.writer == "teacher" else 0, not turns)
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 class Assembly:
@@ -83,6 +87,7 @@ class Assembly:
         self.found, self.settings = found, settings
         self.rejected = list(found.rejected)
         self.records: dict[str, dict[str, Any]] = {}
+        self.sizes: dict[str, Sequence[int]] = {}
         self.said: Said = {}
         self.base: dict[str, str] = {}
         self.faults: Counter[str] = Counter()
@@ -150,6 +155,7 @@ class Assembly:
     def _split(self) -> dict[str, list[Example]]:
         """Examples by split: what shares a picture, a near-duplicate or a group of the source stands in one."""
         good = {name: r for name, r in self.records.items() if "rejected" not in r}
+        self.sizes = {str(self.folder / r["clean_image"]): r["size"] for r in good.values()}
         places = {name: place for place, name in enumerate(good)}
         clusters = Clusters(len(good))
         clusters.join_equal([r["content"] for r in good.values()])
@@ -212,7 +218,8 @@ class Assembly:
             return {e.id: "restore" if plan.restores(e.severity) else "direct" for e in train}
         if plan.pathway == "teacher":
             assert tracer is not None
-            self._tell_cost([e for e in train if ("turn", e.id, 0) not in self.said], len(train))
+            asked = [self._asked(e, tracer) for e in train]
+            self._tell_cost(expect(asked, plan, self._longest()))
             line = bars.add_task("the teacher decides", total=len(train))
             tracer.advance = lambda: bars.advance(line)
             ways, rejected = tracer.decide(train)
@@ -252,27 +259,32 @@ class Assembly:
                     right.add(example.id)
         return {e.id: "direct" if e.id in right else "restore" for e in train if e.id not in unclear}
 
-    def _tell_cost(self, rows: Sequence[Example], most: int) -> None:
-        sizes = {
-            str(self.folder / r["clean_image"]): tuple(r["size"])
-            for r in self.records.values()
-            if "rejected" not in r
-        }
-        told = [(len(e.question) + len(e.answer), sizes[str(e.clean_image)]) for e in rows]
-        expected = expect(told, self.plan)
-        if self.plan.writer == "teacher" and self.plan.pathway != "teacher":
-            # Rejects are made up for by rows that balancing left over.
-            expected = replace(expected, most=max(expected.most, most * self.plan.tries))
-        if not expected.requests:
+    def _longest(self) -> int:
+        return getattr(self.helpers.teacher, "max_tokens", None) or MAX_TOKENS
+
+    def _asked(self, row: Example, tracer: Tracer, way: Way | None = None) -> Asked:
+        """What is left to ask about a row, by what was said."""
+        turns = 0
+        if self.plan.pathway == "teacher":
+            turns, way = tracer.open_turns(row)
+        traces = tracer.open_tries(row, way) if way else self.plan.tries if turns else 0
+        traces = traces if self.plan.writer == "teacher" else 0
+        width, height = self.sizes[str(row.clean_image)]
+        return Asked(_bytes(row.question + row.answer), (width, height), turns, traces, way is not None)
+
+    def _tell_cost(self, expected: Estimate) -> None:
+        if not expected.most:
             return
         self.helpers.report(f"The teacher {self.settings['teacher']}: {expected.told(self.helpers.prices)}")
         if self.helpers.judge is not None:
-            self.helpers.report("The judge: one request at most for every reply whose answer does not match")
+            self.helpers.report(
+                "The judge, not counted: one request at most for every reply whose answer does not match"
+            )
         prices, budget = self.helpers.prices, self.helpers.budget
         if prices is not None and budget is not None and expected.price(prices)[1] > budget:
             raise ClearValueError(
                 f"the teacher may cost {expected.price(prices)[1]:,.2f} and the budget is {budget:,.2f}: take a larger one, "
-                "fewer rows (--limit) or fewer --tries. Nothing was asked"
+                "fewer rows (--limit), fewer --tries or shorter replies (--max-tokens). Nothing was asked"
             )
 
     # -- traces
@@ -292,7 +304,7 @@ class Assembly:
         good: dict[Way, list[str]] = {"direct": [], "restore": []}
         written: dict[str, Parts] = {}
         line = bars.add_task("traces", total=None)
-        first = True
+        untold = plan.pathway != "teacher"  # there the first turns came with it
         while True:
             total = {way: len(good[way]) + len(queues[way]) for way in good}
             want = dict(zip(good, wanted(total["direct"], total["restore"], plan.restore_share), strict=True))
@@ -311,13 +323,20 @@ class Assembly:
                 bars.advance(line, len(some))
             else:
                 assert tracer is not None
-                if first and plan.pathway != "teacher":
-                    fresh = [e for e in some if ("trace", e.id, 0) not in self.said]
-                    self._tell_cost(fresh, sum(total.values()))
+                if untold:
+                    now = [self._asked(e, tracer, ways[e.id]) for e in some]
+                    if any(a.traces for a in now):
+                        untold = False
+                        # Rejects are made up for by rows that balancing left over.
+                        spare = [e for e in train if want[ways[e.id]] and e.id not in written]
+                        rest = [self._asked(e, tracer, ways[e.id]) for e in spare if e.id not in chosen]
+                        most = expect([*now, *rest], plan, self._longest())
+                        least = expect(now, plan, self._longest())
+                        parts = (least.requests, most.most, least.prompt, least.completion)
+                        self._tell_cost(Estimate(*parts, most.most_prompt, most.most_completion))
                 tracer.advance = lambda: bars.advance(line)
                 made, rejected = tracer.write(some, ways)
                 self.rejected += rejected
-            first = False
             written |= made
             for i in batch:
                 if i in made:

@@ -18,12 +18,13 @@ from PIL import Image
 
 from clear_adapters._version import __version__
 from clear_adapters.datasets.builder import writers
-from clear_adapters.datasets.builder.assembly import SOURCE, SUMMARY, Assembly, Helpers, expect
+from clear_adapters.datasets.builder.assembly import SOURCE, SUMMARY, Assembly, Helpers, expect, unasked
 from clear_adapters.datasets.builder.cost import Estimate
 from clear_adapters.datasets.builder.pathways import drawn
 from clear_adapters.datasets.builder.plan import Plan
 from clear_adapters.datasets.builder.sources import Found, Row, read_rows
 from clear_adapters.datasets.builder.stream import Stream, fetch
+from clear_adapters.datasets.builder.teachers import MAX_TOKENS
 from clear_adapters.errors import ClearValueError
 from clear_adapters.journal import claim
 from clear_adapters.workers import count_of
@@ -93,7 +94,12 @@ def build(
 
 
 def foresee(
-    source: str | Path, plan: Plan, *, pictures: str | Path | None = None, sample: int = 200
+    source: str | Path,
+    plan: Plan,
+    *,
+    pictures: str | Path | None = None,
+    sample: int = 200,
+    max_tokens: int = MAX_TOKENS,
 ) -> tuple[Found, Estimate]:
     """What a build would read and ask a teacher; no picture is decoded, nothing is written or asked.
 
@@ -102,6 +108,7 @@ def foresee(
         plan: what it would contain.
         pictures: folder of the pictures.
         sample: rows of which the picture's size is looked up.
+        max_tokens: longest reply of the teacher.
 
     Returns:
         What the source gives, and an estimate of the teacher's part (of all training rows before balancing, since paths
@@ -118,8 +125,8 @@ def foresee(
         if sizes
         else (512, 512)
     )
-    rows = [(len(r.question) + len(r.answer), side) for r in found.rows]
-    return found, expect(rows[: round(len(rows) * plan.splits.get("train", 0.0))], plan)
+    rows = [unasked(r.question + r.answer, side, plan) for r in found.rows]
+    return found, expect(rows[: round(len(rows) * plan.splits.get("train", 0.0))], plan, max_tokens)
 
 
 def _size(row: Row) -> tuple[int, int] | None:
@@ -151,6 +158,10 @@ def _check_helpers(plan: Plan, helpers: Helpers) -> None:
         )
     if helpers.budget is not None and helpers.prices is None:
         raise ClearValueError("a budget needs the prices of the service (--price)")
+    if helpers.budget is not None and getattr(helpers.teacher, "max_tokens", None) is None:
+        raise ClearValueError(
+            "a budget needs a limit of the teacher's replies: give its endpoint options with max_tokens"
+        )
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -46,6 +46,8 @@ Conversation = Sequence[Turn]
 class Teacher(Protocol):
     """Something that answers conversations with pictures.
 
+    With a budget it needs `max_tokens` too, its longest reply.
+
     Attributes:
         name: for records.
     """
@@ -78,6 +80,7 @@ class EndpointTeacher:
     def __init__(self, endpoint: Endpoint, side: int = SIDE) -> None:
         self.endpoint = endpoint
         self.name = endpoint.model
+        self.max_tokens = endpoint.max_tokens
         self.side = side
 
     def replies(self, conversations: Iterable[Conversation]) -> Iterator[tuple[int, str | Failure]]:
@@ -144,7 +147,7 @@ class LocalTeacher:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device).eval()
         self.name = model
-        self._limit = max_new_tokens
+        self.max_tokens = self._limit = max_new_tokens
         self._side = side
 
     def replies(self, conversations: Iterable[Conversation]) -> Iterator[tuple[int, str | Failure]]:

@@ -96,7 +96,32 @@ class Tracer:
         replies = [self.said.get(("turn", row.id, n)) for n in range(self.plan.tries)]
         return next(e["reply"] for e in reversed(replies) if e is not None and e["reply"] is not None)
 
+    def open_turns(self, row: Example) -> tuple[int, Way | None]:
+        """How often a row's first turn may still be asked for, and the path where it is known."""
+        for number in range(self.plan.tries):
+            entry = self.said.get(("turn", row.id, number))
+            if entry is None:
+                return self.plan.tries - number, None
+            way = None if entry["reply"] is None else decision(entry["reply"])
+            if way is not None:
+                return 0, way
+        return 0, None
+
     # -- traces
+
+    def open_tries(self, row: Example, way: Way) -> int:
+        """How often a row's trace may still be asked for, by what is said; a judgement that is not there counts as no."""
+        for number in range(self.plan.tries):
+            if not (number == 0 and self._answered(row, way)) and ("trace", row.id, number) not in self.said:
+                return self.plan.tries - number
+            made = self._read(row, way, number)
+            if isinstance(made, Parts):
+                mark = self.said.get(("judge", row.id, number), {}).get("mark")
+                if matches(made.answer, row.answer, row.options, self.plan.match):
+                    return 0
+                if self.judge is not None and mark is not None and mark > RIGHT_ABOVE:
+                    return 0
+        return 0
 
     def write(
         self, rows: Sequence[Example], ways: Mapping[str, Way]
