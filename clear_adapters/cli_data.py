@@ -185,6 +185,14 @@ def build(
     match: Annotated[
         Match, typer.Option(rich_help_panel="Answers", help="How an answer is compared with the truth.")
     ] = Match.auto,
+    leave_unanswered: Annotated[
+        bool,
+        typer.Option(
+            "--leave-unanswered",
+            rich_help_panel="Teacher",
+            help="Finish without rows that the service did not answer.",
+        ),
+    ] = False,
     judge_url: Annotated[
         str | None,
         typer.Option(
@@ -298,6 +306,7 @@ def build(
             else None,
             prices=prices,
             budget=budget,
+            leave_unanswered=leave_unanswered,
             workers=workers,
             report=lambda text: typer.echo(text, err=True),
         ),

@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -123,7 +124,8 @@ def test_every_fault_is_counted_retried_and_never_in_the_data(source, tmp_path, 
         number = next(t.split("What is thing ")[1][0] for t in texts if "What is thing" in t)
         pictures[f"{number}-b"] = url
     with serve(spoiled) as service:
-        summary = build(source, tmp_path / "out", Plan(**PLAN), helpers=helpers(service, timeout=0.8))
+        used = replace(helpers(service, timeout=0.8), leave_unanswered=times == 3)
+        summary = build(source, tmp_path / "out", Plan(**PLAN), helpers=used)
     kept = {r["id"]: r for r in lines(tmp_path / "out" / "data.jsonl")}
     rejected = {r["id"]: r for r in lines(tmp_path / "out" / "rejected.jsonl")}
     assert summary["teacher"]["faults"] == {reason: times for reason, _ in FAULTY.values()}
@@ -256,6 +258,27 @@ def test_an_outage_stops_the_run_and_leaves_no_mark(source, tmp_path):
     with serve(lambda body, _: Reply(right(body))) as service:
         summary = build(source, tmp_path / "out", Plan(**PLAN), helpers=helpers(service))
     assert summary["teacher"] == {"faults": {}, "accepted_at_try": {"1": 12}}
+
+
+@pytest.mark.parametrize("pathway", ["severity", "teacher"])
+def test_an_outage_of_a_small_build_ends_nothing(source, tmp_path, pathway):
+    """Too few requests for the limit of failures."""
+    plan = Plan(**{**PLAN, "pathway": pathway, "limit": 4})
+    with (
+        serve(Reply("down", status=503, headers=NOW)) as service,
+        pytest.raises(EndpointError, match="4 rows were not answered.*503.*run again"),
+    ):
+        build(source, tmp_path / "out", plan, helpers=helpers(service, max_failures=20))
+    assert not (tmp_path / "out" / "summary.json").exists()
+    assert (tmp_path / "out" / "journal.jsonl").is_file()
+    if pathway == "teacher":
+        return
+    with serve(lambda body, _: Reply(right(body))) as service:
+        summary = build(source, tmp_path / "out", plan, helpers=helpers(service))
+    assert summary["teacher"] == {"faults": {}, "accepted_at_try": {"1": 4}}
+    with serve(Reply("odd", status=400)) as service:  # what the service will never answer is a reject
+        summary = build(source, tmp_path / "other", plan, helpers=helpers(service))
+    assert summary["rejected"] == {"trace": {"refused": 4}}
 
 
 def test_rejects_are_made_up_for_and_the_ratio_holds(tmp_path):

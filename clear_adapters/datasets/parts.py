@@ -59,7 +59,7 @@ def read_parts(text: str) -> Parts:
     """
     tags = tuple(_TAG.findall(text))
     if tags not in (_DIRECT, _RESTORE):
-        told = " ".join(tags) if tags else "no tag at all"
+        told = " ".join(tags[:12]) if tags else "no tag at all"
         raise ClearValueError(
             f"the tags do not parse: found {told}, where {''.join(_DIRECT)} or {''.join(_RESTORE)} is a trace"
         )

@@ -22,10 +22,11 @@ from clear_adapters.datasets.builder.plan import FILES, Plan
 from clear_adapters.datasets.builder.sources import Found, Rejected, Row
 from clear_adapters.datasets.builder.summary import summarise
 from clear_adapters.datasets.builder.teachers import MAX_TOKENS, Teacher
-from clear_adapters.datasets.builder.tracing import Said, Tracer, plain, without_unpaid_ends
+from clear_adapters.datasets.builder.tracing import Said, Tracer, plain, unanswered, without_unpaid_ends
 from clear_adapters.datasets.builder.writers import Judge, Way, template
 from clear_adapters.datasets.example import Example, split_of, to_row
 from clear_adapters.datasets.parts import Parts, matches
+from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError
 from clear_adapters.journal import Journal, Writer, size_of, write_whole
 from clear_adapters.workers import count_of, in_order, processes
@@ -47,6 +48,7 @@ class Helpers:
         base: the base model, for the pathway `backbone`.
         prices: of the teacher's service, for the estimate.
         budget: what the teacher may cost at most in this run, in the currency of the prices; the judge is not counted.
+        leave_unanswered: finish without rows that the teacher's service did not answer, instead of stopping.
         workers: processes that make pictures; None is one a core.
         progress: show bars.
         report: told what is about to happen.
@@ -57,6 +59,7 @@ class Helpers:
     base: Answerer | None = None
     prices: Prices | None = None
     budget: float | None = None
+    leave_unanswered: bool = False
     workers: int | None = None
     progress: bool = True
     report: Callable[[str], None] = lambda text: None
@@ -223,6 +226,7 @@ class Assembly:
             line = bars.add_task("the teacher decides", total=len(train))
             tracer.advance = lambda: bars.advance(line)
             ways, rejected = tracer.decide(train)
+            self._stop_where_unanswered(rejected)
             self.rejected += rejected
             return ways
         assert self.helpers.base is not None
@@ -258,6 +262,16 @@ class Assembly:
                 elif entry["mark"] > writers.RIGHT_ABOVE:
                     right.add(example.id)
         return {e.id: "direct" if e.id in right else "restore" for e in train if e.id not in unclear}
+
+    def _stop_where_unanswered(self, rejected: Sequence[Rejected]) -> None:
+        """A service that is down for a while must not cost rows."""
+        lost = [r for r in rejected if unanswered(r)]
+        if lost and not self.helpers.leave_unanswered:
+            raise EndpointError(
+                f"{len(lost)} rows were not answered by {self.settings['teacher']} in {self.plan.tries} tries; the last one: "
+                f"{lost[-1].detail}. What was answered is kept: run again to ask for the rest, or with --leave-unanswered "
+                "(leave_unanswered=True) to finish without them"
+            )
 
     def _longest(self) -> int:
         return getattr(self.helpers.teacher, "max_tokens", None) or MAX_TOKENS
@@ -336,6 +350,7 @@ class Assembly:
                         self._tell_cost(Estimate(*parts, most.most_prompt, most.most_completion))
                 tracer.advance = lambda: bars.advance(line)
                 made, rejected = tracer.write(some, ways)
+                self._stop_where_unanswered(rejected)
                 self.rejected += rejected
             written |= made
             for i in batch:

@@ -57,7 +57,7 @@ def build(
     Raises:
         ClearValueError: a setting cannot work, a helper is missing, no row can be used, the budget is too small, or the
             folder holds something else.
-        EndpointError: the teacher's service refuses every request, or failed too often; all that is paid for is kept.
+        EndpointError: the teacher's service refuses every request, failed too often, or left rows unanswered; all that is paid for is kept.
         ClearError: a process was killed from outside; what was made is kept.
     """
     plan, helpers = plan or Plan(), helpers or Helpers()

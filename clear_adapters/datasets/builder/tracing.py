@@ -29,6 +29,10 @@ from clear_adapters.endpoint import Failure
 UNPAID = frozenset({"rate limited", "refused", "timed out", "no reply"})
 """Failures that cost nothing: a run that is taken up again tries anew where a row ended with them."""
 
+_OUTAGE = UNPAID - {"refused"}
+_OUTAGE_STATUS = ("HTTP 408", "HTTP 409", "HTTP 5")
+"""Refusals that say nothing about the request itself."""
+
 Said = dict[tuple[str, str, int], Mapping[str, Any]]
 """Entries of the journal by step, row and try."""
 
@@ -43,6 +47,16 @@ def without_unpaid_ends(said: Said) -> Said:
         if not later and said[step, row, number].get("failure") in UNPAID:
             del kept[step, row, number]
     return kept
+
+
+def unanswered(rejected: Rejected) -> bool:
+    """Whether a row has no trace because the service did not answer, which it may another time."""
+    if not rejected.tries:
+        return False
+    last = rejected.tries[-1]
+    return last["reason"] in _OUTAGE or (
+        last["reason"] == "refused" and last["problem"].startswith(_OUTAGE_STATUS)
+    )
 
 
 @dataclass
