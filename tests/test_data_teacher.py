@@ -281,6 +281,36 @@ def test_an_outage_of_a_small_build_ends_nothing(source, tmp_path, pathway):
     assert summary["rejected"] == {"trace": {"refused": 4}}
 
 
+@pytest.mark.parametrize("pathway", ["severity", "teacher"])
+def test_half_a_character_ends_no_build(tmp_path, pathway):
+    """In a reply it is a malformed trace, in a source a row that cannot be used."""
+    names = photographs(tmp_path, 3)
+    rows = [{"id": n, "image": n, "question": "Q?", "answer": "yes"} for n in names]
+    bad = [
+        rows[0] | {"id": "x\ud83d"},
+        rows[0] | {"id": "a", "question": "Q\ud83d?"},
+        rows[0] | {"id": "b", "fact": "\ud83d"},
+        rows[0] | {"id": "c", "image": "\ud83d.jpg"},
+        rows[0] | {"id": "d", "options": ["\ud83d", "yes"]},
+    ]
+    source = write_rows(tmp_path / "rows.jsonl", rows + bad)
+    told = "<think>It \ud83d shows.</think>\n<answer>yes</answer>"
+
+    def spoiled(body, _):
+        if len(body["messages"]) > 2:
+            return Reply("no")
+        return Reply(told)
+
+    with serve(spoiled) as service:
+        plan = Plan(**{**PLAN, "pathway": pathway, "tries": 2})
+        summary = build(source, tmp_path / "out", plan, helpers=helpers(service))
+    stage = "trace" if pathway == "severity" else "pathway"
+    assert summary["rejected"] == {"source": {"no text": 5}, stage: {"malformed": 3}}
+    kept = [r for r in lines(tmp_path / "out" / "rejected.jsonl") if r["stage"] == stage]
+    assert all([t["reply"] for t in r["tries"]] == [told, "no"] for r in kept)
+    assert len(service.requests) == 6
+
+
 def test_rejects_are_made_up_for_and_the_ratio_holds(tmp_path):
     names = photographs(tmp_path, 16)
     rows = [{"id": n, "image": n, "question": f"Q {n}?", "answer": "yes"} for n in names]

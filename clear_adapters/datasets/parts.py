@@ -19,6 +19,7 @@ from clear_adapters.errors import ClearValueError
 from clear_adapters.scoring import Kind, score
 from clear_adapters.transcript import ANSWER_CLOSE, ANSWER_OPEN, RESTORE, THINK_CLOSE, THINK_OPEN
 
+_HALF = re.compile("[\ud800-\udfff]")
 _TAGS = (THINK_OPEN, THINK_CLOSE, RESTORE, ANSWER_OPEN, ANSWER_CLOSE)
 _TAG = re.compile("|".join(map(re.escape, _TAGS)))
 _DIRECT = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
@@ -48,6 +49,11 @@ class Parts:
         return "\n".join([*parts, f"{ANSWER_OPEN}{self.answer}{ANSWER_CLOSE}"])
 
 
+def is_text(text: str) -> bool:
+    """Whether a text can be written: it holds no half of a character (a lone surrogate), which JSON can smuggle in."""
+    return _HALF.search(text) is None
+
+
 def read_parts(text: str) -> Parts:
     """Reads a trace.
 
@@ -55,8 +61,11 @@ def read_parts(text: str) -> Parts:
         text: with its tags, on either path.
 
     Raises:
-        ClearValueError: a tag is missing, stands twice or elsewhere, a part is empty, or text stands outside the parts.
+        ClearValueError: a tag is missing, stands twice or elsewhere, a part is empty, text stands outside the parts, or it
+            holds half a character.
     """
+    if not is_text(text):
+        raise ClearValueError("half a character (a lone surrogate) stands in it, which is no text")
     tags = tuple(_TAG.findall(text))
     if tags not in (_DIRECT, _RESTORE):
         told = " ".join(tags[:12]) if tags else "no tag at all"

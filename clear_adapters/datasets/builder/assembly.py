@@ -25,7 +25,7 @@ from clear_adapters.datasets.builder.teachers import MAX_TOKENS, Teacher
 from clear_adapters.datasets.builder.tracing import Said, Tracer, plain, unanswered, without_unpaid_ends
 from clear_adapters.datasets.builder.writers import Judge, Way, template
 from clear_adapters.datasets.example import Example, split_of, to_row
-from clear_adapters.datasets.parts import Parts, matches
+from clear_adapters.datasets.parts import Parts, is_text, matches
 from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError
 from clear_adapters.journal import Journal, Writer, size_of, write_whole
@@ -74,6 +74,12 @@ def unasked(text: str, size: tuple[int, int], plan: Plan) -> Asked:
     """A row about which nothing was asked yet."""
     turns = plan.tries if plan.pathway == "teacher" else 0
     return Asked(_bytes(text), size, turns, plan.tries if plan.writer == "teacher" else 0, not turns)
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    """A line of a JSONL file; what a teacher or a source wrote may hold half a character, which stays an escape."""
+    text = json.dumps(entry, ensure_ascii=False)
+    return (text if is_text(text) else json.dumps(entry)) + "\n"
 
 
 def _bytes(text: str) -> int:
@@ -377,9 +383,7 @@ class Assembly:
         lines[MANIFEST] = list(self.records.values())
         lines[REJECTED] = [plain(r) for r in self.rejected]
         for name, entries in lines.items():
-            write_whole(
-                self.folder / name, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries)
-            )
+            write_whole(self.folder / name, "".join(_line(e) for e in entries))
         files = {name: {"lines": len(e), "bytes": size_of(self.folder / name)} for name, e in lines.items()}
         summary = {"schema_version": 1, **self.settings, **summary, "files": files}
         write_whole(self.folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from clear_adapters.datasets.builder.plan import Plan
-from clear_adapters.datasets.parts import letter_of
+from clear_adapters.datasets.parts import is_text, letter_of
 from clear_adapters.datasets.tsv import TsvError, TsvFile, TsvRow, picture_bytes
 from clear_adapters.errors import ClearValueError
 
@@ -184,6 +184,9 @@ class Problem:
 def _unfit(row: Row, ids: Mapping[str, str], plan: Plan) -> Problem | None:
     if row.id in ids:
         return Problem("repeated id", f"id {row.id!r} stands in {ids[row.id]} already", row.id)
+    words = (row.id, row.question, row.answer, *row.options, row.kind, row.group, row.fact, row.picture.name)
+    if not all(map(is_text, words)):
+        return Problem("no text", "half a character (a lone surrogate) stands in it", row.id)
     if not plan.any_language and HAN.search(row.question + row.answer):
         return Problem("language", "there are Chinese characters in it", row.id)
     if _TAGGED.search(row.question + row.answer):

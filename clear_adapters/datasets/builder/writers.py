@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from clear_adapters.datasets.builder.teachers import Turn
 from clear_adapters.datasets.example import Example
-from clear_adapters.datasets.parts import Parts, letter_of, letters_of, read_parts
+from clear_adapters.datasets.parts import Parts, is_text, letter_of, letters_of, read_parts
 from clear_adapters.datasets.traces import condition
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import PROTOCOLS
@@ -149,7 +149,7 @@ def again(conversation: Sequence[Turn], tries: Sequence[Mapping[str, Any]]) -> l
     last = written[-1]
     return [
         *conversation,
-        Turn("assistant", last["reply"]),
+        Turn("assistant", last["reply"].encode("utf-8", "replace").decode()),  # half a character cannot be sent
         Turn(
             "user",
             f"This cannot be used (attempt {len(written)}): {last['problem']}. Write the whole reply again.",
@@ -172,6 +172,8 @@ class Fault:
 
 def decision(text: str) -> Way | None:
     """Which path a teacher's first turn takes; None where it takes neither."""
+    if not is_text(text):
+        return None
     parsed = parse(text)
     if parsed.answer is not None:
         return "direct"
