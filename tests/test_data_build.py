@@ -20,7 +20,7 @@ from clear_adapters.datasets.builder.pathways import BaseModel, wanted
 from clear_adapters.datasets.builder.plan import Plan
 from clear_adapters.datasets.builder.sources import read_rows
 from clear_adapters.datasets.builder.stream import Stream
-from clear_adapters.datasets.parts import Parts, matches, read_parts
+from clear_adapters.datasets.parts import Parts, matches, read_parts, says
 from clear_adapters.degradations import degrade
 from clear_adapters.errors import ClearValueError
 from clear_adapters.images import load_image
@@ -89,6 +89,20 @@ def test_answers_match_by_letter_text_and_form():
     assert matches("The cat.", "cat")
     assert not matches("catalogue", "cat")
     assert matches("3", "three")
+
+
+def test_an_answer_that_is_trained_says_the_truth_alone():
+    options = ("red", "dark blue")
+    for given in ("B", "(B)", "b.", "dark blue", "Dark blue.", "B. dark blue"):
+        assert says(given, "B", options), given
+        assert says(given, "dark blue", options), given
+    for given in ("zzz B", "A", "B or A", "the answer is B", "it is dark blue", "red, B", ""):
+        assert not says(given, "B", options), given
+    assert not says("A", "B", ("x", "A"))  # the letter, not the text of option B
+    assert says("The cat.", "cat")
+    assert says("?", "?")
+    assert not says("a black cat", "cat")
+    assert not says("3 cats", "3")
 
 
 # ----------------------------------------------------------------------------------------------------- sources

@@ -13,7 +13,7 @@ from PIL import Image
 from clear_adapters.datasets.builder.duplicates import near_pairs, perceptual_hash
 from clear_adapters.datasets.builder.plan import FILES, Plan
 from clear_adapters.datasets.example import Example, read_lines
-from clear_adapters.datasets.parts import letter_of, letters_of, matches, read_parts
+from clear_adapters.datasets.parts import letter_of, letters_of, matches, read_parts, says
 from clear_adapters.errors import ClearValueError
 from clear_adapters.images import load_image
 from clear_adapters.scoring import Kind
@@ -77,7 +77,7 @@ def audit(
         data: a folder with `data.jsonl` and perhaps `rl.jsonl` and `heldout.jsonl`, or JSONL files, one a split.
         clean_image_dir: of clean pictures, for rows in the authors' form.
         corrupted_image_dir: of degraded ones.
-        match: how an answer is compared with the truth.
+        match: how else an answer without options may say the truth; `auto` asks for its words.
         near: pictures whose hashes differ in at most so many bits of 63 are near-duplicates.
         pictures: decode every picture; without, leaks are told by files and groups alone.
 
@@ -133,7 +133,10 @@ def _wrong(example: Example, match: Kind) -> Iterator[str]:
     except ClearValueError as error:
         yield str(error)
         return
-    if not matches(parts.answer, example.answer, example.options, match):
+    same = says(parts.answer, example.answer, example.options)
+    if not same and match != "auto" and not example.options:
+        same = matches(parts.answer, example.answer, kind=match)
+    if not same:
         yield f"the trace answers {parts.answer!r}, and the ground truth is {example.answer!r}"
 
 

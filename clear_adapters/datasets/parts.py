@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from clear_adapters.errors import ClearValueError
-from clear_adapters.scoring import Kind, score
+from clear_adapters.scoring import Kind, exact_match, score
 from clear_adapters.transcript import ANSWER_CLOSE, ANSWER_OPEN, RESTORE, THINK_CLOSE, THINK_OPEN
 
 _HALF = re.compile("[\ud800-\udfff]")
@@ -104,6 +104,24 @@ def matches(
     if kind == "option":
         kind = "auto"
     return score(answer, truth, kind, threshold=threshold) is True
+
+
+def says(answer: str, truth: str, options: Sequence[str] = ()) -> bool:
+    """Whether an answer is the truth and nothing more: its words, or of options its letter, its text or both.
+
+    Args:
+        answer: without tags.
+        truth: the truth; of a question with options the letter, or the text of one of them.
+        options: the options' texts in the order of their letters.
+    """
+    letters = letters_of(options)
+    letter = letter_of(truth, letters)
+    if letter is None:
+        return answer == truth or exact_match(answer, truth)
+    lone = letter_of(answer, letters)
+    if lone is not None:
+        return lone == letter
+    return exact_match(answer, (letters[letter], f"{letter}. {letters[letter]}"))
 
 
 def letters_of(options: Sequence[str]) -> dict[str, str]:
