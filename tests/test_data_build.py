@@ -137,7 +137,7 @@ def test_rows_that_cannot_be_used_are_kept_with_the_reason(tmp_path):
     assert [(r.reason, r.place) for r in found.rejected] == [
         ("bad row", "line 3"),
         ("bad row", "line 4"),
-        ("repeated id", "line 5"),
+        ("repeated row", "line 5"),
         ("missing picture", "line 6"),
         ("bad row", "line 7"),
         ("empty text", "line 8"),
@@ -176,6 +176,45 @@ def test_a_json_list_and_a_table_give_the_same_rows(tmp_path):
     assert first.picture == second.picture  # the second row points at the first one's picture
     assert first.picture.read() == base64.b64decode(picture(0))
     assert [(r.id, r.reason) for r in found.rejected] == [("3", "missing picture")]
+
+
+def test_every_question_about_a_picture_is_kept_under_an_id_of_its_own(tmp_path):
+    (name, other) = photographs(tmp_path, 2)
+    row = {"id": "7", "image": name, "question": "Q1?", "answer": "A"}
+    rows = [row, row | {"question": "Q2?"}, row | {"image": other}, row | {"id": "7@line-6"}, row]
+    rows += [row | {"question": "Q3?"}]
+    found = read_rows(write_rows(tmp_path / "rows.jsonl", rows), None, Plan())
+    assert [r.id for r in found.rows] == ["7", "7@line-2", "7@line-3", "7@line-6", "7@line-6'"]
+    assert [(r.reason, r.place) for r in found.rejected] == [("repeated row", "line 5")]
+    plan = Plan(splits={"train": 1.0}, restore_share=None)
+    assert build(tmp_path / "rows.jsonl", tmp_path / "out", plan, helpers=ONE)["rows"]["train"] == 5
+
+
+def test_what_could_never_be_trained_or_matched_is_rejected_at_the_source(tmp_path):
+    (name,) = photographs(tmp_path, 1)
+    good = {"image": name, "question": "Q?", "answer": "dark blue"}
+    turns = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "-"}]
+    rows = [
+        good | {"id": "letter", "options": ["red", "dark blue"]},
+        good | {"id": "sign", "options": ["-", "+"], "answer": "-"},
+        good | {"id": "degrees", "answer": "\u00b0"},
+        good | {"id": "many", "options": [f"dark {i}" for i in range(29)] + ["dark blue"]},
+        good | {"id": "fact", "fact": "It is </think> blue."},
+        good | {"id": "option", "options": ["dark blue", "<answer>"]},
+        good | {"id": "dash", "answer": "-"},
+        good | {"id": "mark", "answer": "?"},
+        {"id": "turns", "image": name, "conversations": turns, "options": ["-", "+"]},
+    ]
+    found = read_rows(write_rows(tmp_path / "rows.jsonl", rows), None, Plan())
+    assert [(r.id, r.answer) for r in found.rows] == [("letter", "B"), ("sign", "A"), ("degrees", "\u00b0")]
+    assert {r.id: r.reason for r in found.rejected} == {
+        "many": "too many options",
+        "fact": "tags in the text",
+        "option": "tags in the text",
+        "dash": "answer cannot match",
+        "mark": "answer cannot match",
+        "turns": "answer cannot match",
+    }
 
 
 def test_a_table_trains_the_option_that_its_answer_names(tmp_path):

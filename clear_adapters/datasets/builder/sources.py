@@ -12,14 +12,15 @@ import json
 import re
 import string
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from clear_adapters.datasets.builder.plan import Plan
-from clear_adapters.datasets.parts import is_text, letter_of
+from clear_adapters.datasets.parts import is_text, letter_of, letters_of, matches
 from clear_adapters.datasets.tsv import TsvError, TsvFile, TsvRow, picture_bytes
 from clear_adapters.errors import ClearValueError
+from clear_adapters.scoring import normalise
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 """Chinese characters (the Unicode blocks of Han ideographs)."""
@@ -144,14 +145,20 @@ def read_rows(source: str | Path, pictures: str | Path | None, plan: Plan) -> Fo
     found = Found()
     kept: list[tuple[int, int, Row]] = []
     ids: dict[str, str] = {}
+    asked: dict[tuple[str, str, str], str] = {}
     for number, (place, made) in enumerate(readers[path.suffix.lower()](path, folder)):
         found.read += 1
-        problem = made if isinstance(made, Problem) else _unfit(made, ids, plan)
+        problem = made if isinstance(made, Problem) else _unfit(made, asked, plan)
         if problem is not None:
             name = problem.id or f"{path.name}, {place}"
             found.rejected.append(Rejected(name, "source", problem.reason, problem.detail, place))
             continue
         assert isinstance(made, Row)
+        asked[_key(made)] = place
+        if made.id in ids:  # as of several questions about a picture
+            made = replace(made, id=f"{made.id}@{place.replace(' ', '-')}")
+        while made.id in ids:
+            made = replace(made, id=made.id + "'")
         ids[made.id] = place
         order = _order(plan.seed, made.id)
         if plan.limit is None or len(kept) < plan.limit:
@@ -181,16 +188,25 @@ class Problem:
     id: str = ""
 
 
-def _unfit(row: Row, ids: Mapping[str, str], plan: Plan) -> Problem | None:
-    if row.id in ids:
-        return Problem("repeated id", f"id {row.id!r} stands in {ids[row.id]} already", row.id)
+def _key(row: Row) -> tuple[str, str, str]:
+    return row.id, row.question, row.picture.name
+
+
+def _unfit(row: Row, asked: Mapping[tuple[str, str, str], str], plan: Plan) -> Problem | None:
+    if _key(row) in asked:
+        told = f"id {row.id!r} with the same question stands in {asked[_key(row)]} already"
+        return Problem("repeated row", told, row.id)
     words = (row.id, row.question, row.answer, *row.options, row.kind, row.group, row.fact, row.picture.name)
     if not all(map(is_text, words)):
         return Problem("no text", "half a character (a lone surrogate) stands in it", row.id)
     if not plan.any_language and HAN.search(row.question + row.answer):
         return Problem("language", "there are Chinese characters in it", row.id)
-    if _TAGGED.search(row.question + row.answer):
-        return Problem("tags in the text", "question or answer holds a tag of the protocol", row.id)
+    if any(map(_TAGGED.search, (row.question, row.answer, row.fact, *row.options))):
+        told = "question, answer, an option or the fact holds a tag of the protocol"
+        return Problem("tags in the text", told, row.id)
+    if not (matches(row.answer, row.answer, row.options) if row.options else normalise(row.answer)):
+        told = f"the answer {row.answer!r} holds nothing that counts, so no answer could match it"
+        return Problem("answer cannot match", told, row.id)
     if row.picture.row is None and not row.picture.path.is_file():
         return Problem("missing picture", f"there is no file {row.picture.path}", row.id)
     return None
@@ -257,10 +273,14 @@ def _row(entry: Mapping[str, Any], folder: Path, place: str) -> Row:
     if not isinstance(options, list) or not all(isinstance(o, str) and o.strip() for o in options):
         raise _RowError("bad row", f"options={options!r}: must be a list of texts")
     if options:
-        if letter_of(answer, {chr(65 + i): o for i, o in enumerate(options)}) is None:
+        if len(options) > len(string.ascii_uppercase):
+            raise _RowError("too many options", f"{len(options)} options, and there are letters for 26")
+        letter = letter_of(answer, letters_of(options))
+        if letter is None:
             raise _RowError("answer is no option", f"the answer {answer!r} is none of {options!r}")
         if plain:
-            question = with_options(question, options)
+            # The question that is written here asks for the letter.
+            question, answer = with_options(question, options), letter
     name = entry.get("image")
     if isinstance(name, list):
         if len(name) != 1:
