@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import json
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -221,7 +222,16 @@ def test_a_table_trains_the_option_that_its_answer_names(tmp_path):
     columns = ["index", "question", "A", "B", "C", "D", "answer", "image"]
     table = [
         ["1", "Which?", "B", "D", "A", "C", "A", picture(0, (96, 80))],  # options that are letters themselves
-        ["2", "Which?", "", "red", "green", "", "B", picture(1, (96, 80))],  # an empty column before the true one
+        [
+            "2",
+            "Which?",
+            "",
+            "red",
+            "green",
+            "",
+            "B",
+            picture(1, (96, 80)),
+        ],  # an empty column before the true one
         ["3", "Which?", "", "red", "green", "", "green", picture(2, (96, 80))],
         ["4", "Which?", "", "A", "green", "", "A", picture(3, (96, 80))],  # names the empty column
         ["5", "Which?", "x", "red", "", "blue", "(d).", picture(4, (96, 80))],
@@ -372,6 +382,45 @@ def test_pictures_that_are_not_taken_say_why(tmp_path):
     kept = [r for r in lines(tmp_path / "out" / "manifest.jsonl") if r["source"] == "bitmap.bmp"]
     if "rejected" not in kept[0]:  # no reader of training data needs to know such a format
         assert kept[0]["clean_image"].endswith(".png")
+
+
+def test_a_name_or_a_header_that_cannot_be_is_one_bad_row(tmp_path):
+    (name,) = photographs(tmp_path, 1)
+    header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+    chunk = (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk + (0).to_bytes(4, "big") + b"IDAT" + bytes(4)
+    )
+    rows = [
+        {"id": i, "image": image, "question": "Q?", "answer": "A"}
+        for i, image in (("good", name), ("long", "x" * 300 + ".jpg"), ("bomb", "bomb.png"))
+    ]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    plan = Plan(splits={"train": 1.0}, restore_share=None)
+    found, _ = foresee(source, plan)
+    assert [r.id for r in found.rows] == ["good", "bomb"]
+    summary = build(source, tmp_path / "out", plan, helpers=ONE)
+    assert summary["rejected"] == {"picture": {"unreadable picture": 1}, "source": {"missing picture": 1}}
+
+
+def test_another_folder_of_pictures_or_another_judge_is_another_build(tmp_path):
+    pytest.importorskip("openai")
+    from clear_adapters.endpoint import Endpoint
+    from clear_adapters.rewards.judge import Judge
+
+    names = photographs(tmp_path / "one", 2)
+    photographs(tmp_path / "two", 2)
+    source = write_rows(tmp_path / "rows.jsonl", rows_of(names))
+    judges = [Judge(Endpoint("http://127.0.0.1:1/v1", name)).mark for name in ("j", "k")]
+    used = replace(ONE, judge=judges[0])
+    build(source, tmp_path / "out", Plan(), pictures=tmp_path / "one", helpers=used)
+    build(source, tmp_path / "out", Plan(), pictures=tmp_path / "two" / ".." / "one", helpers=used)
+    with pytest.raises(ClearValueError, match="other settings.*pictures"):
+        build(source, tmp_path / "out", Plan(), pictures=tmp_path / "two", helpers=used)
+    with pytest.raises(ClearValueError, match="judge 'j' there and 'k' here"):
+        other = replace(ONE, judge=judges[1])
+        build(source, tmp_path / "out", Plan(), pictures=tmp_path / "one", helpers=other)
+    assert str(tmp_path) not in (tmp_path / "out" / "summary.json").read_text()
 
 
 def test_large_pictures_are_scaled_before_they_are_degraded(tmp_path):
@@ -545,7 +594,9 @@ def test_a_stream_reads_pictures_that_are_named(tmp_path):
     path = tmp_path / "in" / name
     (tmp_path / "out").mkdir()
     for given in ({"path": str(path), "bytes": None}, {"path": None, "bytes": path.read_bytes()}):
-        entry = _entry({"image": given, "question": "Q?", "answers": ["A", "B"]}, 3, tmp_path / "out", lambda path: True)
+        entry = _entry(
+            {"image": given, "question": "Q?", "answers": ["A", "B"]}, 3, tmp_path / "out", lambda path: True
+        )
         assert (tmp_path / "out" / entry.pop("image")).read_bytes() == path.read_bytes()
         assert entry == {"id": "row-3", "question": "Q?", "answer": "A", "answers": ["A", "B"]}
     gone = {"image": {"path": "gone.jpg", "bytes": None}}

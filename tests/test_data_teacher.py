@@ -377,7 +377,10 @@ def test_what_a_teacher_may_cost_is_a_bound(source, tmp_path):
     spent = Counter()
 
     def endless(body, _):
-        texts = [m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"] for m in body["messages"]]
+        texts = [
+            m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"]
+            for m in body["messages"]
+        ]
         spent["prompt"] += sum(map(len, texts)) // 4
         spent["completion"] += 500
         return Reply("word " * 400)

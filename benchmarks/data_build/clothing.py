@@ -136,7 +136,13 @@ def main() -> int:
                 photographs,
                 place / "teacher",
                 Plan(restore_from="high", limit=args.limit, writer="teacher"),
-                Helpers(teacher=EndpointTeacher(endpoint, side=64), workers=2, progress=False, report=print),
+                Helpers(
+                    teacher=EndpointTeacher(endpoint, side=64),
+                    leave_unanswered=True,
+                    workers=2,
+                    progress=False,
+                    report=print,
+                ),
             )
             payload["teacher"]["served"] = dict(sorted(script.served.items()))
             payload["teacher"]["answered_again"] = sum(count - 1 for digest, count in script.paid.items())

@@ -385,7 +385,9 @@ class Assembly:
         for name, entries in lines.items():
             write_whole(self.folder / name, "".join(_line(e) for e in entries))
         files = {name: {"lines": len(e), "bytes": size_of(self.folder / name)} for name, e in lines.items()}
-        summary = {"schema_version": 1, **self.settings, **summary, "files": files}
+        # The folder of the pictures stays in the build's own settings: it is of this machine.
+        settings = {k: v for k, v in self.settings.items() if k != "pictures"}
+        summary = {"schema_version": 1, **settings, **summary, "files": files}
         write_whole(self.folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         (self.folder / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.folder / SOURCE, ignore_errors=True)

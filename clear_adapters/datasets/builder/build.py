@@ -80,7 +80,8 @@ def build(
             "source": source.facts() if isinstance(source, Stream) else _facts(Path(source)),
             "teacher": helpers.teacher.name if helpers.teacher else None,
             "base": helpers.base.name if helpers.base else None,
-            "judge": helpers.judge is not None,
+            "judge": _judge_name(helpers.judge),
+            "pictures": None if isinstance(source, Stream) else _folder(source, pictures),
         }
         claim(folder, SETTINGS, settings)
         if (folder / SUMMARY).is_file():
@@ -135,7 +136,7 @@ def _size(row: Row) -> tuple[int, int] | None:
     try:
         with Image.open(io.BytesIO(row.picture.read())) as opened:
             return opened.size
-    except (OSError, ClearValueError):
+    except (OSError, ValueError, Image.DecompressionBombError):  # told when it is decoded
         return None
 
 
@@ -162,6 +163,19 @@ def _check_helpers(plan: Plan, helpers: Helpers) -> None:
         raise ClearValueError(
             "a budget needs a limit of the teacher's replies: give its endpoint options with max_tokens"
         )
+
+
+def _judge_name(judge: writers.Judge | None) -> str | None:
+    """The model of a judge that is a service; of another what it is called."""
+    if judge is None:
+        return None
+    endpoint = getattr(getattr(judge, "__self__", None), "endpoint", None)
+    return str(getattr(endpoint, "model", None) or getattr(judge, "__name__", type(judge).__name__))
+
+
+def _folder(source: str | Path, pictures: str | Path | None) -> str:
+    folder = Path(source).expanduser().parent if pictures is None else Path(pictures).expanduser()
+    return str(folder.resolve())
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -130,7 +130,9 @@ def estimate(rows: Sequence[Asked], turns: bool, max_tokens: int) -> Estimate:
 
 def _tries(row: Asked, pictures: int, said: int, most_said: int, tries: int, max_tokens: int) -> Estimate:
     shown = pictures * picture_tokens(row.size)
-    again = max_tokens + COMPLAINT  # a failed reply stands in the request after it; the first of these may be one
+    again = (
+        max_tokens + COMPLAINT
+    )  # a failed reply stands in the request after it; the first of these may be one
     most = MOST_SYSTEM + 2 * row.text // FEWEST_BYTES + 2 * shown + most_said + again
     prompt = SYSTEM + row.text // BYTES_A_TOKEN + shown + said
     return Estimate(1, tries, prompt, REPLY, tries * most, tries * max_tokens)

@@ -207,7 +207,11 @@ def _unfit(row: Row, asked: Mapping[tuple[str, str, str], str], plan: Plan) -> P
     if not (matches(row.answer, row.answer, row.options) if row.options else normalise(row.answer)):
         told = f"the answer {row.answer!r} holds nothing that counts, so no answer could match it"
         return Problem("answer cannot match", told, row.id)
-    if row.picture.row is None and not row.picture.path.is_file():
+    try:
+        there = row.picture.row is not None or row.picture.path.is_file()
+    except OSError as error:  # such as a name that no file system takes
+        return Problem("missing picture", f"{row.picture.name[:80]!r}: {error.strerror}", row.id)
+    if not there:
         return Problem("missing picture", f"there is no file {row.picture.path}", row.id)
     return None
 

@@ -149,7 +149,9 @@ def again(conversation: Sequence[Turn], tries: Sequence[Mapping[str, Any]]) -> l
     last = written[-1]
     return [
         *conversation,
-        Turn("assistant", last["reply"].encode("utf-8", "replace").decode()),  # half a character cannot be sent
+        Turn(
+            "assistant", last["reply"].encode("utf-8", "replace").decode()
+        ),  # half a character cannot be sent
         Turn(
             "user",
             f"This cannot be used (attempt {len(written)}): {last['problem']}. Write the whole reply again.",
