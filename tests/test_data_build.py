@@ -415,10 +415,10 @@ def test_another_folder_of_pictures_or_another_judge_is_another_build(tmp_path):
     used = replace(ONE, judge=judges[0])
     build(source, tmp_path / "out", Plan(), pictures=tmp_path / "one", helpers=used)
     build(source, tmp_path / "out", Plan(), pictures=tmp_path / "two" / ".." / "one", helpers=used)
-    with pytest.raises(ClearValueError, match="other settings.*pictures"):
+    with pytest.raises(ClearValueError, match=r"other settings.*pictures"):
         build(source, tmp_path / "out", Plan(), pictures=tmp_path / "two", helpers=used)
+    other = replace(ONE, judge=judges[1])
     with pytest.raises(ClearValueError, match="judge 'j' there and 'k' here"):
-        other = replace(ONE, judge=judges[1])
         build(source, tmp_path / "out", Plan(), pictures=tmp_path / "one", helpers=other)
     assert str(tmp_path) not in (tmp_path / "out" / "summary.json").read_text()
 

@@ -266,7 +266,7 @@ def test_an_outage_of_a_small_build_ends_nothing(source, tmp_path, pathway):
     plan = Plan(**{**PLAN, "pathway": pathway, "limit": 4})
     with (
         serve(Reply("down", status=503, headers=NOW)) as service,
-        pytest.raises(EndpointError, match="4 rows were not answered.*503.*run again"),
+        pytest.raises(EndpointError, match=r"4 rows were not answered.*503.*run again"),
     ):
         build(source, tmp_path / "out", plan, helpers=helpers(service, max_failures=20))
     assert not (tmp_path / "out" / "summary.json").exists()
@@ -390,9 +390,9 @@ def test_what_a_teacher_may_cost_is_a_bound(source, tmp_path):
         build(source, tmp_path / "out", Plan(**PLAN), helpers=used)
     most = float(told[0].split("about ")[2].split(" at most")[0].split(", ")[1].replace(",", ""))
     assert spent.total() <= most
+    teacher = EndpointTeacher(Endpoint("http://127.0.0.1:1/v1", "m"))
+    more = Helpers(teacher=teacher, prices=Prices(1, 1), budget=1.0)
     with pytest.raises(ClearValueError, match="max_tokens"):
-        teacher = EndpointTeacher(Endpoint("http://127.0.0.1:1/v1", "m"))
-        more = Helpers(teacher=teacher, prices=Prices(1, 1), budget=1.0)
         build(source, tmp_path / "none", Plan(**PLAN), helpers=more)
 
 
