@@ -180,7 +180,9 @@ def build(
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(rich_help_panel="Teacher", help="Nothing is asked where it could cost more than this."),
+        typer.Option(
+            rich_help_panel="Teacher", help="Nothing is asked where this run could cost more than this."
+        ),
     ] = None,
     match: Annotated[
         Match, typer.Option(rich_help_panel="Answers", help="How an answer is compared with the truth.")
