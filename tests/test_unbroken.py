@@ -39,6 +39,11 @@ def data(tmp_path_factory):
     return build_world(tmp_path_factory.mktemp("world") / "data", 24, workers=1, progress=False)
 
 
+def only(stage):
+    """All stages, of which the others are for longer runs of the tests: each starts several processes."""
+    return [s if s == stage else pytest.param(s, marks=pytest.mark.long) for s in STAGES]
+
+
 def run_stage(*arguments, **env):
     """A process that trains one stage; it is started and not waited for."""
     given = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1", **env}
@@ -100,7 +105,11 @@ def toy(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("stage", "shard"), [("bridge", False), ("grpo", False), ("sft", True), ("bridge", True), ("grpo", True)]
+    ("stage", "shard"),
+    [
+        *[("bridge", False), ("grpo", False), ("sft", True)],
+        *(pytest.param(stage, True, marks=pytest.mark.long) for stage in ("bridge", "grpo")),
+    ],
 )
 def test_two_processes_take_the_step_that_one_takes(stage, shard, data, before, toy, tmp_path):
     options = [*COMMON, *STAGE[stage], "steps=2", "loop.batch=4", "save_every=0", "eps=1.0", "lr=1.0"]
@@ -134,7 +143,7 @@ def test_two_processes_take_the_step_that_one_takes(stage, shard, data, before, 
         assert 0 < logs[0][0]["restored"] < 1
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", only("grpo"))
 def test_a_killed_process_is_followed_by_the_same_curve(stage, data, before, tmp_path):
     options = [*COMMON, *STAGE[stage], "steps=5", "loop.batch=2", "save_every=2", "lr=0.01"]
     finish(run_stage(stage, data, tmp_path / "whole", before[stage], *options))
@@ -163,6 +172,7 @@ def test_a_disk_that_is_full_before_the_checkpoint_is_told_in_the_same_words(dat
     assert "Traceback" not in text
 
 
+@pytest.mark.long
 def test_a_log_that_is_rarer_than_checkpoints_goes_on_as_unbroken(data, before, tmp_path):
     options = [*COMMON, *STAGE["grpo"], "steps=6", "loop.batch=2", "save_every=2", "lr=0.01", "log_every=3"]
     finish(run_stage("grpo", data, tmp_path / "whole", before["grpo"], *options))
@@ -177,7 +187,7 @@ def test_a_log_that_is_rarer_than_checkpoints_goes_on_as_unbroken(data, before, 
     assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", only("sft"))
 def test_a_full_disk_leaves_the_last_checkpoint_whole(stage, data, before, tmp_path):
     options = [*COMMON, *STAGE[stage], "steps=4", "loop.batch=2", "save_every=1", "lr=0.01"]
     told = run_stage(stage, data, tmp_path / "full", before[stage], *options, NO_ROOM_AFTER="2")
