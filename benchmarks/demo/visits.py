@@ -191,7 +191,10 @@ def render(result: ResultFile) -> str:
         ("the first question of all, which loads the model", f"{p['first_question_seconds']:.1f} s"),
         (f"{u['n']} visitors at once: answered", f"{u['answered']} in {u['seconds_all']:.0f} s"),
         ("their waits, shortest and longest", f"{u['waited'][0]:.1f} to {u['waited'][-1]:.1f} s"),
-        *((f"memory after {n} questions", f"{mb:.0f} MB") for n, mb in m["megabytes"].items()),
+        *(
+            (f"memory after {n} questions", f"{m['megabytes'][n]:.0f} MB")
+            for n in sorted(m["megabytes"], key=int)
+        ),
         ("files left behind", str(p["files_left"])),
     ]
     lines = "\n".join(f"| {name} | {value} |" for name, value in rows)
