@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "speed"))
 
 import builder  # noqa: E402
+from readme import between  # noqa: E402
 
 from clear_adapters.degradations import list_degradations  # noqa: E402
 from clear_adapters.results import read_result  # noqa: E402
@@ -22,14 +23,14 @@ def test_the_table_in_the_readme_is_that_of_the_result():
     result = read_result(RESULT)
     assert set(result.payload["rates"]) == {d.name for d in list_degradations()}
     text = builder.README.read_text(encoding="utf-8")
-    shown = text.split(builder.MARKERS[0])[1].split(builder.MARKERS[1])[0].strip()
+    shown = between(text, builder.MARKERS)
     assert shown == builder.render(result)
 
 
 def test_peers_stand_beside_the_corruption_that_they_have():
     peers = {"rates": {"motion_blur": {"albumentations": {"name": "MotionBlur", "rate": 71.2}}}}
     rates = {name: {"formula": 60.4, "builder": 0.42} for name in ("motion_blur", "mean_shift")}
-    lines = builder.table({"rates": rates, "peers": peers}).splitlines()
+    lines = builder.rates({"rates": rates, "peers": peers}).splitlines()
     assert lines[2:] == [
         "| motion_blur | 60 | 0.4 | – | 71 (`MotionBlur`) |",
         "| mean_shift | 60 | 0.4 | – | – |",

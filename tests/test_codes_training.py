@@ -158,12 +158,15 @@ def test_stage_3_scores_every_code_that_a_rollout_sampled(attached, examples, mo
             group=2, rewards={"variety": 1.0, "latent_quality": 0.1}, image_weight=1.0, beta=0.1
         )
         reference = {n: p.detach() + 0.01 for n, p in attached.named_parameters()}
-        own = GrpoObjective(attached, settings, reference, TEXT, LATENT)
+        # An adapter whose answers take the likeliest codes draws them in rollouts: of what was not drawn there is no policy.
+        own = GrpoObjective(attached, settings, reference, TEXT, replace(LATENT, temperature=0.0))
     finally:
         REWARDS.unregister("variety")
     with torch.no_grad():
         (made,) = own.prepare([own.collate(draws(examples)[:2])])
     targets = made["targets"]
+    first, second = targets.codes.split(targets.per_row)[:2]
+    assert not torch.equal(first, second)
     assert sum(targets.per_row) == len(targets.codes) == len(made["batch"].scored_at) > 0
     out = own.loss(attached.module, made, made["counts"])
     assert float(out["ratio"]) < 1e-5

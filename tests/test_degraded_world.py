@@ -18,6 +18,7 @@ import heldout  # noqa: E402
 import report  # noqa: E402
 import restorers  # noqa: E402
 import summary  # noqa: E402
+from readme import between  # noqa: E402
 
 from clear_adapters import LatentSampling, TextSampling, attach  # noqa: E402
 from clear_adapters.backbones.bagel.checkpoint import save_checkpoint  # noqa: E402
@@ -402,19 +403,19 @@ def test_a_readme_gets_the_text_between_its_markers_and_keeps_the_rest(tmp_path,
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
-    assert report.between(text) == report.render(result_of(SMALL))
+    assert between(text, report.MARKERS) == report.render(result_of(SMALL))
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_the_table_of_what_was_tried_is_that_of_its_results():
     text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    assert report.between(text, report.TRIED_MARKERS) == report.tried_table(report.TRIED)
+    assert between(text, report.TRIED_MARKERS) == report.tried_table(report.TRIED)
 
 
 @pytest.mark.parametrize(("name", "full"), [("README.md", False), ("benchmarks/README.md", True)])
 def test_the_tables_in_the_readmes_are_those_of_the_official_result(name, full):
     readme = ROOT / name
-    shown = report.between(readme.read_text(encoding="utf-8")) if readme.is_file() else None
+    shown = between(readme.read_text(encoding="utf-8"), report.MARKERS) if readme.is_file() else None
     if OFFICIAL.is_file():
         assert shown == report.render(read_result(OFFICIAL), full), (
             f"run {FOLDER.name}/report.py {OFFICIAL.name}"

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks" / "degraded_world"
 sys.path.insert(0, str(FOLDER))
 
 import reading  # noqa: E402
-import report  # noqa: E402
+from readme import between  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -64,5 +64,5 @@ def test_it_writes_a_result_and_refuses_too_few_rows(data, tmp_path, capsys):
 
 def test_the_table_in_the_readme_is_that_of_the_official_result():
     text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    shown = report.between(text, reading.MARKERS)
+    shown = between(text, reading.MARKERS)
     assert shown == reading.render(read_result(FOLDER.parent / "results" / "reading.json"))

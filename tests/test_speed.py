@@ -14,6 +14,7 @@ import inference  # noqa: E402
 import shapes  # noqa: E402
 import speed_report  # noqa: E402
 import training  # noqa: E402
+from readme import between  # noqa: E402
 
 from clear_adapters.backbones.bagel import checkpoint  # noqa: E402
 from clear_adapters.backbones.bagel.tiny import initialise, small_config, tokenizer  # noqa: E402
@@ -144,7 +145,7 @@ def test_the_report_is_put_between_its_markers(tmp_path, monkeypatch):
 def test_the_readme_shows_the_committed_results():
     files = sorted((ROOT / "benchmarks" / "results" / "speed").glob("*.json"))
     text = speed_report.README.read_text(encoding="utf-8")
-    shown = text.split(speed_report.MARKERS[0])[1].split(speed_report.MARKERS[1])[0].strip()
+    shown = between(text, speed_report.MARKERS)
     if not files:
         assert shown == "Not measured yet."
         return

@@ -39,6 +39,7 @@ sys.path[:0] = [str(ROOT / "benchmarks" / name) for name in ("degraded_world", "
 
 import report  # noqa: E402
 import visits  # noqa: E402
+from readme import between  # noqa: E402
 
 
 @pytest.fixture
@@ -112,9 +113,8 @@ def test_the_recorded_outcomes_are_those_of_the_built_in_model():
 
 def test_the_tables_and_the_figure_of_the_page_are_those_of_the_official_result():
     again = "run benchmarks/degraded_world/report.py with --page"
-    shown = report.between(
-        (ROOT / "README.md").read_text(encoding="utf-8")
-    )  # held to the result by its own test
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = between(text, report.MARKERS)  # held to the result by its own test
     assert (PAGE_DATA / "results.md").read_text(encoding="utf-8") == f"{shown}\n", again
     official = ROOT / "benchmarks" / "results" / "degraded_world.png"
     assert (PAGE_DATA / "results.png").read_bytes() == official.read_bytes(), again
@@ -124,7 +124,7 @@ def test_the_tables_and_the_figure_of_the_page_are_those_of_the_official_result(
 
 def test_the_times_in_the_readme_are_those_of_the_result():
     text = visits.README.read_text(encoding="utf-8")
-    shown = text.partition(visits.MARKERS[0])[2].partition(visits.MARKERS[1])[0].strip()
+    shown = between(text, visits.MARKERS)
     official = ROOT / "benchmarks" / "results" / "demo.json"
     assert official.is_file(), "run benchmarks/demo/visits.py with --output and --readme"
     found = visits.render(read_result(official))

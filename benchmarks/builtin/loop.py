@@ -15,7 +15,8 @@ from typing import Any
 
 import cv2
 import torch
-from pool import Chat, Pool, edit_item, heldout_item, train_item
+import torch.nn.functional as F
+from pool import VERSIONS, Chat, Pool, edit_item, heldout_item, train_item
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -206,6 +207,11 @@ class Captured:
         return self.result
 
 
+def mixed(device: torch.device) -> torch.autocast:
+    """bfloat16 products on a GPU; casts are not kept, for a captured step."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
+
+
 def adamw(groups: Sequence[dict[str, Any]], rate: Tensor, beta: float, device: torch.device) -> Any:
     """AdamW whose rate is a tensor, so that a captured step sees it change."""
     cuda = device.type == "cuda"
@@ -214,6 +220,32 @@ def adamw(groups: Sequence[dict[str, Any]], rate: Tensor, beta: float, device: t
 
 Understanding = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], tuple[PackedBatch, Tensor, Tensor]]
 """Rows of pictures with question branches: table, rows, version and mode to a batch and each text place's row and branch."""
+
+
+def text_loss(
+    forward: Callable[[PackedBatch], Any],
+    understanding: Understanding,
+    scenes: Resident,
+    rows: int,
+    described: Tensor,
+) -> Tensor:
+    """Of questions about training scenes: six rows in ten as the encoder sees them, a quarter as latents, the others both.
+
+    Args:
+        forward: of the model.
+        understanding: lays the rows out.
+        scenes: what is asked about.
+        rows: how many.
+        described: () share of rows that begin with a description.
+    """
+    chance = torch.rand(rows, device=scenes.device)
+    modes = (chance > 0.6).long() + (chance > 0.85).long()
+    version = torch.randint(1, VERSIONS, (rows,), device=scenes.device)
+    version = torch.where(torch.rand(rows, device=scenes.device) < described, 0, version)
+    batch, _, _ = understanding(scenes.table, scenes.pick(rows), version, modes)
+    logits = forward(batch).text_logits.float()
+    each = F.cross_entropy(logits, batch.text_targets, ignore_index=-1, reduction="none")
+    return (each * batch.text_weight).sum() / batch.text_weight.sum()
 
 
 @torch.no_grad()
@@ -383,7 +415,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], step: int) -> None:
     names = sorted(tensors)
     for part in range(2):
         torch.save({n: tensors[n].cpu() for n in names[part::2]}, folder / f"state{part}.pt")
-    (folder / "state.json").write_text(json.dumps({"step": step}))
+    (folder / "state.json").write_text(json.dumps({"steps": step}))
 
 
 def load_state(folder: Path) -> dict[str, Tensor]:
@@ -398,4 +430,4 @@ def load_state(folder: Path) -> dict[str, Tensor]:
 def steps_of(folder: Path) -> int:
     """How long the run of a state, or of a finished model, was."""
     name = "state.json" if (folder / "state.json").is_file() else "provenance.json"
-    return int(json.loads((folder / name).read_text())["step" if name == "state.json" else "steps"])
+    return int(json.loads((folder / name).read_text())["steps"])

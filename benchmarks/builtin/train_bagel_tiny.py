@@ -33,7 +33,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 import loop
 from loop import Captured, Data, Resident, adamw, decibels, disturb, edges, mask_parts, to_pixels
-from pool import CAPTION, COMPLETE, INSTRUCTION, SIDE, TEXT, VERSIONS, Chat, Pool
+from pool import CAPTION, COMPLETE, INSTRUCTION, SIDE, TEXT, Chat, Pool
 
 from clear_adapters.backbones.bagel.autoencoder import encode_pixels
 from clear_adapters.backbones.bagel.backbone import BagelBackbone
@@ -73,7 +73,7 @@ def train_autoencoder(
     def one_step() -> tuple[Tensor, ...]:
         index = torch.randint(held, len(resident), (args.vae_batch,), device=device)
         pixels = disturb(to_pixels(resident[index])).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+        with loop.mixed(device):
             posterior = autoencoder.encode(pixels).latent_dist
             out = autoencoder.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
         error = out.float() - pixels
@@ -371,18 +371,11 @@ def main() -> None:
     u_rows, d_rows, e_rows = args.rows
 
     def forward(batch: PackedBatch):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+        with loop.mixed(device):
             return backbone.forward(batch)
 
     def losses(described: Tensor) -> dict[str, Tensor]:
-        chance = torch.rand(u_rows, device=device)
-        modes = (chance > 0.6).long() + (chance > 0.85).long()
-        version = torch.randint(1, VERSIONS, (u_rows,), device=device)
-        version = torch.where(torch.rand(u_rows, device=device) < described, 0, version)
-        batch, _, _ = layouts.understanding(scenes.table, scenes.pick(u_rows), version, modes)
-        out = forward(batch)
-        each = F.cross_entropy(out.text_logits.float(), batch.text_targets, ignore_index=-1, reduction="none")
-        text = (each * batch.text_weight).sum() / batch.text_weight.sum()
+        text = loop.text_loss(forward, layouts.understanding, scenes, u_rows, described)
         text.backward()
         batch = layouts.drawing(scenes.table, scenes.pick(d_rows), args.copies)
         draw = F.mse_loss(forward(batch).scored, batch.target)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 import loop
 from loop import Captured, Data, Resident, adamw, decibels, disturb, edges, mask_parts, to_bytes, to_pixels
-from pool import COMPLETE, INSTRUCTION, TEXT, VERSIONS, Chat, Pool
+from pool import COMPLETE, INSTRUCTION, TEXT, Chat, Pool
 
 from clear_adapters.backbones.janus.backbone import JanusBackbone
 from clear_adapters.backbones.janus.tiny import builtin_config, initialise, small_processor
@@ -64,7 +64,7 @@ def train_tokenizer(vq: nn.Module, pool: Pool, args, device: torch.device) -> di
         pixels = to_pixels(resident[index])
         changed = torch.rand(len(pixels), 1, 1, 1, device=device) < args.disturbed
         pixels = torch.where(changed, disturb(pixels), pixels).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+        with loop.mixed(device):
             z = latents(pixels)
             flat = z.permute(0, 2, 3, 1).flatten(0, 2)
             unit = F.normalize(codebook, dim=-1)
@@ -350,11 +350,10 @@ def main() -> None:
     if args.resume:
         model.load_state_dict(loop.load_state(args.resume))
     vq.requires_grad_(False)
-    bf16 = device.type == "cuda"
 
     @torch.no_grad()
     def tokenise(pictures: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+        with loop.mixed(device):
             return backbone.tokenise(pictures)
 
     def encode(pictures: Tensor) -> Tensor:
@@ -371,7 +370,7 @@ def main() -> None:
     u_rows, d_rows, e_rows = args.rows
 
     def forward(batch: PackedBatch):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+        with loop.mixed(device):
             return backbone.forward(batch)
 
     def code_loss(batch: PackedBatch) -> Tensor:
@@ -379,14 +378,7 @@ def main() -> None:
         return F.cross_entropy(forward(batch).scored.float(), target)
 
     def losses(described: Tensor) -> dict[str, Tensor]:
-        chance = torch.rand(u_rows, device=device)
-        modes = (chance > 0.6).long() + (chance > 0.85).long()
-        version = torch.randint(1, VERSIONS, (u_rows,), device=device)
-        version = torch.where(torch.rand(u_rows, device=device) < described, 0, version)
-        batch, _, _ = layouts.understanding(scenes.table, scenes.pick(u_rows), version, modes)
-        out = forward(batch)
-        each = F.cross_entropy(out.text_logits.float(), batch.text_targets, ignore_index=-1, reduction="none")
-        text = (each * batch.text_weight).sum() / batch.text_weight.sum()
+        text = loop.text_loss(forward, layouts.understanding, scenes, u_rows, described)
         text.backward()
         draw = code_loss(layouts.drawing(scenes.table, scenes.pick(d_rows)))
         (args.code_weight * draw * (d_rows / (d_rows + e_rows))).backward()

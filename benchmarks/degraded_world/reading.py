@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from report import inserted, table
+from readme import inserted, markers
 
 from clear_adapters import attach, store
 from clear_adapters.attached import AttachedModel
@@ -32,12 +32,13 @@ from clear_adapters.datasets import read_examples
 from clear_adapters.datasets.example import Example
 from clear_adapters.datasets.traces import TraceSettings
 from clear_adapters.errors import ClearError, ClearValueError
+from clear_adapters.mmd_bench.tables import table
 from clear_adapters.results import ResultFile, read_result
 from clear_adapters.training.bridge import BridgeObjective, BridgeSettings
 from clear_adapters.training.objective import Draw
 
 KIND = "reading"
-MARKERS = ("<!-- reading:begin -->", "<!-- reading:end -->")
+MARKERS = markers("reading")
 README = Path(__file__).parents[1] / "README.md"
 BELOW = 20.0
 SOURCES = {"true": 0.0, "own": 1.0}

@@ -13,18 +13,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import summary
+from readme import inserted, markers
 from summary import Value
 from systems import ALL, BY_NAME
 
-from clear_adapters.errors import ClearError, ClearValueError
+from clear_adapters.errors import ClearError
+from clear_adapters.mmd_bench.tables import table
 from clear_adapters.results import ResultFile, read_result
 from clear_adapters.world import KINDS
 
-MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
-TRIED_MARKERS = ("<!-- tried:begin -->", "<!-- tried:end -->")
+MARKERS, TRIED_MARKERS = markers("results"), markers("tried")
 TRIED = Path(__file__).parents[1] / "results" / "tried"
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "clear_adapters" / "builtin" / "page"
@@ -91,12 +93,6 @@ def percent(value: Value | None) -> str:
 def points(value: Value) -> str:
     """`+4.0 [+1.9, +6.2]`."""
     return f"{value.mean * 100:+.1f} [{value.low * 100:+.1f}, {value.high * 100:+.1f}]"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown; the first column is text, the others are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main_table(result: ResultFile, full: bool) -> str:
@@ -211,28 +207,6 @@ def tried_table(folder: Path) -> str:
     return table(["result", "set", "seeds", "clean", "high"], rows)
 
 
-def inserted(text: str, content: str, source: str, markers: tuple[str, str] = MARKERS) -> str:
-    """A README with the content between its markers.
-
-    Raises:
-        ClearValueError: it does not have each marker once, in order.
-    """
-    begin, end = markers
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ClearValueError(
-            f"{source} needs the lines {begin} and {end}, each once: add them where the table goes"
-        )
-    return f"{text[: text.index(begin)]}{begin}\n{content}\n{text[text.index(end) :]}"
-
-
-def between(text: str, markers: tuple[str, str] = MARKERS) -> str | None:
-    """What stands between the markers; None without them."""
-    begin, end = markers
-    if begin not in text or end not in text:
-        return None
-    return text[text.index(begin) + len(begin) : text.index(end)].strip()
-
-
 def draw(result: ResultFile, path: Path) -> None:
     """Accuracy by severity with intervals, and how often a picture is restored; one colour a family."""
     import matplotlib
@@ -311,7 +285,9 @@ def main(arguments: list[str] | None = None) -> int:
         texts = {}
         if not args.print:
             for path, full in ((args.readme, False), (args.full, True)):
-                texts[path] = inserted(path.read_text(encoding="utf-8"), render(result, full), str(path))
+                texts[path] = inserted(
+                    path.read_text(encoding="utf-8"), render(result, full), str(path), MARKERS
+                )
                 if TRIED_MARKERS[0] in texts[path]:
                     texts[path] = inserted(texts[path], tried_table(TRIED), str(path), TRIED_MARKERS)
     except (ClearError, OSError) as error:

@@ -23,6 +23,10 @@ from typing import Any
 
 from gradio_client import Client
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from readme import inserted, markers
+
 from clear_adapters.results import ResultFile, read_result
 from clear_adapters.ui.samples import draw_sample
 
@@ -31,7 +35,7 @@ FIRST = 1000
 """Samples from here on are asked about: none of the gallery, so that nothing is answered from memory."""
 QUESTION = "Read me what is written on the sign."
 """None of those whose answers are kept."""
-MARKERS = ("<!-- demo:begin -->", "<!-- demo:end -->")
+MARKERS = markers("demo")
 README = Path(__file__).parents[1] / "README.md"
 
 CLOCK = """
@@ -205,9 +209,7 @@ def render(result: ResultFile) -> str:
 def write_readme(result: ResultFile) -> None:
     """Puts the table between its markers."""
     text = README.read_text(encoding="utf-8")
-    head, _, rest = text.partition(MARKERS[0])
-    _, _, tail = rest.partition(MARKERS[1])
-    README.write_text(f"{head}{MARKERS[0]}\n{render(result)}\n{MARKERS[1]}{tail}", encoding="utf-8")
+    README.write_text(inserted(text, render(result), str(README), MARKERS), encoding="utf-8")
 
 
 def main() -> int:

@@ -22,12 +22,15 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from pictures import rate
+from readme import inserted, markers
 
 from clear_adapters.degradations import SEVERITIES, apply, list_degradations
 from clear_adapters.degradations.catalogue import generator
+from clear_adapters.mmd_bench.tables import table
 from clear_adapters.results import ResultFile, read_result
 
 SIDE = 512
@@ -82,7 +85,7 @@ def write_table(folder: Path, pictures: np.ndarray) -> None:
     (folder / "MMStar.tsv").write_text("".join(rows), encoding="utf-8")
 
 
-MARKERS = ("<!-- speed:begin -->", "<!-- speed:end -->")
+MARKERS = markers("speed")
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -94,13 +97,13 @@ def render(result: ResultFile) -> str:
         versions = p["peers"]["versions"]
         named = ", ".join(f"{name} {versions[name]}" for name in ("imagecorruptions", "albumentations"))
         note += f" Beside them {named}: the nearest corruption of each, at its nearest strength."
-    return f"{note}\n\n{table(p)}"
+    return f"{note}\n\n{rates(p)}"
 
 
-def table(payload: dict[str, Any]) -> str:
+def rates(payload: dict[str, Any]) -> str:
     """The rates as Markdown."""
     head = ["corruption", "formula", "builder", "imagecorruptions", "albumentations"]
-    lines = [head, ["---", *["---:"] * 4]]
+    rows = []
     for name in (d.name for d in list_degradations() if d.name in payload["rates"]):
         own = payload["rates"][name]
         peers = payload["peers"]["rates"].get(name, {}) if payload["peers"] else {}
@@ -108,8 +111,8 @@ def table(payload: dict[str, Any]) -> str:
             f"{number(p['rate'])} (`{p['name']}`)" if (p := peers.get(library)) else "–"
             for library in head[3:]
         ]
-        lines.append([name, number(own["formula"]), number(own["builder"]), *shown])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append([name, number(own["formula"]), number(own["builder"]), *shown])
+    return table(head, rows)
 
 
 def number(rate: float) -> str:
@@ -120,9 +123,7 @@ def number(rate: float) -> str:
 def insert(result: ResultFile) -> None:
     """Puts the table into the README."""
     text = README.read_text(encoding="utf-8")
-    head, rest = text.split(MARKERS[0])
-    tail = rest.split(MARKERS[1])[1]
-    README.write_text(f"{head}{MARKERS[0]}\n{render(result)}\n{MARKERS[1]}{tail}", encoding="utf-8")
+    README.write_text(inserted(text, render(result), str(README), MARKERS), encoding="utf-8")
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -404,14 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     session.payload["parameters"] = parameters(bench.backbone.model)
     # What is held before anything is done.
     session.payload["weights_gb"] = session.peak()
-    for part in session.parts:
-        work: Callable[[], None] = getattr(bench, part)
-        try:
-            work()
-        except Exception as error:  # the other parts go on
-            session.fail(part, {}, error)
-    session.write()
-    return 1 if session.payload["failed"] else 0
+    return session.run(bench)
 
 
 if __name__ == "__main__":

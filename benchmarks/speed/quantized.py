@@ -47,10 +47,9 @@ def replies(attached: AttachedModel, count: int) -> list[Transcript]:
     found: list[Transcript] = []
     for at in range(0, count, 20):
         some = slice(at, at + 20)
-        own = attached.engine.rollout(
+        found += attached.engine.rollout(
             images[some], questions[some], seeds=list(range(count))[some], restore="always"
         )
-        found += own
     return found
 
 
@@ -100,11 +99,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=100)
     args = parser.parse_args(arguments)
     base: list[Transcript] = []
-    payload: dict[str, Any] = {"scenes": args.scenes, "model": args.model, "adapter": args.adapter}
-    payload["kinds"] = {}
+    kinds: dict[str, Any] = {}
     for kind in (None, *KINDS):
-        payload["kinds"][kind or "full"] = measure(args, kind, base)
-        print(kind or "full", payload["kinds"][kind or "full"], flush=True)
+        kinds[kind or "full"] = measure(args, kind, base)
+        print(kind or "full", kinds[kind or "full"], flush=True)
+    payload = {"scenes": args.scenes, "model": args.model, "adapter": args.adapter, "kinds": kinds}
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     command = f"quantized.py --scenes {args.scenes}"
     result = ResultFile.collect(

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from clear_adapters.backbones.bagel.autoencoder import build_autoencoder
 from clear_adapters.backbones.bagel.backbone import BagelBackbone
 from clear_adapters.backbones.bagel.checkpoint import LAYERS
-from clear_adapters.backbones.bagel.config import AutoencoderConfig, BagelConfig
+from clear_adapters.backbones.bagel.config import BagelConfig
 from clear_adapters.backbones.bagel.model import BagelModel, sincos_table
-from clear_adapters.backbones.bagel.tiny import small_config, tokenizer
+from clear_adapters.backbones.bagel.tiny import tokenizer, toy_config
 from clear_adapters.backbones.quantized import check_quantization, quantize_layers
 from clear_adapters.prompts import Protocol
 
@@ -62,19 +62,7 @@ class Turns(BagelBackbone):
 def config_of(size: str) -> BagelConfig:
     """The configuration of a size: `7b`, `small` or `tiny`."""
     if size == "tiny":
-        return small_config(
-            width=32,
-            layers=2,
-            heads=4,
-            kv_heads=2,
-            mlp=48,
-            vision_width=24,
-            vision_layers=1,
-            vision_heads=2,
-            patch=8,
-            side=64,
-            ae=AutoencoderConfig(ch=8, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=4, norm_groups=4),
-        )
+        return toy_config()
     llm: dict[str, Any] = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

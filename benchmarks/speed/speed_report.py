@@ -14,9 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from readme import inserted, markers
+
+from clear_adapters.mmd_bench.tables import table
 from clear_adapters.results import ResultFile, read_result
 
-MARKERS = ("<!-- bagel-speed:begin -->", "<!-- bagel-speed:end -->")
+MARKERS = markers("bagel-speed")
 README = Path(__file__).parents[1] / "README.md"
 FIGURE = "growth.png"
 
@@ -36,13 +41,12 @@ class Results:
             self.rows += [{"kind": file.kind, **facts, **row} for row in file.payload["rows"]]
 
     def find(self, part: str, **facts: Any) -> Row | None:
-        """The last row of a part with these facts, of unquantized weights unless told."""
-        facts = {"quantization": None, **facts}
-        own = [r for r in self.rows if r["part"] == part and all(r.get(k) == v for k, v in facts.items())]
+        """The last of them."""
+        own = self.each(part, **facts)
         return own[-1] if own else None
 
     def each(self, part: str, **facts: Any) -> list[Row]:
-        """All rows of a part with these facts."""
+        """All rows of a part with these facts, of unquantized weights unless told."""
         facts = {"quantization": None, **facts}
         return [r for r in self.rows if r["part"] == part and all(r.get(k) == v for k, v in facts.items())]
 
@@ -96,8 +100,7 @@ def best(found: Results, part: str, facts: dict[str, Any], state: str) -> Row | 
 
 def targets(found: Results) -> str:
     """The targets beside what was measured."""
-    head = ["work", "authors' code", "ours at most", "floor", "attached", "folded"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = []
     for work, part, facts, show, authors, limit, most, floor in TARGETS:
         cells = []
         for state in ("attached", "folded"):
@@ -105,7 +108,7 @@ def targets(found: Results) -> str:
             met = row is not None and most is not None and row["seconds"] <= most
             cells.append("–" if row is None else f"**{show(row)}**" if met else show(row))
         lines.append([work, authors, limit, floor or "–", *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(["work", "authors' code", "ours at most", "floor", "attached", "folded"], lines)
 
 
 def ways(found: Results) -> str:
@@ -113,19 +116,19 @@ def ways(found: Results) -> str:
     rows = found.each("ways")
     if not rows:
         return ""
-    lines = [["without", "text, batch 1", "text, batch 8", "restoration"], ["---", "---:", "---:", "---:"]]
+    lines = []
     for name in dict.fromkeys(r["without"] for r in rows):
         own = [r for r in rows if r["without"] == name]
         texts = {r["batch"]: milliseconds(r) for r in own if r["work"] == "text"}
         restored = [seconds(r) for r in own if r["work"] == "restoration"]
         lines.append([name, *(texts.get(b, "–") for b in (1, 8)), restored[-1] if restored else "–"])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"\n\nWith one fast way left out at a time (`backbones/fast.py` says what they are):\n\n{table}"
+    shown = table(["without", "text, batch 1", "text, batch 8", "restoration"], lines)
+    return f"\n\nWith one fast way left out at a time (`backbones/fast.py` says what they are):\n\n{shown}"
 
 
 def memory(found: Results) -> str:
     """Peak memory by quantization."""
-    lines = [["base weights", "answer, peak", "text, batch 1", "SFT step, peak"], ["---", *["---:"] * 3]]
+    lines = []
     for kind in (None, "int8", "nf4"):
         answer = found.find("answer", quantization=kind, batch=1)
         texts = found.each("text", quantization=kind, batch=1)
@@ -138,7 +141,7 @@ def memory(found: Results) -> str:
         ]
         shown = "–" if text is None else milliseconds(text)
         lines.append([kind or "bfloat16", peaks[0], shown, peaks[1]])
-    return "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n\n" + table(["base weights", "answer, peak", "text, batch 1", "SFT step, peak"], lines)
 
 
 def changes(files: Sequence[ResultFile]) -> str:
@@ -147,17 +150,14 @@ def changes(files: Sequence[ResultFile]) -> str:
     if not own:
         return ""
     p = own[-1].payload
-    lines = [
-        ["base weights", "MB", "difference of a token's log-probability", "same answers", "latent error"],
-        ["---", *["---:"] * 4],
-    ]
+    lines = []
     for kind, row in p["kinds"].items():
         same = f"{row['same_answers']} of {p['scenes']}"
         numbers = (row["token_difference"], row["latent_error"])
         difference, latent = (f"{n:.4f}" for n in numbers)
         lines.append([kind, f"{row['bytes'] / 1e6:.1f}", difference, same, latent])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"\n\nThe built-in model with fewer bits, {own[-1].device}:\n\n{table}"
+    head = ["base weights", "MB", "difference of a token's log-probability", "same answers", "latent error"]
+    return f"\n\nThe built-in model with fewer bits, {own[-1].device}:\n\n{table(head, lines)}"
 
 
 def render(files: Sequence[ResultFile]) -> str:
@@ -199,10 +199,8 @@ def figure(files: Sequence[ResultFile], path: Path) -> None:
 def insert(files: Sequence[ResultFile]) -> None:
     """Puts tables between the markers of the README."""
     text = README.read_text(encoding="utf-8")
-    head, rest = text.split(MARKERS[0])
-    tail = rest.split(MARKERS[1])[1]
     shown = f"{render(files)}\n\n![How cost grows](results/speed/{FIGURE})"
-    README.write_text(f"{head}{MARKERS[0]}\n{shown}\n{MARKERS[1]}{tail}", encoding="utf-8")
+    README.write_text(inserted(text, shown, str(README), MARKERS), encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

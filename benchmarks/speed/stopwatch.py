@@ -193,25 +193,45 @@ class Session:
             "runs": len(times),
         }
 
-    def _profile(self, part: str, facts: dict[str, Any], work: Callable[[], Any]) -> None:
+    def profiler(self) -> Any:
+        """A profiler of what the device does."""
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             kinds.append(ProfilerActivity.CUDA)
-        try:
-            with profile(activities=kinds) as taken:
-                work()
-                self.sync()
-            averages = taken.key_averages()
-            keys = (
-                ("self_device_time_total", "self_cpu_time_total")
-                if len(kinds) > 1
-                else ("self_cpu_time_total",)
-            )
-            tables = [averages.table(sort_by=k, row_limit=45, max_name_column_width=90) for k in keys]
-        except Exception as error:  # a profile is no result
-            print("no profile of", part, error, flush=True)
-            return
+        return profile(activities=kinds)
+
+    def keep_profile(self, taken: Any, part: str, facts: dict[str, Any]) -> None:
+        """Writes tables of kernels beside the result."""
+        keys = ["self_device_time_total"] if self.device.type == "cuda" else []
+        averages = taken.key_averages()
+        tables = [
+            averages.table(sort_by=k, row_limit=45, max_name_column_width=90)
+            for k in (*keys, "self_cpu_time_total")
+        ]
         path = self.args.output.with_name(f"{self.args.output.stem}-{part}-profile.txt")
         path.write_text(f"{part} {facts}\n" + "\n".join(tables), encoding="utf-8")
+
+    def _profile(self, part: str, facts: dict[str, Any], work: Callable[[], Any]) -> None:
+        try:
+            with self.profiler() as taken:
+                work()
+                self.sync()
+            self.keep_profile(taken, part, facts)
+        except Exception as error:  # a profile is no result
+            print("no profile of", part, error, flush=True)
+
+    def run(self, bench: Any) -> int:
+        """Runs the parts, each a method of the bench.
+
+        Returns:
+            The exit status: 1 where something failed.
+        """
+        for part in self.parts:
+            try:
+                getattr(bench, part)()
+            except Exception as error:  # the other parts go on
+                self.fail(part, {}, error)
+        self.write()
+        return 1 if self.payload["failed"] else 0

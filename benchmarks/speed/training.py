@@ -19,8 +19,8 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -249,13 +249,7 @@ class Bench:
 
     def _profile(self, trainer: Any, part: str, facts: dict[str, Any]) -> None:
         """Watches the second step."""
-        from torch.profiler import ProfilerActivity, profile
-
-        kinds = [ProfilerActivity.CPU]
-        kinds += [ProfilerActivity.CUDA] if self.s.device.type == "cuda" else []
-        taken = profile(activities=kinds)
-        path = self.s.args.output.with_name(f"{self.s.args.output.stem}-{part}-profile.txt")
-        key = "self_device_time_total" if len(kinds) > 1 else "self_cpu_time_total"
+        session, taken = self.s, self.s.profiler()
 
         class Watch(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -263,8 +257,7 @@ class Bench:
                     taken.__enter__()
                 elif state.global_step == 2:
                     taken.__exit__(None, None, None)
-                    table = taken.key_averages().table(sort_by=key, row_limit=45, max_name_column_width=90)
-                    path.write_text(f"{part} {facts}\n{table}\n", encoding="utf-8")
+                    session.keep_profile(taken, part, facts)
 
         trainer.add_callback(Watch())
 
@@ -305,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_options(parser, PARTS)
     args = parser.parse_args(arguments)
     session = Session("training", args, PARTS)
-    load = replace(TINY) if args.size == "tiny" else Load()
+    load = TINY if args.size == "tiny" else Load()
     dtype = torch.float32 if session.device.type == "cpu" else torch.bfloat16
     session.payload |= {"load": asdict(load), "dtype": str(dtype).removeprefix("torch."), "rank": RANK}
     bench = Bench(session, load, dtype)
@@ -314,14 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     session.payload["weights_gb"] = session.peak()
     if "rate" not in session.parts:
         bench.rate()
-    for part in session.parts:
-        work: Callable[[], None] = getattr(bench, part)
-        try:
-            work()
-        except Exception as error:  # the other parts go on
-            session.fail(part, {}, error)
-    session.write()
-    return 1 if session.payload["failed"] else 0
+    return session.run(bench)
 
 
 if __name__ == "__main__":

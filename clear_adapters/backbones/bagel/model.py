@@ -39,9 +39,10 @@ class KeyValues(Protocol):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Sums in 32 bits and gives the input's type, under autocast too.
+    """Sums in 32 bits and gives the input's type, on a GPU under autocast too.
 
-    Autocast would give 32 bits, which each of the products behind it then casts back for itself.
+    Autocast would give 32 bits, which each of the products behind it then casts back for itself. A CPU's numbers are left as
+    they are.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,25 +84,18 @@ class Attention(nn.Module):
         k = get("k_norm")(get("k_proj")(x).view(-1, self.kv_heads, self.head_dim))
         return q, k, get("v_proj")(x).view(-1, self.kv_heads, self.head_dim)
 
-    def forward(
-        self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows | None
-    ) -> tuple[Tensor, Tensor]:
-        """Args: und (U, D), gen (G, D). Returns: the same shapes."""
-        q, k, v = self.project(und, gen, *frame.layout)
-        return self.leave(self.attend(q, k, v, frame, cache), und, gen, *frame.layout[:3])
-
     def project(
         self,
         und: Tensor,
         gen: Tensor,
-        shape: tuple[int, int],
+        b: int,
+        length: int,
         und_index: Tensor,
         gen_index: Tensor,
         cos: Tensor,
         sin: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, L, d) of both experts' tokens in one layout; places of neither stay zero."""
-        b, length = shape
         parts: tuple[Tensor, ...] = self._project(und, "")
         if gen.shape[0]:
             parts = tuple(
@@ -143,12 +137,13 @@ class Attention(nn.Module):
         out: Tensor,
         und: Tensor,
         gen: Tensor,
-        shape: tuple[int, int],
+        b: int,
+        length: int,
         und_index: Tensor,
         gen_index: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """What attention gives each expert's tokens, (U, D) and (G, D)."""
-        if und.shape[0] == shape[0] * shape[1]:
+        if und.shape[0] == b * length:
             return self.o_proj(out), gen
         # index_select, not indexing: its backward adds without sorting.
         u = self.o_proj(out.index_select(0, und_index))
@@ -211,9 +206,9 @@ class Frame:
         self._bias: Tensor | None = None
 
     @property
-    def layout(self) -> tuple[tuple[int, int], Tensor, Tensor, Tensor, Tensor]:
-        """All but the mask."""
-        return self.shape, self.und_index, self.gen_index, self.cos, self.sin
+    def layout(self) -> tuple[int, int, Tensor, Tensor, Tensor, Tensor]:
+        """All but what is hidden: B, L, the places of both experts' tokens, and the rotary tables."""
+        return *self.shape, self.und_index, self.gen_index, self.cos, self.sin
 
     @property
     def bias(self) -> Tensor:
@@ -263,48 +258,20 @@ class Layer(nn.Module):
         self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows | None = None
     ) -> tuple[Tensor, Tensor]:
         """Args: und (U, D), gen (G, D). Returns: the same shapes."""
-        some = gen.shape[0] > 0
-        a, b = self.self_attn(
-            self.input_layernorm(und), self.input_layernorm_moe_gen(gen) if some else gen, frame, cache
-        )
-        und = und + a
-        und = und + self.mlp(self.post_attention_layernorm(und))
-        if some:
-            gen = gen + b
-            gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
-        return und, gen
+        q, k, v = _enter(self, und, gen, *frame.layout)
+        out = self.self_attn.attend(q, k, v, frame, cache)
+        return _leave(self, out, und, gen, *frame.layout[:4])
 
 
-def _enter(
-    layer: Layer,
-    und: Tensor,
-    gen: Tensor,
-    b: int,
-    length: int,
-    und_index: Tensor,
-    gen_index: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer up to its attention."""
+def _enter(layer: Layer, und: Tensor, gen: Tensor, *layout: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer up to its attention; `layout` is that of its frame."""
     seen = layer.input_layernorm_moe_gen(gen) if gen.shape[0] else gen
-    return layer.self_attn.project(
-        layer.input_layernorm(und), seen, (b, length), und_index, gen_index, cos, sin
-    )
+    return layer.self_attn.project(layer.input_layernorm(und), seen, *layout)
 
 
-def _leave(
-    layer: Layer,
-    out: Tensor,
-    und: Tensor,
-    gen: Tensor,
-    b: int,
-    length: int,
-    und_index: Tensor,
-    gen_index: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """A layer from its attention on."""
-    x, y = layer.self_attn.leave(out, und, gen, (b, length), und_index, gen_index)
+def _leave(layer: Layer, out: Tensor, und: Tensor, gen: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
+    """A layer from its attention on; of the frame's layout, shape and places."""
+    x, y = layer.self_attn.leave(out, und, gen, *layout)
     und = und + x
     und = und + layer.mlp(layer.post_attention_layernorm(und))
     if gen.shape[0]:
@@ -344,10 +311,9 @@ class Compiled:
         self, layer: Any, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `Layer.forward` of a layer."""
-        shape, und_index, gen_index, cos, sin = frame.layout
-        q, k, v = self._enter(layer, und, gen, *shape, und_index, gen_index, cos, sin)
+        q, k, v = self._enter(layer, und, gen, *frame.layout)
         out = layer.self_attn.attend(q, k, v, frame, cache)
-        return self._leave(layer, out, und, gen, *shape, und_index, gen_index)
+        return self._leave(layer, out, und, gen, *frame.layout[:4])
 
 
 class Decoder(nn.Module):

@@ -100,9 +100,9 @@ def initialise(config: BagelConfig, seed: int) -> tuple[BagelModel, torch.nn.Mod
     return model.eval(), autoencoder.eval().requires_grad_(False)
 
 
-def build(seed: int = 0, layers: int = 2) -> BagelBackbone:
-    """The real classes at toy size with random weights, for the contract tests."""
-    config = small_config(
+def toy_config(layers: int = 2) -> BagelConfig:
+    """The sizes of the toy: pictures of 64 px."""
+    return small_config(
         width=32,
         layers=layers,
         heads=4,
@@ -115,5 +115,9 @@ def build(seed: int = 0, layers: int = 2) -> BagelBackbone:
         side=64,
         ae=AutoencoderConfig(ch=8, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=4, norm_groups=4),
     )
-    model, autoencoder = initialise(config, seed)
+
+
+def build(seed: int = 0, layers: int = 2) -> BagelBackbone:
+    """The real classes at toy size with random weights, for the contract tests."""
+    model, autoencoder = initialise(toy_config(layers), seed)
     return BagelBackbone(model, autoencoder, tokenizer())

@@ -1,0 +1,34 @@
+"""Tables of results inside a README, between two marker lines."""
+
+from __future__ import annotations
+
+from clear_adapters.errors import ClearValueError
+
+Markers = tuple[str, str]
+
+
+def markers(name: str) -> Markers:
+    """The lines before and behind a table."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def inserted(text: str, content: str, source: str, where: Markers) -> str:
+    """A README with the content between its markers.
+
+    Raises:
+        ClearValueError: it does not have each marker once, in order.
+    """
+    begin, end = where
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ClearValueError(
+            f"{source} needs the lines {begin} and {end}, each once: add them where the table goes"
+        )
+    return f"{text[: text.index(begin)]}{begin}\n{content}\n{text[text.index(end) :]}"
+
+
+def between(text: str, where: Markers) -> str | None:
+    """What stands between the markers; None without them."""
+    begin, end = where
+    if begin not in text or end not in text:
+        return None
+    return text[text.index(begin) + len(begin) : text.index(end)].strip()
