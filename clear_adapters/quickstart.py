@@ -17,7 +17,7 @@ from rich.table import Table
 from clear_adapters.adapter import attach
 from clear_adapters.degradations import degrade, list_degradations
 from clear_adapters.errors import ClearValueError
-from clear_adapters.scoring import score
+from clear_adapters.mmd_bench.miniature import compare, spelled
 from clear_adapters.world import KINDS, Question, ask, pair_scenes, render, sample_scene
 
 SEVERITIES = ("high", "mid", "high", "low", "high", "clean", "high", "mid")
@@ -52,13 +52,14 @@ class Row:
     restored: bool = False
     restored_image: Image.Image | None = None
 
+    @property
+    def _options(self) -> tuple[str, ...]:
+        """What letters of the answer stand for; empty where none are asked for."""
+        return tuple(self.question.options) if self.question.is_lettered else ()
+
     def is_right(self, answer: str) -> bool:
         """Whether an answer is the truth."""
-        q = self.question
-        if q.is_lettered:
-            return score(answer, q.answer, "option", options=q.options) is True
-        number = q.kind == "spatial" and q.answer.isdigit()  # a sign's "07" is a text
-        return score(answer, q.answer, "number" if number else "exact") is True
+        return compare(answer, self.question.answer, self.question.kind, self._options) is True
 
     @property
     def shown_question(self) -> str:
@@ -68,10 +69,7 @@ class Row:
     @property
     def shown_truth(self) -> str:
         """With the words behind a letter."""
-        q = self.question
-        if q.is_lettered:
-            return f"{q.answer} ({q.options['ABCDEFGH'.index(q.answer)]})"
-        return q.answer
+        return spelled(self.question.answer, self._options)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -2,5 +2,5 @@
 
 from clear_adapters.ui import build_demo, launch
 
-if __name__ == "__main__":  # a small run starts processes, which read this file again
+if __name__ == "__main__":
     launch(build_demo())

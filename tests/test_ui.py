@@ -223,7 +223,7 @@ def test_what_is_clean_depends_on_what_is_known():
     own = degraded(sample.clean, None, AS_IT_IS, "high", 0)
     assert own.clean is None
     assert own.seen is sample.clean
-    assert degraded(sample.clean, sample, AS_IT_IS, "high", 0).clean is sample.clean
+    assert degraded(sample.clean, sample, AS_IT_IS, "high", 0).clean is None
     assert data_url(own.seen).startswith("data:image/webp;base64,")
 
 
@@ -313,17 +313,15 @@ def _ends(thread):
 
 
 def test_a_question_that_takes_too_long_ends_with_a_message(pool, names, monkeypatch):
-    began = threading.Event()
+    release = threading.Event()
 
     def endless(*args, **options):
-        began.set()
         while True:
             time.sleep(0.05)
             yield TextDelta("la ")
 
     def stuck(*args, **options):
-        began.set()
-        time.sleep(3)
+        release.wait(30)
         yield TextDelta("late")
 
     for stream in (endless, stuck):
@@ -333,6 +331,7 @@ def test_a_question_that_takes_too_long_ends_with_a_message(pool, names, monkeyp
         assert progress.phase == "failed"
         assert "longer than 0.5 seconds" in progress.message
         assert time.monotonic() - start < 2.5
+    release.set()
     monkeypatch.undo()
     assert list(Asking(pool, names, query()).follow())[-1].phase == "done"  # whoever waits gets the model
 
@@ -560,7 +559,9 @@ def test_a_small_run_counts_up_and_can_be_cancelled(pool, names, monkeypatch):
         seen.append(kind)
         if kind == "progress":
             run.stop.set()
-    assert seen == ["progress", "stopped"]
+    assert seen[-1] == "stopped"
+    assert "done" not in seen
+    assert len(seen) < 12
     with pool.use(names) as model:
         assert model.enabled
     assert [k for k, _ in SmallRun(pool, Names(None, "builtin:nothing"), 2).follow()] == ["failed"]

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import httpx
@@ -62,7 +63,7 @@ def page(toy, tmp_path_factory):
 
 @pytest.fixture
 def client(page):
-    return Client(page[0], verbose=False)
+    return Client(page.address, verbose=False)
 
 
 def ask(client, question="What is it?", restore="auto", model="", adapter="", seed=0):
@@ -123,7 +124,7 @@ def test_a_question_about_a_picture_that_is_no_longer_there_is_dropped(page):
 
 
 def test_ten_at_once_are_all_answered(page):
-    clients = [Client(page[0], verbose=False) for _ in range(10)]
+    clients = [Client(page.address, verbose=False) for _ in range(10)]
 
     def one(number):
         clients[number].predict(number, api_name="/choose")
@@ -137,7 +138,7 @@ def test_ten_at_once_are_all_answered(page):
 
 
 def test_two_tabs_with_two_adapters_do_not_mix(page, toy, second):
-    tabs = [Client(page[0], verbose=False) for _ in range(2)]
+    tabs = [Client(page.address, verbose=False) for _ in range(2)]
     adapters = [str(toy / "adapter"), second]
 
     def tokens(number):
@@ -189,7 +190,7 @@ def test_uploads_are_read_asked_about_and_kept_nowhere(client, page, tmp_path):
     assert "What the models see: as it is" in str(shown)
     told = ask(client, "What colour is it?")["transcript"]
     assert told["picture"] == {"sample": None, "size": [512, 256], "degradation": None}
-    assert [p for p in page[1].rglob("*") if p.is_file()] == []
+    assert [p for p in page.files.rglob("*") if p.is_file()] == []
 
 
 def test_bad_uploads_are_told_and_kept_nowhere(client, page, tmp_path):
@@ -203,7 +204,7 @@ def test_bad_uploads_are_told_and_kept_nowhere(client, page, tmp_path):
     heavy.write_bytes(bytes(21 * 2**20))
     with pytest.raises(Exception, match=r"413|size"):
         upload(client, heavy)
-    assert [p for p in page[1].rglob("*") if p.is_file()] == []
+    assert [p for p in page.files.rglob("*") if p.is_file()] == []
     assert ask(client)["transcript"] is not None
 
 
@@ -221,13 +222,13 @@ def call(page, name, data, session=None):
     """Asks the server without Gradio's client, which would tidy up what is sent; the whole stream of answers."""
     body = {"data": data, **({"session_hash": session} if session else {})}
     made = httpx.post(
-        f"{page[0]}gradio_api/call/{name}",
+        f"{page.address}gradio_api/call/{name}",
         content=json.dumps(body),
         headers={"content-type": "application/json"},
         timeout=30,
     )
     event = made.json().get("event_id") if made.status_code == 200 else None
-    return httpx.get(f"{page[0]}gradio_api/call/{name}/{event}", timeout=60).text if event else made.text
+    return httpx.get(f"{page.address}gradio_api/call/{name}/{event}", timeout=60).text if event else made.text
 
 
 DAMAGE = ["none", "high", 0.9, 0, "", ""]
@@ -236,7 +237,7 @@ PROPER = {"_type": "gradio.FileData"}
 
 def sent(page, content, name="own.png"):
     """The path of a file that was sent to the page."""
-    return httpx.post(f"{page[0]}gradio_api/upload", files={"files": (name, content)}).json()[0]
+    return httpx.post(f"{page.address}gradio_api/upload", files={"files": (name, content)}).json()[0]
 
 
 def encoded(picture, kind="PNG"):
@@ -249,7 +250,7 @@ def encoded(picture, kind="PNG"):
 @pytest.mark.parametrize("kind", ["picture", "text", "in the page's folder"])
 @pytest.mark.parametrize("meta", ["absent", None, {"_type": "x"}, PROPER])
 def test_no_file_that_is_no_upload_is_read_or_deleted(page, tmp_path, session, kind, meta):
-    victim = (page[1] if kind == "in the page's folder" else tmp_path) / "victim.png"
+    victim = (page.files if kind == "in the page's folder" else tmp_path) / "victim.png"
     if kind == "text":
         victim.write_text("password = hunter2")
     else:
@@ -270,7 +271,7 @@ def test_uploads_are_told_apart_after_an_empty_one(page):
         call(page, "upload", [None, *DAMAGE], "empty")
         shown = call(page, "upload", [{"path": sent(page, content), "meta": PROPER}, *DAMAGE], "empty")
         assert "no picture that can be read" in shown or "50 megapixels" in shown
-        assert [p for p in page[1].rglob("*") if p.is_file()] == []
+        assert [p for p in page.files.rglob("*") if p.is_file()] == []
     path = sent(page, encoded(Image.new("RGB", (60, 40))))
     assert "What the models see" in call(page, "upload", [{"path": path, "meta": PROPER}, *DAMAGE], "empty")
     again = call(page, "upload", [{"path": path, "meta": PROPER}, *DAMAGE], "another")
@@ -282,7 +283,7 @@ NONSENSE = [None, "x", float("nan"), float("inf"), -1, 10**400, [1], {}, True]
 
 @pytest.mark.parametrize("value", NONSENSE, ids=str)
 def test_what_is_no_number_is_told(page, value):
-    for place, name in ((4, "seed"), (5, "number of steps"), (6, "temperature")):
+    for place, name in ((4, "seed"), (5, "number of points"), (6, "temperature")):
         data = ["What?", "never", "", "", 0, 0, 0, 0]
         data[place] = value
         shown = call(page, "ask", data)
@@ -349,9 +350,15 @@ def test_a_visit_that_ends_in_the_middle_of_an_answer_is_forgotten_too(page):
                 if number > 6:
                     break
     assert until(lambda: not [t for t in threading.enumerate() if t.name == "clear-demo-ask"])
-    time.sleep(1)
+    assert until(lambda: page.demo.sessions.sweep() or not traces(page, "middle"))
+
+
+def test_what_is_noted_down_after_a_page_was_closed_is_forgotten(page):
+    page.demo.sessions.leave(SimpleNamespace(session_hash="late"))
+    call(page, "choose", [2], "late")
+    assert traces(page, "late")
     page.demo.sessions.sweep()
-    assert not traces(page, "middle")
+    assert not traces(page, "late")
 
 
 def test_forgetting_goes_on_while_the_page_is_served(page, monkeypatch):
@@ -382,9 +389,9 @@ def test_many_files_in_one_request_are_refused(page):
 
 
 def test_the_page_asks_nobody_else(page):
-    text = httpx.get(page[0]).text
+    text = httpx.get(page.address).text
     loaded = re.findall(r'(?:src|href)="(https?://[^"]+)"', text)
-    assert [a for a in loaded if not a.startswith(page[0])] == []
+    assert [a for a in loaded if not a.startswith(page.address)] == []
 
 
 def test_a_small_run_of_the_page(client):

@@ -78,9 +78,7 @@ def main() -> int:
     began = time.perf_counter()
     payload = measure(args.count)
     device = f"CPU, {THREADS} thread, float32"
-    ResultFile.collect("demo_examples", payload, device=device, seeds=[0], command="choose.py").write(
-        args.output
-    )
+    ResultFile.collect("demo_examples", payload, device=device, seeds=[0]).write(args.output)
     print(
         payload["counts"],
         [(r["index"], r["outcome"], r["kind"], r["degradation"]) for r in choose(payload["rows"])],

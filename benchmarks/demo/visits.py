@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from readme import inserted, markers
 
+from clear_adapters.cli_options import ADAPTER
 from clear_adapters.results import ResultFile, read_result
 from clear_adapters.ui.samples import draw_sample
 
@@ -82,7 +83,7 @@ def ask(client: Client, index: int, restore: str = "auto") -> float:
     client.predict(index, api_name="/choose")
     began = time.perf_counter()
     question = draw_sample(index).suggestions[0].text
-    job = client.submit(question, restore, "", "builtin:clear-bagel-tiny", 0, 0, 0, api_name="/ask")
+    job = client.submit(question, restore, "", ADAPTER, 0, 0, 0, api_name="/ask")
     job.result()
     told = [o[7] for o in job.outputs() if isinstance(o[7], dict) and "question" in o[7]]
     assert told, f"no answer about sample {index}"
@@ -196,7 +197,7 @@ def render(result: ResultFile) -> str:
         (f"{u['n']} visitors at once: answered", f"{u['answered']} in {u['seconds_all']:.0f} s"),
         ("their waits, shortest and longest", f"{u['waited'][0]:.1f} to {u['waited'][-1]:.1f} s"),
         *(
-            (f"memory after {n} questions", f"{m['megabytes'][n]:.0f} MB")
+            (f"memory after {n} more questions", f"{m['megabytes'][n]:.0f} MB")
             for n in sorted(m["megabytes"], key=int)
         ),
         ("files left behind", str(p["files_left"])),
@@ -224,9 +225,7 @@ def main() -> int:
     args = parser.parse_args()
     payload = measure(args.repeats, args.users, args.questions)
     device = f"CPU, {os.cpu_count()} cores, {THREADS} threads, float32"
-    ResultFile.collect(
-        "demo", payload, device=device, seeds=[0], command="visits.py", packages=["gradio"]
-    ).write(args.output)
+    ResultFile.collect("demo", payload, device=device, seeds=[0], packages=["gradio"]).write(args.output)
     result = read_result(args.output)
     print(render(result))
     if args.readme:

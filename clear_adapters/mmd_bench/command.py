@@ -27,7 +27,7 @@ QUESTIONS = 1000
 """Of the built-in set, where no limit is given."""
 
 FEW = 32
-"""Questions of the built-in set that are degraded sooner than other processes have started."""
+"""Questions up to which the built-in set is degraded in this process."""
 
 
 def run_command(

@@ -6,6 +6,7 @@ Question i depends on the seed and on i alone, so a smaller set is the beginning
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,15 +58,32 @@ class Item:
     seed: int
 
     def score(self, answer: str) -> bool | None:
-        """Right, wrong, or None where a letter or number is asked for and none can be read."""
-        if self.options:
-            return score(answer, self.truth, "option", options=self.options)
-        return score(answer, self.truth, comparison(self.kind, self.truth))
+        """As `compare`."""
+        return compare(answer, self.truth, self.kind, self.options)
+
+
+def compare(answer: str, truth: str, kind: str, options: Sequence[str] = ()) -> bool | None:
+    """Right, wrong, or None where a letter or number is asked for and none can be read.
+
+    Args:
+        answer: of a model.
+        truth: the letter, number or words of the answer.
+        kind: of the question.
+        options: what the letters stand for; empty where there are none.
+    """
+    if options:
+        return score(answer, truth, "option", options=options)
+    return score(answer, truth, comparison(kind, truth))
 
 
 def comparison(kind: str, truth: str) -> Literal["number", "exact"]:
     """How an answer without options is compared; a sign's digits are a text: "07" is not 7."""
     return "number" if kind == "spatial" and truth.isdigit() else "exact"
+
+
+def spelled(truth: str, options: Sequence[str] = ()) -> str:
+    """A truth with the words behind its letter."""
+    return f"{truth} ({options['ABCDEFGH'.index(truth)]})" if options else truth
 
 
 def draw_item(seed: int, index: int) -> tuple[Item, Scene]:

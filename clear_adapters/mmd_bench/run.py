@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError
+from clear_adapters.journal import write_whole
 from clear_adapters.mmd_bench.answers import AnswerFile
 from clear_adapters.mmd_bench.job import Job, Settings, answer
 from clear_adapters.mmd_bench.protocol import Cell, protocols
@@ -313,6 +314,4 @@ def claim(output: Path, settings: Settings, sets: Sequence[BenchSet]) -> None:
     elif (output / "answers").exists():
         raise ClearValueError(f"{output} holds answers and no {RUN}: choose another folder")
     output.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(RUN + ".part")
-    part.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(file)
+    write_whole(file, json.dumps(new, indent=2, sort_keys=True) + "\n")

@@ -1,9 +1,10 @@
 """The Gradio page (extra `demo`): `launch(build_demo())`.
 
-A folder where the design has one file, since the page is ten concepts, and one file of them would have 2,000 lines.
+A folder where the design has one file: a page is many concepts.
 
 page          the whole, and how it is served
-playground    first tab: picture, damage, question, both answers
+controls      the controls of the first tab
+playground    what they do: picture, damage, question, both answers
 benchmark     second tab: official results, and a small run
 asking        one question to both models, in a thread that has the model
 models        the models, shared, one question at a time

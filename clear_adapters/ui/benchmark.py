@@ -211,10 +211,9 @@ def _said(text: str) -> str:
 def _figure() -> str:
     content = base64.b64encode((PAGE_DATA / "results.png").read_bytes()).decode("ascii")
     return (
-        "<h2>What the adapter is worth</h2><p>1,000 held-out questions, each picture clean and degraded at three severities. "
-        "Where pictures are poor, CLEAR answers more questions right than the model as it is; on clean pictures it costs a few; "
-        "and plain fine-tuning on degraded pictures does about as well. The built-in model shows the mechanism; its numbers say "
-        "nothing about large models.</p>"
+        "<h2>What the adapter is worth</h2><p>Held-out questions, each picture clean and degraded at three severities, put to the "
+        "model as it is, to plain fine-tuning on degraded pictures, and to CLEAR after each of its stages. The built-in model "
+        "shows the mechanism; its numbers say nothing about large models.</p>"
         f'<figure class="official"><img src="data:image/png;base64,{content}" '
         'alt="Two charts: right answers by severity, and how often the picture is restored. The tables below hold the numbers."></figure>'
     )

@@ -6,7 +6,7 @@ import gradio as gr
 
 from clear_adapters.degradations import SEVERITIES, list_degradations
 from clear_adapters.ui import render
-from clear_adapters.ui.inputs import HOTTEST, STEPS
+from clear_adapters.ui.inputs import HOTTEST, POINTS
 from clear_adapters.ui.models import ModelPool
 from clear_adapters.ui.pictures import AS_IT_IS, RANDOM, Subject
 from clear_adapters.ui.samples import SEVERITY
@@ -15,7 +15,7 @@ from clear_adapters.ui.sessions import UNUSED
 KNOWN = "Questions whose answer is known"
 _PRIVACY = (
     "JPEG, PNG, WebP and the like, at most 20 MB and 32 megapixels. The file is deleted as soon as it is read. The picture "
-    "stays in the memory of the machine that runs the page until you close the page, one hour at most, and goes nowhere else."
+    "stays in the memory of the machine that runs the page until you close the page or leave it unused for an hour, and goes nowhere else."
 )
 _TO_ANSWERS = """
   const cards = document.getElementById('plain');
@@ -60,7 +60,7 @@ class Controls:
                         self.base = gr.HTML(render.base_card(None, None, None), elem_id="base")
                     with gr.Column(scale=1, min_width=280, elem_id="clear"):
                         self.before = gr.HTML(render.clear_before(None), elem_id="before")
-                        self.picture = gr.HTML("", elem_id="restoration")
+                        self.restoration = gr.HTML("", elem_id="restoration")
                         self.after = gr.HTML("", elem_id="after")
                 self.verdict = gr.HTML("", elem_id="verdict")
         self._build_advanced(first)
@@ -111,7 +111,7 @@ class Controls:
         )
         with gr.Row():
             self.go = gr.Button("Ask both", variant="primary", elem_id="ask", scale=3, min_width=120)
-            self.end = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
+            self.stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
         self.status = gr.HTML(render.status(), elem_id="status")
 
     def _build_advanced(self, first: Subject) -> None:
@@ -142,7 +142,7 @@ class Controls:
                 self.seed = gr.Number(0, precision=0, minimum=0, label="Seed of the models", elem_id="seed")
                 self.steps = gr.Slider(
                     0,
-                    STEPS[1],
+                    POINTS[1],
                     0,
                     step=2,  # a schedule of one point takes no step
                     label="Points of the denoising schedule",

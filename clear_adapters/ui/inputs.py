@@ -11,7 +11,7 @@ from clear_adapters.errors import ClearValueError, ImageError
 
 LARGEST_SEED = 2**53 - 1
 """Above it a browser's numbers are no longer whole."""
-STEPS = (2, 50)
+POINTS = (2, 50)
 """Points of a restoration's schedule that may be asked for."""
 HOTTEST = 1.5
 """Temperature of text, at most."""
@@ -59,7 +59,7 @@ def read_steps(value: Any) -> int | None:
     """
     if _is_number(value) and value == 0:
         return None
-    return read_whole(value, "number of steps", *STEPS)
+    return read_whole(value, "number of points", *POINTS)
 
 
 def read_severity(level: Any, intensity: Any) -> float:

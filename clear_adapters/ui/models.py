@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -186,7 +187,7 @@ class ModelPool:
         if key in self._held or len(self._held) - idle < self._capacity:
             return True
         self._lock.release()
-        threading.Event().wait(_PATIENCE)
+        time.sleep(_PATIENCE)
         return False
 
     def _check(self, names: Names) -> Names:
@@ -212,7 +213,7 @@ class ModelPool:
         """Lets somebody who waits in `use` go first; to be called inside `use` between two pieces of work."""
         self._lock.release()
         try:
-            threading.Event().wait(_PATIENCE)
+            time.sleep(_PATIENCE)
         finally:
             self._lock.acquire()
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
-from clear_adapters.degradations import SEVERITIES, degrade, draw
-from clear_adapters.errors import ClearValueError, ImageError
+from clear_adapters.degradations import SEVERITIES, degrade, draw, intensity_of
+from clear_adapters.errors import ImageError
 from clear_adapters.images import load_image
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ class Subject:
 
     @property
     def clean(self) -> Image.Image | None:
-        """The clean picture; None where only a poor one is known."""
-        return self.picture if self.degradation is not None or self.sample is not None else None
+        """The clean picture; None where what the models see is all that is known."""
+        return self.picture if self.degradation is not None else None
 
     @property
     def title(self) -> str:
@@ -94,11 +94,7 @@ def degraded(
     """
     if name == AS_IT_IS:
         return Subject(picture, sample, picture)
-    intensity = SEVERITIES.get(severity, severity) if isinstance(severity, str) else severity
-    if isinstance(intensity, str):
-        raise ClearValueError(
-            f"severity {intensity!r}: one of {', '.join(SEVERITIES)}, or a number from 0 to 1"
-        )
+    intensity = intensity_of(severity)
     drawn = name == RANDOM
     if drawn:
         name = draw(seed)

@@ -59,7 +59,8 @@ class Playground:
         self.max_seconds = max_seconds
         self.max_side = max_side
         self.chosen_from: ResultFile = recorded()
-        self.examples = [(e, _example(e.index), draw_sample(e.index).suggestions[0].text) for e in gallery()]
+        self.examples = [(e, _example(e.index)) for e in gallery()]
+        self._places = {_place(subject) for _, subject in self.examples}
         self._kept: OrderedDict[Any, Progress] = OrderedDict()
         self._running: dict[str, _Running] = {}
         self.on = Controls(pool, self.examples[0][1], self._gallery(self.examples[0][1]))
@@ -67,17 +68,7 @@ class Playground:
 
     def _connect(self) -> None:
         on = self.on
-        answers = [
-            on.strip,
-            on.status,
-            on.base,
-            on.before,
-            on.picture,
-            on.after,
-            on.verdict,
-            on.transcript,
-            on.save,
-        ]
+        answers = [*self._nothing()]
         asked: dict[str, Any] = {
             "fn": self.ask,
             "preprocess": False,  # here and below: what is sent is checked by `inputs`
@@ -102,21 +93,14 @@ class Playground:
         # Nothing is cancelled through Gradio, which ends an answer without a word and may take the next click back. Whatever
         # ends an answer sets its flag (`end`), and makes a new version, so that a question that still waits is dropped.
         on.go.click(**asked, api_name="ask", trigger_mode="always_last", js=SHOW_ANSWERS)
-        picture = [
-            on.subject,
-            on.question,
-            on.suggested,
-            on.gallery,
-            on.preview,
-            on.trouble,
-        ]
+        chosen = [on.subject, on.question, on.suggested, on.gallery, on.preview, on.trouble]
         damage = [on.kind, on.level, on.intensity, on.damage_seed]
         (
             on.gallery.select(_picked, None, on.index, trigger_mode="multiple", **quiet)
             .then(
                 self.choose,
                 on.index,
-                [*picture, *damage, *answers, on.version],
+                [*chosen, *damage, *answers, on.version],
                 api_name="choose",
                 preprocess=False,
                 trigger_mode="always_last",
@@ -124,7 +108,7 @@ class Playground:
             )
             .then(**asked, api_visibility="private", trigger_mode="always_last")
         )
-        on.end.click(
+        on.stop.click(
             self.stop,
             [on.subject, on.version],
             [on.subject, on.version, on.status],
@@ -143,11 +127,11 @@ class Playground:
         on.kind.input(self.degrade, choice, **degrading, api_name="degrade")
         for changed in (on.level.input, on.damage_seed.submit, on.damage_seed.blur):
             changed(self.degrade, choice, **degrading, api_visibility="private")
-        on.intensity.input(self.degrade_exactly, choice, **degrading, api_visibility="private")
+        on.intensity.input(self.degrade, choice, **degrading, api_visibility="private", js=_NO_LEVEL)
         on.upload.input(
             self.upload,
             [on.upload, *damage, on.model, on.adapter],
-            [on.upload, *picture, *answers, on.version],
+            [on.upload, *chosen, *answers, on.version],
             trigger_mode="always_last",
             preprocess=False,  # so that the file comes unopened, too
             api_name="upload",
@@ -170,7 +154,7 @@ class Playground:
             self.on.status: render.status(_STOPPED if stopped else None),
             self.on.base: render.base_card(None, None, None),
             self.on.before: render.clear_before(None),
-            self.on.picture: "",
+            self.on.restoration: "",
             self.on.after: "",
             self.on.verdict: "",
             self.on.transcript: None,
@@ -275,31 +259,15 @@ class Playground:
             return {self.on.trouble: ""}
         stopped = self.end(request)
         foreign = changed.sample is None and self._is_builtin(model, adapter)
-        return {
+        shown = {
             self.on.level: level,
-            self.on.intensity: severity,
             **self._hold(changed),
             self.on.preview: render.preview(changed, foreign),
             self.on.trouble: "",
             **self._nothing(stopped),
         }
-
-    def degrade_exactly(
-        self,
-        subject: Subject | None,
-        kind: Any,
-        level: Any,
-        intensity: Any,
-        seed: Any,
-        model: Any,
-        adapter: Any,
-        version: Any,
-        request: gr.Request,
-    ) -> Shown:
-        """The same by the slider, whatever level was chosen before."""
-        shown = self.degrade(subject, kind, None, intensity, seed, model, adapter, version, request)
-        shown.pop(self.on.intensity, None)  # it may have moved on
-        return shown
+        # Without a level the slider says how much, and may have moved on.
+        return shown if level is None else shown | {self.on.intensity: severity}
 
     def ask(
         self,
@@ -333,7 +301,7 @@ class Playground:
             yield {**self._nothing(), self.on.status: render.status(None, str(error))}
             return
         truth = subject.sample.find(query.question) if subject.sample is not None else None
-        key = self._key(names, subject, query)
+        key = self._key(names, subject, truth, query)
         if key in self._kept:
             yield self._shown(replace(self._kept[key], cached=True), subject, truth, query, names)
             return
@@ -366,26 +334,12 @@ class Playground:
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
 
-    def _key(self, names: Names, subject: Subject, query: Query) -> Any:
+    def _key(self, names: Names, subject: Subject, truth: Suggestion | None, query: Query) -> Any:
         """Under which an example's progress is kept; None for anything that is none."""
-        if subject.sample is None or subject.sample.index not in [e.index for e, _, _ in self.examples]:
+        place = _place(subject)
+        if truth is None or place not in self._places:
             return None
-        about = (subject.sample.index, subject.degradation, subject.intensity, subject.seed)
-        if about not in [
-            (s.sample.index, s.degradation, s.intensity, s.seed) for _, s, _ in self.examples if s.sample
-        ]:
-            return None
-        if subject.sample.find(query.question) is None:
-            return None
-        return (
-            names,
-            about,
-            " ".join(query.question.split()),
-            query.restore,
-            query.seed,
-            query.steps,
-            query.temperature,
-        )
+        return names, place, truth.text, query.restore, query.seed, query.steps, query.temperature
 
     def _shown(
         self, progress: Progress, subject: Subject, truth: Suggestion | None, query: Query, names: Names
@@ -397,7 +351,7 @@ class Playground:
             self.on.status: render.status(progress),
             self.on.base: render.base_card(progress, subject, truth),
             self.on.before: render.clear_before(progress),
-            self.on.picture: render.clear_picture(progress),
+            self.on.restoration: render.clear_picture(progress),
             self.on.after: render.clear_after(progress, truth),
             self.on.verdict: render.verdict(progress, subject, truth) if transcript is not None else "",
             self.on.transcript: transcript,
@@ -437,8 +391,16 @@ class _Running:
     replaced: bool = False
 
 
+_NO_LEVEL = "(subject, kind, level, ...rest) => [subject, kind, null, ...rest]"
+"""Of what the slider sends: whatever level was chosen before."""
 _STOPPED = Progress(phase="stopped")
 _EXPIRED = "There is no picture: it was forgotten after an hour. Choose an example or bring one."
+
+
+def _place(subject: Subject) -> Any:
+    """Which sample it is, and what was done to it."""
+    index = None if subject.sample is None else subject.sample.index
+    return index, subject.degradation, subject.intensity, subject.seed
 
 
 def _example(index: int) -> Subject:

@@ -87,22 +87,21 @@ def status(progress: Progress | None = None, message: str = "") -> str:
 
 def problem(message: str) -> str:
     """What is wrong with a picture."""
-    return status(None, message) if message else ""
+    return status(None, message)
 
 
-def gallery(
-    examples: Sequence[tuple[Example, Subject, str]], chosen: int | None, counts: dict[str, int]
-) -> str:
+def gallery(examples: Sequence[tuple[Example, Subject]], chosen: int | None, counts: dict[str, int]) -> str:
     """The examples as buttons, and how they were chosen.
 
     Args:
-        examples: each with its degraded picture and its question.
+        examples: each with its degraded picture.
         chosen: index of the sample that is shown now.
         counts: of outcomes over the whole run that they were chosen from.
     """
     cards = []
-    for example, subject, question in examples:
-        line = " ".join(question.split())
+    for example, subject in examples:
+        assert subject.sample is not None
+        line = " ".join(subject.sample.suggestions[0].text.split())
         pressed = "true" if example.index == chosen else "false"
         cards.append(
             f'<button type="button" data-index="{example.index}" aria-pressed="{pressed}" class="{example.outcome}">'
@@ -114,24 +113,22 @@ def gallery(
     note = (
         f"Not hand-picked: {total} held-out scenes were spoilt at high severity and asked about. CLEAR was right and the plain "
         f"model wrong on {counts.get('helps', 0)}, the other way round on {counts.get('harms', 0)}; both were right on {both}, "
-        f"both wrong on {counts.get('fails', 0)}. Each kind is shown by the first scenes that came up, so the gallery shows what "
-        "can happen, not how often."
+        f"both wrong on {counts.get('fails', 0)}. Each kind is shown by the first scenes that a fixed rule admits, each with another kind of damage, so the gallery "
+        "shows what can happen, not how often."
     )
     return f'<div class="gallery" role="group" aria-label="Examples">{"".join(cards)}</div><p class="small">{note}</p>'
 
 
-def preview(subject: Subject | None, foreign: bool = False) -> str:
+def preview(subject: Subject, foreign: bool = False) -> str:
     """The picture before and after it was degraded.
 
     Args:
         subject: what is asked about.
         foreign: whether the model has never seen pictures of this kind.
     """
-    if subject is None:
-        return '<p class="empty">Choose an example, or bring a picture of your own.</p>'
     clean = subject.clean
     figures = []
-    if clean is not None and subject.degradation is not None:
+    if clean is not None:
         figures.append(
             f"<figure>{_image(clean, 'The clean picture')}<figcaption>clean (not shown to the models)</figcaption></figure>"
         )
@@ -228,10 +225,8 @@ def clear_before(progress: Progress | None) -> str:
     return f'<div class="card-top">{title}{look}{decide}</div>'
 
 
-def clear_picture(progress: Progress | None) -> str:
+def clear_picture(progress: Progress) -> str:
     """The middle: the restoration as it denoises."""
-    if progress is None:
-        return ""
     turn = next(
         (t for t in reversed(progress.turns) if t.decision is not None and t.decision.action == "restore"),
         None,
@@ -256,9 +251,9 @@ def clear_picture(progress: Progress | None) -> str:
     return f'<div class="moment"><h4>3 Restores <small>{told}</small></h4>{bar}{picture}</div>'
 
 
-def clear_after(progress: Progress | None, truth: Suggestion | None) -> str:
+def clear_after(progress: Progress, truth: Suggestion | None) -> str:
     """The second half: read and answer."""
-    if progress is None or not progress.turns:
+    if not progress.turns:
         return ""
     parts = []
     for place, turn in enumerate(progress.turns[1:]):
@@ -278,10 +273,8 @@ def clear_after(progress: Progress | None, truth: Suggestion | None) -> str:
 # ---------------------------------------------------------------------------------------------------- what it comes to
 
 
-def verdict(progress: Progress | None, subject: Subject | None, truth: Suggestion | None) -> str:
-    """One sentence on what happened, the pictures beside each other, and the time it took."""
-    if progress is None or subject is None or progress.clear is None or progress.base is None:
-        return ""
+def verdict(progress: Progress, subject: Subject, truth: Suggestion | None) -> str:
+    """One sentence on what happened, the pictures beside each other, and the time it took; of a whole progress."""
     return (
         f'<section class="card verdict" aria-label="What happened">{_summary(progress, truth)}'
         f'<div class="two"><div>{compare(subject, progress.restored_image)}</div><div>{_times(progress)}</div></div></section>'
@@ -309,8 +302,7 @@ def _summary(progress: Progress, truth: Suggestion | None) -> str:
 
 def compare(subject: Subject, restored: Image.Image | None) -> str:
     """Clean, degraded and restored picture in one place, any two of them under a slider."""
-    clean = subject.clean if subject.degradation is not None else None
-    found = {"clean": clean, "degraded": subject.seen, "restored": restored}
+    found = {"clean": subject.clean, "degraded": subject.seen, "restored": restored}
     there = {name: p for name, p in found.items() if p is not None}
     pairs = [
         p

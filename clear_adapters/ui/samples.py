@@ -12,9 +12,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from clear_adapters.mmd_bench.miniature import SIDE, comparison, draw_item
+from clear_adapters.mmd_bench.miniature import SIDE, compare, draw_item, spelled
 from clear_adapters.results import ResultFile, read_result
-from clear_adapters.scoring import score
 from clear_adapters.world import ask, render
 
 if TYPE_CHECKING:
@@ -63,15 +62,11 @@ class Suggestion:
     @property
     def shown_truth(self) -> str:
         """With the words behind a letter."""
-        if self.options:
-            return f"{self.truth} ({self.options['ABCDEFGH'.index(self.truth)]})"
-        return self.truth
+        return spelled(self.truth, self.options)
 
     def is_right(self, answer: str) -> bool:
         """Whether an answer is the truth; one that cannot be read is not."""
-        if self.options:
-            return score(answer, self.truth, "option", options=self.options) is True
-        return score(answer, self.truth, comparison(self.kind, self.truth)) is True
+        return compare(answer, self.truth, self.kind, self.options) is True
 
 
 @dataclass(frozen=True)
