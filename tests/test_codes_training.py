@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from clear_adapters import attach
-from clear_adapters.backbones import get_backbone, list_backbones, resolve
+from clear_adapters.backbones import get_backbone, list_backbones, resolve, writer
 from clear_adapters.contract.paths import describe
 from clear_adapters.datasets import read_examples
 from clear_adapters.datasets.world import build as build_world
@@ -16,9 +16,11 @@ from clear_adapters.rewards import register_reward
 from clear_adapters.rewards.registry import REWARDS
 from clear_adapters.sampling import LatentSampling, TextSampling
 from clear_adapters.training.bridge import BridgeObjective, BridgeSettings
+from clear_adapters.training.build import decoder_layers
 from clear_adapters.training.grpo import GrpoObjective, GrpoSettings
 from clear_adapters.training.objective import Draw
 from clear_adapters.training.sft import SftObjective, SftSettings
+from clear_adapters.training.trainer import compile_layers
 from tests.scripted import picture
 
 FAMILIES = [n for n in list_backbones() if get_backbone(n).kind == "codes"]
@@ -219,3 +221,54 @@ def test_codes_are_written_without_gradient_and_leave_the_room_they_took(attache
     assert after.length == context.length
     assert storage.used <= context.length
     assert all(not r.codes.requires_grad for r in found)
+
+
+# -- on a GPU
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(params=FAMILIES)
+def on_gpu(request):
+    spec = get_backbone(request.param)
+    backbone = resolve(spec.tiny, spec)(0)
+    backbone.model.to("cuda")
+    made = attach(backbone)
+    made.config = replace(made.config, protocol=get_protocol("tiny"))
+    yield made
+    made.detach()
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("guided", [False, True])
+def test_captured_codes_equal_uncaptured_ones(on_gpu, guided, monkeypatch):
+    backbone = on_gpu.backbone
+    image = backbone.prepare(picture(0))
+    context = backbone.read_image(backbone.start(2, [1, 2]), [image, image])
+    latent = LatentSampling(temperature=0.0, **({} if guided else {"guidance_text": 1, "guidance_image": 1}))
+    guidance = (context.fork(), None) if guided else ()
+    graphs, capture = [], writer.Writer._captured
+    monkeypatch.setattr(writer.Writer, "_captured", lambda self: graphs.append(capture(self)) or graphs[-1])
+    found = backbone.restore(context.fork(), latent, guidance)[1]
+    assert graphs
+    assert None not in graphs
+    monkeypatch.setattr(writer.Writer, "_captured", lambda self: None)
+    plain = backbone.restore(context.fork(), latent, guidance)[1]
+    assert [r.codes.tolist() for r in found] == [r.codes.tolist() for r in plain]
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_layers_learn_what_plain_ones_do(on_gpu, examples):
+    own = SftObjective(on_gpu.backbone, get_protocol("tiny"), SftSettings(traces=ALWAYS))
+    made = {k: v.to("cuda") if hasattr(v, "to") else v for k, v in own.collate(draws(examples)).items()}
+    losses = [float(own.loss(on_gpu.module, made, made["counts"])["loss"])]
+    try:
+        compile_layers(decoder_layers(on_gpu))
+        losses.append(float(own.loss(on_gpu.module, made, made["counts"])["loss"]))
+    finally:
+        torch._dynamo.reset()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

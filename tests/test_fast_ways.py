@@ -290,11 +290,13 @@ def test_a_family_that_compiles_nothing_says_so():
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("latent", [GUIDED, SDE], ids=["guided", "sde"])
-def test_all_ways_together_on_a_gpu(latent):
+@pytest.mark.parametrize("way", [*fast.WAYS, "all"])
+def test_a_fast_way_on_a_gpu(way, latent):
     attached = attached_of("cuda")
     with fast.switched(*fast.WAYS, on=False):
         expected = rollouts(attached, latent)
-    assert_same(rollouts(attached, latent), expected, tolerance=1e-3)
+    with fast.switched(*(fast.WAYS if way == "all" else [way]), on=True):
+        assert_same(rollouts(attached, latent), expected, tolerance=1e-3)
 
 
 @pytest.mark.gpu
