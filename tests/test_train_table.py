@@ -50,11 +50,16 @@ def test_what_a_family_goes_on_from_is_trained_too(tmp_path, capsys):
 def test_the_overrides_are_values_of_the_recipe():
     for family in train_table.FAMILIES.values():
         load_recipe("tiny", family.overrides, stage=family.stage)
-    direct = load_recipe("tiny", train_table.FAMILIES["direct"].overrides)
-    stages = [load_recipe("tiny", stage=s) for s in ("sft", "bridge", "grpo")]
-    samples = [r.loop.steps * r.loop.batch * (r.grpo.group if r.stage == "grpo" else 1) for r in stages]
-    assert direct.loop.steps * direct.loop.batch >= sum(samples)
-    assert direct.loop.steps >= sum(r.loop.steps for r in stages)
+
+
+def test_direct_tuning_sees_as_many_samples_as_the_stages_together(tmp_path, capsys):
+    def steps_of(*more):
+        told = commands(tmp_path, capsys, "--seeds", "0", "--families", "direct", "clear", *more)
+        (direct,) = [line for line in told if "/direct0 " in line]
+        return load_recipe("tiny", [w for w in direct.split() if "=" in w]).loop.steps
+
+    assert steps_of() == 4900  # 1.025 * (4,000 * 64 + 300 * 64 + 120 * 32 * 8) / 64
+    assert steps_of("--set", "sft:loop.steps=1000", "--set", "grpo:loop.steps=20") == 1415
 
 
 def test_a_failed_run_takes_what_needs_it_along_and_nothing_else(tmp_path, capsys):

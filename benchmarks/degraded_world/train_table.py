@@ -15,13 +15,14 @@ the place of the built-in ones.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from systems import SYSTEMS
 
 from clear_adapters import store
 from clear_adapters.errors import ClearError, ClearValueError, unknown_name
-from clear_adapters.training.recipe import divide_overrides
+from clear_adapters.training.recipe import STAGES, divide_overrides, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATE = Path(__file__).with_name("evaluate.py")
@@ -56,8 +57,7 @@ class Family:
 
 
 FAMILIES = {
-    # As many samples and steps as stage 1 to 3 together have: 4,000 x 64, then 300 x 64, then 120 x 32 x 8 rollouts, and a little more.
-    "direct": Family("sft", None, ("sft.mode=direct", "loop.steps=4900")),
+    "direct": Family("sft", None, ("sft.mode=direct",)),  # for how long: see `direct_steps`
     "sft": Family("sft"),
     "bridge": Family("bridge", "sft"),
     "truth": Family(
@@ -136,6 +136,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
             raise unknown_name("family", name, FAMILIES)
     wanted = with_those_before(args.families)
     given = divide_overrides(args.set, sorted({FAMILIES[family].stage for family in wanted}))
+    steps = direct_steps(args.recipe, given)
     jobs = []
     for family in wanted:
         own = FAMILIES[family]
@@ -161,9 +162,22 @@ def plan(args: argparse.Namespace) -> list[Job]:
             ]
             command += [] if needs is None else ["--adapter", str(args.output / needs)]
             overrides = [*own.overrides, f"seed={seed}", *given[own.stage]]
+            overrides += [f"loop.steps={steps}"] if family == "direct" else []
             command += [part for override in overrides for part in ("--set", override)]
             jobs.append(Job(f"{family}{seed}", () if needs is None else (needs,), tuple(command)))
     return jobs + (measurements(args, wanted) if args.results else [])
+
+
+def direct_steps(recipe: str, given: Mapping[str, Sequence[str]]) -> int:
+    """Steps of direct tuning: as many samples as the three stages together have, rollouts counted singly, and a little more.
+
+    Raises:
+        UnknownNameError: no such recipe.
+        ClearValueError: an override cannot be used.
+    """
+    stages = [load_recipe(recipe, given.get(stage, ()), stage) for stage in STAGES]
+    samples = sum(r.loop.steps * r.loop.batch * (r.grpo.group if r.stage == "grpo" else 1) for r in stages)
+    return math.ceil(1.025 * samples / stages[0].loop.batch)
 
 
 def with_those_before(names: Sequence[str]) -> list[str]:
