@@ -6,6 +6,8 @@ gives the last layer's states after the norm only. Its layers are used as they a
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +32,12 @@ class _Update:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
         return self._held.append(layer, keys, values)
+
+
+@cache
+def _cache_name(layer: type) -> str:
+    """What the layers of a class call their cache: transformers renamed it after 5.23, and ignores a name it does not know."""
+    return "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
 
 
 @any_shape()
@@ -66,7 +74,7 @@ def run_layers(
         else:
             # Past hooks and what `compile` made of it: each length is a shape of its own, and a layer that recomputes
             # activations would drop the cache.
-            states = layer.forward(states, cache=_Update(cache), **given)
+            states = layer.forward(states, **{_cache_name(type(layer)): _Update(cache)}, **given)
         if i in hidden_layers:
             kept[i] = states
     return decoder.norm(states), kept
