@@ -46,7 +46,8 @@ def build(
     Args:
         source: a `.json`, `.jsonl` or `.tsv` file, or a `Stream` of the Hub.
         output: the folder of the data set: `data.jsonl` (stages 1 and 2), `rl.jsonl` (stage 3), `heldout.jsonl`, `images`,
-            `manifest.jsonl` (a record a picture), `rejected.jsonl` (rows that are in none, with the reason), `summary.json`.
+            `manifest.jsonl` (a record a picture), `rejected.jsonl` (rows that were drawn, or could not be used, and are in
+            none, with the reason), `summary.json`.
         plan: what it contains; None is the default.
         pictures: folder of the pictures; None is the source's own.
         helpers: who works at it; None is processes alone.

@@ -1,7 +1,8 @@
 """One picture: whether it is taken, its hashes, and its degraded version, all of which follow from its pixels and the seed.
 
-Clean pictures are kept as the files they are. What the released code does differently (METHOD of the released data
-pipeline): it draws without a seed, and a picture that fails is logged and left out; here it is in the list of rejects.
+Clean pictures are kept as the files they are (JPEG, PNG, WebP; others become PNG). What the released code does differently
+(METHOD of the released data pipeline): it draws without a seed, and a picture that fails is logged and left out; here it is
+in the list of rejects.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Rows of a dataset repository of the Hub, streamed: only what is drawn is downloaded, and kept until the build is finished."""
+"""Rows of a dataset repository of the Hub, streamed: those that are drawn are kept until the build is finished.
+
+A limit of N draws among the first N + `BUFFER` rows of the files, which are shuffled; about as many are downloaded, pictures
+included. A fetch that was stopped reads them from the start again and keeps what it has.
+"""
 
 from __future__ import annotations
 
