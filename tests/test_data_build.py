@@ -411,7 +411,7 @@ def test_another_folder_of_pictures_or_another_judge_is_another_build(tmp_path):
     names = photographs(tmp_path / "one", 2)
     photographs(tmp_path / "two", 2)
     source = write_rows(tmp_path / "rows.jsonl", rows_of(names))
-    judges = [Judge(Endpoint("http://127.0.0.1:1/v1", name)).mark for name in ("j", "k")]
+    judges = [Judge(Endpoint("http://127.0.0.1:1/v1", name)) for name in ("j", "k")]
     used = replace(ONE, judge=judges[0])
     build(source, tmp_path / "out", Plan(), pictures=tmp_path / "one", helpers=used)
     build(source, tmp_path / "out", Plan(), pictures=tmp_path / "two" / ".." / "one", helpers=used)
@@ -536,13 +536,16 @@ def test_the_base_model_is_the_plain_one(built, toy):
 
 
 def test_a_judge_decides_where_the_base_models_words_differ(source, tmp_path):
-    def judge(questions, truths, answers):
-        assert set(answers) == {"something else"}
-        return [{"a kind 0": 1.0, "a kind 1": None}.get(t, 0.0) for t in truths]
+    class Lenient:
+        name = "lenient"
+
+        def mark(self, questions, truths, answers):
+            assert set(answers) == {"something else"}
+            return [{"a kind 0": 1.0, "a kind 1": None}.get(t, 0.0) for t in truths]
 
     plan = Plan(pathway="backbone", splits={"train": 1.0}, restore_share=None)
     base = Knowing({"0-a", "1-a", "2-a"})
-    used = Helpers(base=base, judge=judge, workers=1, progress=False)
+    used = Helpers(base=base, judge=Lenient(), workers=1, progress=False)
     summary = build(source, tmp_path / "out", plan, helpers=used)
     restored = {r["id"] for r in lines(tmp_path / "out" / "data.jsonl") if RESTORE in r["reply"]}
     assert restored == {"2-a"}

@@ -164,7 +164,7 @@ def test_a_judge_takes_other_words_and_the_truth_is_trained(source, tmp_path):
         return Reply("0" if '"truth": "a kind 0"' in text_of(body) else "1")
 
     with serve(other_words) as service, serve(judged) as court:
-        judge = Judge(Endpoint(court.url, "j", retries=0)).mark
+        judge = Judge(Endpoint(court.url, "j", retries=0))
         plan = Plan(**{**PLAN, "tries": 1})
         summary = build(source, tmp_path / "out", plan, helpers=helpers(service, judge))
     kept = lines(tmp_path / "out" / "data.jsonl")

@@ -84,9 +84,7 @@ def read_parts(text: str) -> Parts:
     return Parts(between[1], between[len(tags) - 1], between[4] if tags == _RESTORE else None)
 
 
-def matches(
-    answer: str, truth: str, options: Sequence[str] = (), kind: Kind = "auto", threshold: float = 0.8
-) -> bool:
+def matches(answer: str, truth: str, options: Sequence[str] = (), kind: Kind = "auto") -> bool:
     """Whether an answer says what the truth says, told without asking anybody.
 
     Args:
@@ -94,7 +92,6 @@ def matches(
         truth: the truth; of a question with options the letter, or the text of one of them.
         options: the options' texts in the order of their letters.
         kind: how to compare, as `scoring.score` does. With options a letter or a text that names the true one counts.
-        threshold: of `fuzzy`.
     """
     if options:
         letters = letters_of(options)
@@ -103,7 +100,7 @@ def matches(
             return score(answer, letter, "option", options=letters) is True
     if kind == "option":
         kind = "auto"
-    return score(answer, truth, kind, threshold=threshold) is True
+    return score(answer, truth, kind) is True
 
 
 def says(answer: str, truth: str, options: Sequence[str] = ()) -> bool:

@@ -81,7 +81,7 @@ def build(
             "source": source.facts() if isinstance(source, Stream) else _facts(Path(source)),
             "teacher": helpers.teacher.name if helpers.teacher else None,
             "base": helpers.base.name if helpers.base else None,
-            "judge": _judge_name(helpers.judge),
+            "judge": helpers.judge.name if helpers.judge else None,
             "pictures": None if isinstance(source, Stream) else _folder(source, pictures),
         }
         claim(folder, SETTINGS, settings)
@@ -164,14 +164,6 @@ def _check_helpers(plan: Plan, helpers: Helpers) -> None:
         raise ClearValueError(
             "a budget needs a limit of the teacher's replies: give its endpoint options with max_tokens"
         )
-
-
-def _judge_name(judge: writers.Judge | None) -> str | None:
-    """The model of a judge that is a service; of another what it is called."""
-    if judge is None:
-        return None
-    endpoint = getattr(getattr(judge, "__self__", None), "endpoint", None)
-    return str(getattr(endpoint, "model", None) or getattr(judge, "__name__", type(judge).__name__))
 
 
 def _folder(source: str | Path, pictures: str | Path | None) -> str:

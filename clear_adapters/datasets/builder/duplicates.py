@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -55,10 +55,3 @@ class Clusters:
         """Makes one cluster of two."""
         a, b = sorted((self.root(a), self.root(b)))
         self._parent[b] = a
-
-    def join_equal(self, keys: Sequence[Hashable]) -> None:
-        """Joins all things of one key; None and the empty text are no key."""
-        first: dict[Hashable, int] = {}
-        for place, key in enumerate(keys):
-            if key not in (None, ""):
-                self.join(first.setdefault(key, place), place)

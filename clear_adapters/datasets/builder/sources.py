@@ -144,7 +144,7 @@ def read_rows(source: str | Path, pictures: str | Path | None, plan: Plan) -> Fo
         raise ClearValueError(f"pictures={str(pictures)!r}: there is no folder of that name")
     found = Found()
     kept: list[tuple[int, int, Row]] = []
-    ids: dict[str, str] = {}
+    ids: set[str] = set()
     asked: dict[tuple[str, str, str], str] = {}
     for number, (place, made) in enumerate(readers[path.suffix.lower()](path, folder)):
         found.read += 1
@@ -159,7 +159,7 @@ def read_rows(source: str | Path, pictures: str | Path | None, plan: Plan) -> Fo
             made = replace(made, id=f"{made.id}@{place.replace(' ', '-')}")
         while made.id in ids:
             made = replace(made, id=made.id + "'")
-        ids[made.id] = place
+        ids.add(made.id)
         order = _order(plan.seed, made.id)
         if plan.limit is None or len(kept) < plan.limit:
             heapq.heappush(kept, (-order, number, made))

@@ -7,7 +7,6 @@ included. A fetch that was stopped reads them from the start again and keeps wha
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -192,10 +191,6 @@ def _bytes(picture: Any, inside: Inside) -> bytes | None:
         if isinstance(found, bytes):
             return found
         return _file(picture.get("path"), inside)
-    if hasattr(picture, "save"):
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        return buffer.getvalue()
     return None
 
 

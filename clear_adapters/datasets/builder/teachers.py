@@ -21,9 +21,6 @@ SIDE = 1024
 MAX_TOKENS = 1024
 """Of one reply, as in the released code."""
 
-TEMPERATURE = 0.3
-"""As in the released code."""
-
 
 @dataclass(frozen=True)
 class Turn:

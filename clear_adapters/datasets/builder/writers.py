@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,6 @@ VERSION = "1"
 """Changes with every change of the words below: other words are other data."""
 
 Way = Literal["direct", "restore"]
-
-Judge = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float | None]]
-"""Marks answers (questions, truths, answers) from 0 to 1; None where no judgement could be had. `rewards.judge.Judge.mark`."""
-
-RIGHT_ABOVE = 0.5
-"""A judged answer is right above this mark (the paper's rule for its accuracy reward)."""
 
 # ---------------------------------------------------------------------------------------------------- templates
 
