@@ -13,15 +13,16 @@ from PIL import Image
 
 from clear_adapters import attach
 from clear_adapters.datasets import read_examples
+from clear_adapters.datasets.answers import matches, says
 from clear_adapters.datasets.builder import assembly
 from clear_adapters.datasets.builder.assembly import Helpers
 from clear_adapters.datasets.builder.build import build, foresee
-from clear_adapters.datasets.builder.duplicates import Clusters, perceptual_hash
 from clear_adapters.datasets.builder.pathways import BaseModel, wanted
 from clear_adapters.datasets.builder.plan import Plan
 from clear_adapters.datasets.builder.sources import read_rows
 from clear_adapters.datasets.builder.stream import Stream
-from clear_adapters.datasets.parts import Parts, matches, read_parts, says
+from clear_adapters.datasets.duplicates import Clusters, perceptual_hash
+from clear_adapters.datasets.parts import Parts, read_parts
 from clear_adapters.degradations import degrade
 from clear_adapters.errors import ClearValueError
 from clear_adapters.images import load_image

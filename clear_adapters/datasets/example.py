@@ -227,13 +227,27 @@ def _number(row: Mapping[str, Any], key: str) -> float | None:
     return float(value)
 
 
-def _picture(value: str, key: str, folder: Path) -> Path:
-    windows = PureWindowsPath(value)
-    if windows.is_absolute() or windows.drive or PurePosixPath(value).is_absolute() or ".." in windows.parts:
+def below(folder: Path, name: str, key: str) -> Path:
+    """The file of a name that a row gives.
+
+    Args:
+        folder: which it must be below, by its words alone.
+        name: a relative path.
+        key: under which it stands in the row.
+
+    Raises:
+        ClearValueError: it leads out of the folder.
+    """
+    windows = PureWindowsPath(name)
+    if windows.is_absolute() or windows.drive or PurePosixPath(name).is_absolute() or ".." in windows.parts:
         raise ClearValueError(
-            f"{key}={value!r}: must be a path below {folder}, neither absolute nor through a parent folder"
+            f"{key}={name!r}: must be a path below {folder}, neither absolute nor through a parent folder"
         )
-    path = folder / value
+    return folder / name
+
+
+def _picture(value: str, key: str, folder: Path) -> Path:
+    path = below(folder, value, key)
     if not path.is_file():
         raise ClearValueError(f"{key}={value!r}: there is no file {path}")
     return path

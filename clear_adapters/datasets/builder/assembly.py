@@ -13,19 +13,20 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from clear_adapters.datasets.answers import matches
 from clear_adapters.datasets.builder.cost import Asked, Estimate, Prices, estimate
-from clear_adapters.datasets.builder.duplicates import Clusters, near_pairs
 from clear_adapters.datasets.builder.judging import RIGHT_ABOVE, Judge, Said, judged
 from clear_adapters.datasets.builder.pathways import Answerer, batches, drawn, wanted
 from clear_adapters.datasets.builder.pictures import PictureJob, make_picture
 from clear_adapters.datasets.builder.plan import FILES, Plan
-from clear_adapters.datasets.builder.sources import Found, Rejected, Row
+from clear_adapters.datasets.builder.rows import Found, Rejected, Row
 from clear_adapters.datasets.builder.summary import summarise
 from clear_adapters.datasets.builder.teachers import MAX_TOKENS, Teacher
 from clear_adapters.datasets.builder.tracing import Tracer, plain, unanswered, without_unpaid_ends
-from clear_adapters.datasets.builder.writers import Way, template
+from clear_adapters.datasets.builder.writers import template
+from clear_adapters.datasets.duplicates import Clusters, near_pairs
 from clear_adapters.datasets.example import Example, split_of, to_row
-from clear_adapters.datasets.parts import Parts, is_text, matches
+from clear_adapters.datasets.parts import Parts, Way, is_text
 from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError
 from clear_adapters.journal import Journal, Writer, size_of, write_whole

@@ -7,7 +7,6 @@ for any order in which replies come.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -22,11 +21,12 @@ from clear_adapters.datasets.builder.assembly import SOURCE, SUMMARY, Assembly, 
 from clear_adapters.datasets.builder.cost import Estimate
 from clear_adapters.datasets.builder.pathways import drawn
 from clear_adapters.datasets.builder.plan import Plan
-from clear_adapters.datasets.builder.sources import Found, Row, read_rows
+from clear_adapters.datasets.builder.rows import Found, Row
+from clear_adapters.datasets.builder.sources import read_rows
 from clear_adapters.datasets.builder.stream import Stream, fetch
 from clear_adapters.datasets.builder.teachers import MAX_TOKENS
 from clear_adapters.errors import ClearValueError
-from clear_adapters.journal import claim
+from clear_adapters.journal import claim, file_facts
 from clear_adapters.workers import count_of
 
 SETTINGS = "build.json"
@@ -174,9 +174,7 @@ def _folder(source: str | Path, pictures: str | Path | None) -> str:
 def _facts(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"file": path.name}  # said later, with what a source may be
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    return file_facts(path)
 
 
 def _finished(folder: Path) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from clear_adapters.datasets.builder.duplicates import perceptual_hash
 from clear_adapters.datasets.builder.plan import Plan
-from clear_adapters.datasets.builder.sources import Picture
+from clear_adapters.datasets.builder.rows import Picture
+from clear_adapters.datasets.duplicates import content_hash, perceptual_hash
 from clear_adapters.datasets.example import decibels, psnr
 from clear_adapters.degradations import SEVERITIES, degrade, draw
 from clear_adapters.errors import ClearError, ClearValueError
@@ -72,7 +72,7 @@ def make_picture(job: PictureJob) -> dict[str, Any]:
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         data = _jpeg(image.resize(size, Image.Resampling.LANCZOS))
         image = load_image(data)
-    content = hashlib.sha256(f"{image.width} x {image.height} ".encode() + image.tobytes()).hexdigest()
+    content = content_hash(image)
     made: dict[str, Any] = {
         "content": content,
         "hash": f"{perceptual_hash(image):016x}",

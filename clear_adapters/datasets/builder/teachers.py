@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from PIL import Image
 
 from clear_adapters.endpoint import Endpoint, Failure, Messages
 from clear_adapters.errors import CheckpointError
-from clear_adapters.images import load_image
+from clear_adapters.images import data_url, load_image
 
 SIDE = 1024
 """Longest side in pixels at which a teacher sees a picture: larger ones cost more and are scaled down by most services."""
@@ -97,9 +95,7 @@ class EndpointTeacher:
         return messages
 
     def _url(self, path: Path) -> str:
-        buffer = io.BytesIO()
-        shown(path, self.side).save(buffer, "JPEG", quality=90)
-        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+        return data_url(shown(path, self.side), "JPEG", quality=90)
 
 
 class LocalTeacher:

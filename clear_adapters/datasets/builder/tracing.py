@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from clear_adapters.datasets.answers import matches
 from clear_adapters.datasets.builder.judging import RIGHT_ABOVE, Judge, Said, judged
 from clear_adapters.datasets.builder.plan import Plan
-from clear_adapters.datasets.builder.sources import Rejected
+from clear_adapters.datasets.builder.rows import Rejected
 from clear_adapters.datasets.builder.teachers import Conversation, Teacher
 from clear_adapters.datasets.builder.writers import (
     Fault,
-    Way,
     again,
     decision,
     first_turn,
@@ -22,7 +22,7 @@ from clear_adapters.datasets.builder.writers import (
     second_turn,
 )
 from clear_adapters.datasets.example import Example
-from clear_adapters.datasets.parts import Parts, matches
+from clear_adapters.datasets.parts import Parts, Way
 from clear_adapters.endpoint import Failure
 from clear_adapters.journal import Writer
 

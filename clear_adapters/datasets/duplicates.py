@@ -1,7 +1,8 @@
-"""Pictures that are nearly one: resized, encoded again, brightened a little. None of them may stand in two splits."""
+"""Pictures that are one or nearly one: resized, encoded again, brightened a little. None of them may stand in two splits."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -9,6 +10,15 @@ from PIL import Image
 
 SIDE = 32
 KEPT = 8
+
+
+def content_hash(image: Image.Image) -> str:
+    """A hash of size and pixels.
+
+    Args:
+        image: RGB.
+    """
+    return hashlib.sha256(f"{image.width} x {image.height} ".encode() + image.tobytes()).hexdigest()
 
 
 def perceptual_hash(image: Image.Image) -> int:
