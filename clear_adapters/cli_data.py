@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from clear_adapters.datasets.builder.plan import Plan
     from clear_adapters.datasets.builder.stream import Stream
     from clear_adapters.datasets.builder.teachers import Teacher
+    from clear_adapters.endpoint import Endpoint
 
 REPLIES, MARKS = "replies", "marks"
 
@@ -257,6 +258,7 @@ def build(
     from clear_adapters.datasets.builder.plan import Plan
     from clear_adapters.datasets.builder.stream import Stream
     from clear_adapters.datasets.builder.summary import tables
+    from clear_adapters.rewards.judge import Judge
 
     plan = Plan(
         seed=seed,
@@ -283,7 +285,9 @@ def build(
         return
     judge = None
     if judge_url is not None or judge_model is not None:
-        judge = _endpoint("judge", judge_url, judge_model, key_env=judge_key_env, cache=str(output / MARKS))
+        judge = Judge(
+            _endpoint("judge", judge_url, judge_model, key_env=judge_key_env, cache=str(output / MARKS))
+        )
     done = run(
         origin,
         output,
@@ -376,14 +380,12 @@ def _origin(source: str, stream: Stream) -> Path | Stream:
     return path
 
 
-def _endpoint(what: str, url: str | None, model: str | None, **settings: Any) -> Any:
+def _endpoint(what: str, url: str | None, model: str | None, **settings: Any) -> Endpoint:
     from clear_adapters.endpoint import Endpoint
-    from clear_adapters.rewards.judge import Judge
 
     if url is None or model is None:
         raise ClearValueError(f"a {what} needs both --{what}-url and --{what}-model")
-    endpoint = Endpoint(url, model, **settings)
-    return Judge(endpoint).mark if what == "judge" else endpoint
+    return Endpoint(url, model, **settings)
 
 
 def _teacher(

@@ -81,7 +81,6 @@ class Endpoint:
         model: name of the model there.
         counts: requests so far: `asked` of the service, `failed` of those, `cached` ones that needed no asking.
         max_tokens: longest reply that is asked for, in tokens; None where the options do not say.
-        tokens: `prompt` and `completion` tokens so far, as far as the service tells them.
     """
 
     def __init__(
@@ -169,7 +168,6 @@ class Endpoint:
         self.base_url = base_url.rstrip("/")
         self.model = model
         self.counts = {"asked": 0, "failed": 0, "cached": 0}
-        self.tokens = {"prompt": 0, "completion": 0}
         self._key = key
         self._key_name = key_env or "the key"
         self._options = {"temperature": 0.0} if options is None else dict(options)
@@ -319,7 +317,6 @@ class Endpoint:
             try:
                 # As a body, so that fields that only some services know can be sent.
                 completion = create(model=self.model, messages=list(messages), extra_body=self._options)
-                self._count_tokens(completion)
                 text = _text(completion)
                 meaning = read(text)
                 self._save(digest, text)  # at once: a run that is killed has not paid for nothing
@@ -341,13 +338,6 @@ class Endpoint:
                 kind = "timed out" if isinstance(error, openai.APITimeoutError) else "no reply"
                 return Failure(self._safe(f"{error.message} {error.__cause__ or ''}"), kind)
         return failure
-
-    def _count_tokens(self, completion: Any) -> None:
-        usage = getattr(completion, "usage", None)
-        with self._lock:
-            for name in self.tokens:
-                told = getattr(usage, f"{name}_tokens", None)
-                self.tokens[name] += told if isinstance(told, int) else 0
 
     def _wait_for_turn(self) -> None:
         if not self._interval:

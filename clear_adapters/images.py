@@ -6,6 +6,7 @@ converted here, so that no other module asks what a picture is. Colour profiles 
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
@@ -93,6 +94,19 @@ def load_image(image: ImageLike) -> Image.Image:
         "numpy array of shape (H, W, 3) and type uint8 (for a tensor (C, H, W) in [0, 1]: "
         "`(x.permute(1, 2, 0) * 255).round().byte().cpu().numpy()`)."
     )
+
+
+def data_url(image: Image.Image, kind: str, **options: Any) -> str:
+    """Return a picture as text that a page or a request can hold.
+
+    Args:
+        image: The picture.
+        kind: Format of Pillow's that is a type of pictures too, such as `"JPEG"`.
+        **options: Of that format, as `Image.save` takes them.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def load_images(

@@ -6,6 +6,7 @@ them was then; steps of which a file has lost bytes do not count, and neither do
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -22,6 +23,17 @@ Entry = Mapping[str, Any]
 def size_of(path: Path) -> int:
     """Bytes; -1 of a file that is not there."""
     return path.stat().st_size if path.is_file() else -1
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """What tells a file from another: its name, bytes and hash."""
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def write_whole(path: Path, text: str) -> None:

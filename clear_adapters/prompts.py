@@ -15,6 +15,10 @@ from clear_adapters.transcript import RESTORE, THINK_CLOSE, THINK_OPEN
 FORCED_DECLINE = "I will answer from what I see."
 """What stands in place of a request that is not granted, because the caller forbade it or the limit is reached."""
 
+CHOOSE = "Choose one option and answer with its letter."
+"""What follows a list of options, in training data and in MMD-Bench, so that a model is asked as it was trained. Other words
+need another `PROMPT_VERSION` in `mmd_bench/tasks.py` and another `VERSION` in `datasets/builder/writers.py`."""
+
 _PLACE = "{question}"
 
 _DEFAULT = """\

@@ -113,6 +113,17 @@ def _forms(truth: str | Sequence[str]) -> Sequence[str]:
     return [truth] if isinstance(truth, str) else truth
 
 
+def lone_letter(text: str) -> str:
+    """Return a text without round brackets, points and spaces around it, in upper case: "(b)." as "B".
+
+    Whether that is the letter of an option is for the caller, who knows the options.
+
+    Args:
+        text: A stored truth; what a model answered is for `read_option`.
+    """
+    return text.strip("() .").upper()
+
+
 _LONE = re.compile(r"[\s(\[{*_\"'`]*([A-Za-z])[\s)\]}.,:;!*_\"'`]*")
 _FINAL = re.compile(
     r"\banswer(?:\s*[:=]|\s+(?:is|would be|should be|must be)\b\s*:?)\s*(?:option\s+|choice\s+)?"

@@ -13,15 +13,16 @@ from PIL import Image
 
 from clear_adapters import attach
 from clear_adapters.datasets import read_examples
-from clear_adapters.datasets.builder import assembly
+from clear_adapters.datasets.answers import matches, says
+from clear_adapters.datasets.builder import assembly, pictures
 from clear_adapters.datasets.builder.assembly import Helpers
 from clear_adapters.datasets.builder.build import build, foresee
-from clear_adapters.datasets.builder.duplicates import Clusters, perceptual_hash
 from clear_adapters.datasets.builder.pathways import BaseModel, wanted
 from clear_adapters.datasets.builder.plan import Plan
 from clear_adapters.datasets.builder.sources import read_rows
 from clear_adapters.datasets.builder.stream import Stream
-from clear_adapters.datasets.parts import Parts, matches, read_parts, says
+from clear_adapters.datasets.duplicates import Clusters, perceptual_hash
+from clear_adapters.datasets.parts import Parts, read_parts
 from clear_adapters.degradations import degrade
 from clear_adapters.errors import ClearValueError
 from clear_adapters.images import load_image
@@ -363,25 +364,40 @@ def test_a_stopped_build_goes_on_where_it_was(built, source, tmp_path, monkeypat
     assert len(calls) == 6 + 8  # of the five that were done one was lost
 
 
-def test_pictures_that_are_not_taken_say_why(tmp_path):
-    photographs(tmp_path, 1)
+def test_pictures_that_are_not_taken_say_why(tmp_path, monkeypatch):
+    photographs(tmp_path, 2)
     Image.new("RGB", (40, 200)).save(tmp_path / "small.png")
     Image.new("RGB", (70, 400)).save(tmp_path / "narrow.png")
     Image.new("RGB", (80, 80), (90, 90, 90)).save(tmp_path / "flat.png")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    Image.new("RGB", (80, 80)).save(tmp_path / "bitmap.bmp")
-    names = ["0.jpg", "small.png", "narrow.png", "flat.png", "broken.jpg", "bitmap.bmp"]
+    load_image(tmp_path / "1.jpg").save(tmp_path / "bitmap.bmp")
+    Image.new("RGB", (90, 90)).save(tmp_path / "refused.png")
+    names = ["0.jpg", "small.png", "narrow.png", "flat.png", "broken.jpg", "bitmap.bmp", "refused.png"]
+
+    def refusing(image, *given, **more):
+        if image.size == (90, 90):
+            raise ClearValueError("not this one")
+        return degrade(image, *given, **more)
+
+    # This one leaves a flat picture as it is.
+    monkeypatch.setattr(pictures, "draw", lambda seed, weights: "motion_blur")
+    monkeypatch.setattr(pictures, "degrade", refusing)
     rows = [{"id": n, "image": n, "question": "Q?", "answer": "A"} for n in names]
     plan = Plan(severities={"low": 1.0}, splits={"train": 1.0}, restore_share=None)
     summary = build(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out", plan, helpers=ONE)
     reasons = {r["id"]: (r["stage"], r["reason"]) for r in lines(tmp_path / "out" / "rejected.jsonl")}
-    assert reasons["small.png"] == ("picture", "small picture")
-    assert reasons["narrow.png"] == ("picture", "narrow picture")
-    assert reasons["broken.jpg"] == ("picture", "unreadable picture")
-    assert summary["read"] == 6 == len(reasons) + summary["rows"]["train"]
-    kept = [r for r in lines(tmp_path / "out" / "manifest.jsonl") if r["source"] == "bitmap.bmp"]
-    if "rejected" not in kept[0]:  # no reader of training data needs to know such a format
-        assert kept[0]["clean_image"].endswith(".png")
+    assert reasons == {
+        "small.png": ("picture", "small picture"),
+        "narrow.png": ("picture", "narrow picture"),
+        "flat.png": ("picture", "unchanged by its degradation"),
+        "broken.jpg": ("picture", "unreadable picture"),
+        "refused.png": ("picture", "cannot be degraded"),
+    }
+    assert summary["read"] == 7 == len(reasons) + summary["rows"]["train"]
+    (kept,) = (r for r in lines(tmp_path / "out" / "manifest.jsonl") if r["source"] == "bitmap.bmp")
+    assert kept["clean_image"].endswith(".png")  # no reader of training data needs to know such a format
+    clean = load_image(tmp_path / "out" / kept["clean_image"])
+    assert clean.tobytes() == load_image(tmp_path / "bitmap.bmp").tobytes()
 
 
 def test_a_name_or_a_header_that_cannot_be_is_one_bad_row(tmp_path):
@@ -411,7 +427,7 @@ def test_another_folder_of_pictures_or_another_judge_is_another_build(tmp_path):
     names = photographs(tmp_path / "one", 2)
     photographs(tmp_path / "two", 2)
     source = write_rows(tmp_path / "rows.jsonl", rows_of(names))
-    judges = [Judge(Endpoint("http://127.0.0.1:1/v1", name)).mark for name in ("j", "k")]
+    judges = [Judge(Endpoint("http://127.0.0.1:1/v1", name)) for name in ("j", "k")]
     used = replace(ONE, judge=judges[0])
     build(source, tmp_path / "out", Plan(), pictures=tmp_path / "one", helpers=used)
     build(source, tmp_path / "out", Plan(), pictures=tmp_path / "two" / ".." / "one", helpers=used)
@@ -536,13 +552,16 @@ def test_the_base_model_is_the_plain_one(built, toy):
 
 
 def test_a_judge_decides_where_the_base_models_words_differ(source, tmp_path):
-    def judge(questions, truths, answers):
-        assert set(answers) == {"something else"}
-        return [{"a kind 0": 1.0, "a kind 1": None}.get(t, 0.0) for t in truths]
+    class Lenient:
+        name = "lenient"
+
+        def mark(self, questions, truths, answers):
+            assert set(answers) == {"something else"}
+            return [{"a kind 0": 1.0, "a kind 1": None}.get(t, 0.0) for t in truths]
 
     plan = Plan(pathway="backbone", splits={"train": 1.0}, restore_share=None)
     base = Knowing({"0-a", "1-a", "2-a"})
-    used = Helpers(base=base, judge=judge, workers=1, progress=False)
+    used = Helpers(base=base, judge=Lenient(), workers=1, progress=False)
     summary = build(source, tmp_path / "out", plan, helpers=used)
     restored = {r["id"] for r in lines(tmp_path / "out" / "data.jsonl") if RESTORE in r["reply"]}
     assert restored == {"2-a"}
@@ -639,7 +658,6 @@ def test_a_stream_reads_no_file_outside_its_dataset(tmp_path, monkeypatch, decla
     else:
         with pytest.raises(ClearValueError, match="names no picture"):
             build(stream, tmp_path / "out", plan, helpers=ONE)
-    assert not (tmp_path / "out" / "source" / "images").exists()
 
 
 @pytest.mark.parametrize(

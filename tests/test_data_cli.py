@@ -8,6 +8,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from clear_adapters.cli import main
+from clear_adapters.datasets.builder import teachers
+from clear_adapters.datasets.builder.cost import Prices
+from clear_adapters.datasets.builder.stream import Stream
+from clear_adapters.errors import ClearValueError
 from clear_adapters.transcript import RESTORE
 from tests.chat_server import Reply, serve
 from tests.data_files import lines, photographs, rows_of, write_rows
@@ -156,6 +160,43 @@ def test_the_teacher_of_the_command_line_is_the_service(source, tmp_path, monkey
         assert service.requests[0]["temperature"] == 0.3
     assert "sk-mine" not in "".join(p.read_text() for p in out.glob("*.json*"))
     assert json.loads((out / "summary.json").read_text())["teacher"]["accepted_at_try"]
+
+
+def test_the_settings_of_the_command_line_are_handed_on(source, tmp_path, monkeypatch):
+    taken = []
+
+    def taking(*given, **more):
+        taken.append((*given, more))
+        raise ClearValueError("taken")
+
+    monkeypatch.setattr("clear_adapters.datasets.builder.build.build", taking)
+    rows, photos = source
+    common = ["data", "build", rows, "--pictures", photos, "--output", tmp_path / "out"]
+    common += ["--writer", "teacher"]
+    service = ["--teacher-url", "http://127.0.0.1:1/v1", "--teacher-model", "m", "--price", "2,8"]
+    service += ["--budget", 7, "--per-minute", 120, "--teacher-cache", tmp_path / "kept", "--timeout", 9]
+    service += ["--concurrency", 3, "--max-tokens", 77, "--temperature", 0.5]
+    call(*common, *service, code=2)
+    origin, output, plan, more = taken.pop()
+    assert (origin, output, more["pictures"]) == (rows, tmp_path / "out", photos)
+    assert (plan.writer, plan.pathway) == ("teacher", "severity")
+    assert (more["helpers"].prices, more["helpers"].budget) == (Prices(2, 8), 7)
+    used = more["helpers"].teacher.endpoint
+    assert (used.base_url, used.model, used.max_tokens) == ("http://127.0.0.1:1/v1", "m", 77)
+    assert (used._cache, used._interval, used._timeout) == (tmp_path / "kept", 0.5, 9)
+    assert (used._concurrency, used._options) == (3, {"temperature": 0.5, "max_tokens": 77})
+    # Without a place of its own the cache is the build's.
+    call(*common, *service[:4], code=2)
+    assert taken.pop()[-1]["helpers"].teacher.endpoint._cache == tmp_path / "out" / "replies"
+    # A model without a service is one on this machine.
+    monkeypatch.setattr(teachers, "LocalTeacher", lambda *given, **more: (given, more))
+    call(*common, "--teacher-model", "mine", "--device", "cpu", "--max-tokens", 88, code=2)
+    assert taken.pop()[-1]["helpers"].teacher == (("mine",), {"device": "cpu", "max_new_tokens": 88})
+    # A folder is a dataset, as a name of the Hub is.
+    hub = ["--config", "c", "--hub-split", "s", "--revision", "r"]
+    for name in (photos, "owner/name"):
+        call("data", "build", name, "--output", tmp_path / "out", *hub, code=2)
+        assert taken.pop()[0] == Stream(str(name), "c", "s", "r")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Teachers of training data: every way in which one can fail, and what it costs to go on after a kill."""
 
+import base64
 import json
 import time
 from collections import Counter
@@ -16,8 +17,10 @@ from clear_adapters.datasets.builder.teachers import EndpointTeacher, LocalTeach
 from clear_adapters.datasets.parts import read_parts
 from clear_adapters.endpoint import Endpoint, EndpointError, Failure
 from clear_adapters.errors import CheckpointError, ClearValueError
+from clear_adapters.images import load_image
 from clear_adapters.rewards.judge import Judge
 from clear_adapters.transcript import RESTORE
+from tests.bench_files import picture
 from tests.chat_server import NOW, Reply, serve
 from tests.data_files import contents, lines, photographs, rows_of, write_rows
 
@@ -164,7 +167,7 @@ def test_a_judge_takes_other_words_and_the_truth_is_trained(source, tmp_path):
         return Reply("0" if '"truth": "a kind 0"' in text_of(body) else "1")
 
     with serve(other_words) as service, serve(judged) as court:
-        judge = Judge(Endpoint(court.url, "j", retries=0)).mark
+        judge = Judge(Endpoint(court.url, "j", retries=0))
         plan = Plan(**{**PLAN, "tries": 1})
         summary = build(source, tmp_path / "out", plan, helpers=helpers(service, judge))
     kept = lines(tmp_path / "out" / "data.jsonl")
@@ -311,28 +314,52 @@ def test_half_a_character_ends_no_build(tmp_path, pathway):
     assert len(service.requests) == 6
 
 
-def test_rejects_are_made_up_for_and_the_ratio_holds(tmp_path):
+@pytest.mark.parametrize("spoiled", ["low", "high"])
+def test_rejects_are_made_up_for_and_the_ratio_holds(tmp_path, spoiled):
+    """The first two pictures of one severity are never written: where others of it are left over, they step in."""
     names = photographs(tmp_path, 16)
     rows = [{"id": n, "image": n, "question": f"Q {n}?", "answer": "yes"} for n in names]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     plan = Plan(
         writer="teacher",
         splits={"train": 1.0},
-        severities={"low": 0.5, "high": 0.5},
+        severities={"low": 0.7, "high": 0.3},
         tries=1,
         restore_share=0.5,
     )
+    never: list[str] = []
 
     def sometimes(body, _):
         told = right(body)
-        return Reply("no" if "Q 3." in text_of(body) or "Q 5." in text_of(body) else told)
+        if (RESTORE in told) == (spoiled == "high") and len(never) < 2:
+            never.append(text_of(body).split("Q ")[1].split("?")[0])
+            return Reply("no")
+        return Reply(told)
 
     with serve(sometimes) as service:
-        summary = build(path, tmp_path / "out", plan, helpers=helpers(service))
-    ways = summary["pathways"]
-    assert ways["direct"] == ways["restore"]
+        summary = build(path, tmp_path / "out", plan, helpers=helpers(service, concurrency=1))
+    severities = {r["source"]: r["severity"] for r in lines(tmp_path / "out" / "manifest.jsonl")}
+    assert {severities[n] for n in never} == {spoiled}
+    there = Counter(severities.values())
+    assert there["low"] >= there["high"] + 2  # enough of the one are left over to make up for two
+    good = Counter(severities[n] for n in names if n not in never)
+    fewer = min(good["low"], good["high"])
+    assert fewer == there["high"] - (2 if spoiled == "high" else 0) > 0
+    assert summary["pathways"] == {"direct": fewer, "restore": fewer}
+    kept = lines(tmp_path / "out" / "data.jsonl")
+    assert Counter((severities[r["id"]], RESTORE in r["reply"]) for r in kept) == {
+        ("low", False): fewer,
+        ("high", True): fewer,
+    }
+    surplus = {
+        f"surplus of {way} rows": good[s] - fewer for way, s in (("direct", "low"), ("restore", "high"))
+    }
+    assert summary["rejected"]["trace"] == {"malformed": 2}
+    assert summary["rejected"].get("balance", {}) == {why: n for why, n in surplus.items() if n}
     lost = sum(sum(r.values()) for r in summary["rejected"].values())
     assert summary["read"] == 16 == lost + summary["rows"]["train"]
+    # Nobody is asked about more than is needed: as many of both as the fewer, and once more for each made up for.
+    assert len(service.requests) == 2 * there["high"] + (2 if spoiled == "low" else 0)
 
 
 def test_the_cost_is_told_before_the_first_call_and_a_budget_holds(source, tmp_path):
@@ -371,25 +398,49 @@ def test_a_budget_holds_for_a_run_that_goes_on(source, tmp_path, pathway):
     assert f"({24 if pathway == 'severity' else 36} at most)" in told[0]
 
 
-def test_what_a_teacher_may_cost_is_a_bound(source, tmp_path):
-    """Every try is taken, each reply is as long as it may be, and tokens are counted as four letters and 750 pixels."""
+@pytest.mark.parametrize("counted", ["prompt", "completion"])
+def test_what_a_teacher_may_cost_is_a_bound(source, tmp_path, counted):
+    """Every try is taken, each reply is as long as it may be; tokens are counted as four letters and 750 pixels."""
+    size, longest = (960, 800), 4000  # either is more than the bound allows for all else
+    names = ["0.jpg", "1.jpg"]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(base64.b64decode(picture(i, size)))
+    rows = write_rows(tmp_path / "rows.jsonl", rows_of(names))
     told = []
     spent = Counter()
 
     def endless(body, _):
-        texts = [
-            m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"]
-            for m in body["messages"]
-        ]
-        spent["prompt"] += sum(map(len, texts)) // 4
-        spent["completion"] += 500
-        return Reply("word " * 400)
+        for message in body["messages"]:
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            texts = [p["text"] for p in parts if p["type"] == "text"]
+            urls = [p["image_url"]["url"] for p in parts if p["type"] == "image_url"]
+            shown = [load_image(base64.b64decode(url.partition(",")[2])).size for url in urls]
+            assert shown == [size] * (2 if urls else 0)
+            spent["pictures"] += len(shown)
+            spent["prompt"] += sum(map(len, texts)) // 4 + sum(-(-w * h // 750) for w, h in shown)
+        spent["completion"] += longest
+        return Reply("word" * longest)
 
     with serve(endless) as service:
-        used = helpers(service, prices=Prices(1e6, 1e6), budget=1e9, report=told.append)
-        build(source, tmp_path / "out", Plan(**PLAN), helpers=used)
+        options = {"max_tokens": longest}
+        endpoint = Endpoint(
+            service.url, "m", retries=0, timeout=5, max_failures=90, concurrency=1, options=options
+        )
+        used = Helpers(
+            teacher=EndpointTeacher(endpoint),
+            prices=Prices(**{"prompt": 0, "completion": 0, counted: 1e6}),
+            budget=1e9,
+            report=told.append,
+            workers=1,
+            progress=False,
+        )
+        build(rows, tmp_path / "out", Plan(**PLAN), helpers=used)
+    assert "(12 at most)" in told[0]
+    assert len(service.requests) == 12
+    assert spent["pictures"] == 24
     most = float(told[0].split("about ")[2].split(" at most")[0].split(", ")[1].replace(",", ""))
-    assert spent.total() <= most
+    assert spent[counted] <= most
     teacher = EndpointTeacher(Endpoint("http://127.0.0.1:1/v1", "m"))
     more = Helpers(teacher=teacher, prices=Prices(1, 1), budget=1.0)
     with pytest.raises(ClearValueError, match="max_tokens"):

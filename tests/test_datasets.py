@@ -8,7 +8,8 @@ import random
 import pytest
 from PIL import Image
 
-from clear_adapters.datasets import Example, check, read_examples, split_examples, write_examples
+from clear_adapters.datasets import Example, read_examples, split_examples, write_examples
+from clear_adapters.datasets.audit import audit
 from clear_adapters.datasets.traces import (
     CONDITIONS,
     TraceSettings,
@@ -144,22 +145,6 @@ def test_groups_stay_together(folder):
         split_examples(examples, {"train": 0.8})
 
 
-def test_check_finds_what_would_spoil_training(folder):
-    (folder / "images" / "broken.jpg").write_bytes(b"no picture")
-    Image.new("RGB", (32, 64)).save(folder / "images" / "small.jpg")
-    images = folder / "images"
-    found = check(
-        [
-            Example("fine", images / "a.jpg", "q", "x", clean_image=images / "b.jpg", options=("x", "y")),
-            Example("option", images / "a.jpg", "q", "zebra", options=("x", "y")),
-            Example("broken", images / "broken.jpg", "q", "x"),
-            Example("size", images / "a.jpg", "q", "x", clean_image=images / "small.jpg"),
-            Example("restores", images / "a.jpg", "q", "cat", reply=REPLY),
-        ]
-    )
-    assert [p.split(":")[0] for p in found["problems"]] == ["option", "broken", "size", "restores"]
-
-
 # ------------------------------------------------------------------------------------------------------ traces
 
 EXAMPLE = Example(
@@ -270,7 +255,7 @@ def test_the_build_depends_on_no_workers_and_goes_on(tmp_path):
         build(two, 150, seed=3, progress=False)
     examples = read_examples(one)
     assert len(examples) == 150
-    assert check(examples)["problems"] == []
+    assert audit(one).findings == []
     assert {e.kind for e in examples} == set(KINDS)
     assert all((e.degradation is None) == (e.image == e.clean_image) == (e.psnr == 99) for e in examples)
     # Of fifty scenes five pairs are nearly one picture twice: each is one group.

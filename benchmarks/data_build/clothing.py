@@ -84,6 +84,13 @@ def senders_shared(rows: Path, folder: Path) -> int:
     return sum(len(files) > 1 for files in where.values())
 
 
+def senders_of(rows: Path, folder: Path) -> int:
+    """Senders of the photographs that were used. Those that share near-duplicates are fewer groups."""
+    made = (json.loads(line) for line in (folder / MANIFEST).read_text().splitlines())
+    used = {record["source"] for record in made if "rejected" not in record}
+    return len({r["group"] for r in map(json.loads, rows.read_text().splitlines()) if r["image"] in used})
+
+
 def stage_1(data: Path, folder: Path, steps: int) -> dict[str, Any]:
     """A few steps of stage 1 with the recipe `tiny`, and their losses."""
     from clear_adapters.training.run import train
@@ -128,6 +135,7 @@ def main() -> int:
             payload[name]["workers"] = workers
             print(name, payload[name]["rows"], payload[name]["seconds"], "s", flush=True)
         payload["same_files"] = payload["template"]["sha256"] == payload["template_again"]["sha256"]
+        payload["senders"] = senders_of(rows, place / "template")
         payload["senders_in_two_splits"] = senders_shared(rows, place / "template")
         with scripted() as (service, script):
             endpoint = Endpoint(service.url, "scripted", timeout=LATE / 2, retries=1, concurrency=8)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from clear_adapters.datasets.builder.duplicates import near_pairs, perceptual_hash
+from clear_adapters.datasets.answers import letter_of, letters_of, matches, says
 from clear_adapters.datasets.builder.plan import FILES, Plan
+from clear_adapters.datasets.duplicates import content_hash, near_pairs, perceptual_hash
 from clear_adapters.datasets.example import Example, read_lines
-from clear_adapters.datasets.parts import letter_of, letters_of, matches, read_parts, says
+from clear_adapters.datasets.parts import read_parts
 from clear_adapters.errors import ClearValueError
 from clear_adapters.images import load_image
 from clear_adapters.scoring import Kind
@@ -155,14 +153,10 @@ def _decode(
                 broken[path] = str(error)
                 continue
             sizes[path] = image.size
-            hashes[path] = _content(image), perceptual_hash(image)
+            hashes[path] = content_hash(image), perceptual_hash(image)
     yield from (broken[path] for path in dict.fromkeys(paths) if path in broken)
     if len(paths) == 2 and all(p in sizes for p in paths) and sizes[paths[0]] != sizes[paths[1]]:
         yield f"degraded {sizes[paths[0]]} and clean {sizes[paths[1]]} differ in size"
-
-
-def _content(image: Image.Image) -> str:
-    return hashlib.sha256(f"{image.width} x {image.height} ".encode() + image.tobytes()).hexdigest()
 
 
 def _leaks(rows: Sequence[_Place], hashes: dict[Path, tuple[str, int]], near: int) -> Iterator[Finding]:

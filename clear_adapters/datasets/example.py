@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -228,13 +227,27 @@ def _number(row: Mapping[str, Any], key: str) -> float | None:
     return float(value)
 
 
-def _picture(value: str, key: str, folder: Path) -> Path:
-    windows = PureWindowsPath(value)
-    if windows.is_absolute() or windows.drive or PurePosixPath(value).is_absolute() or ".." in windows.parts:
+def below(folder: Path, name: str, key: str) -> Path:
+    """The file of a name that a row gives.
+
+    Args:
+        folder: which it must be below, by its words alone.
+        name: a relative path.
+        key: under which it stands in the row.
+
+    Raises:
+        ClearValueError: it leads out of the folder.
+    """
+    windows = PureWindowsPath(name)
+    if windows.is_absolute() or windows.drive or PurePosixPath(name).is_absolute() or ".." in windows.parts:
         raise ClearValueError(
-            f"{key}={value!r}: must be a path below {folder}, neither absolute nor through a parent folder"
+            f"{key}={name!r}: must be a path below {folder}, neither absolute nor through a parent folder"
         )
-    path = folder / value
+    return folder / name
+
+
+def _picture(value: str, key: str, folder: Path) -> Path:
+    path = below(folder, value, key)
     if not path.is_file():
         raise ClearValueError(f"{key}={value!r}: there is no file {path}")
     return path
@@ -345,7 +358,7 @@ def write_examples(examples: Iterable[Example], folder: str | Path) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------- splits and checks
+# ------------------------------------------------------------------------------------------------------- splits
 
 
 def split_examples(
@@ -382,40 +395,3 @@ def split_of(key: str, shares: Mapping[str, float], seed: int) -> str:
     bounds = itertools.accumulate(shares.values())
     named = [name for name, share in shares.items() if share]
     return next((n for n, bound in zip(shares, bounds, strict=True) if place < bound), named[-1])
-
-
-def check(examples: Sequence[Example], *, pictures: bool = True) -> dict[str, Any]:
-    """Looks for what would spoil training, and counts what there is.
-
-    Args:
-        examples: the data set.
-        pictures: decode every picture too.
-
-    Returns:
-        Counts by kind, degradation and severity, and `problems`, one sentence each.
-    """
-    problems: list[str] = []
-    for example in examples:
-        if example.options and example.answer not in example.options and len(example.answer) != 1:
-            problems.append(f"{example.id}: the answer {example.answer!r} is none of the options")
-        if example.reply is not None and parse(example.reply).answer is None:
-            problems.append(f"{example.id}: the recorded reply gives no answer")
-        if _lacks_clean(example):
-            problems.append(f"{example.id}: the recorded reply restores and has no clean_image")
-        if not pictures:
-            continue
-        try:
-            image, clean = example.load(), example.load_clean()
-        except ClearValueError as error:
-            problems.append(f"{example.id}: {error}")
-            continue
-        if clean is not None and clean.size != image.size:
-            problems.append(f"{example.id}: degraded {image.size} and clean {clean.size} differ in size")
-    return {
-        "examples": len(examples),
-        "groups": len({e.split_key for e in examples}),
-        "kinds": dict(Counter(e.kind for e in examples)),
-        "degradations": dict(Counter(e.degradation or "none" for e in examples)),
-        "severities": dict(Counter(e.severity or "clean" for e in examples)),
-        "problems": problems,
-    }

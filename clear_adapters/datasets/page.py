@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import random
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clear_adapters.datasets.answers import letter_of, letters_of
 from clear_adapters.datasets.example import Example, read_lines
-from clear_adapters.datasets.parts import letter_of, letters_of, read_parts
+from clear_adapters.datasets.parts import Parts, read_parts
 from clear_adapters.errors import ClearValueError
-from clear_adapters.images import ImageLike, load_image
+from clear_adapters.images import ImageLike, data_url, load_image
 
 SIDE = 320
 """Longest side of the pictures on the page, in pixels."""
@@ -52,7 +52,8 @@ def write_page(
         raise ClearValueError(f"rows={rows}: at least one row is needed")
     found = read_lines(data, clean_image_dir=clean_image_dir, corrupted_image_dir=corrupted_image_dir)
     places = sorted(random.Random(seed).sample(range(len(found)), min(rows, len(found))))
-    shown = [_entry(*found[place]) for place in places]
+    traces = [_trace(example) for _, example in found]
+    shown = [_entry(*found[place], traces[place]) for place in places]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clear_adapters.datasets", "."),
         autoescape=True,
@@ -62,7 +63,7 @@ def write_page(
         title=Path(data).resolve().name,
         rows=shown,
         total=len(found),
-        ways=Counter(_way(e) for _, e in found).most_common(),
+        ways=Counter(trace.way for trace in traces).most_common(),
         severities=Counter(e.severity or "clean" for _, e in found).most_common(),
     )
     output = Path(output)
@@ -71,22 +72,26 @@ def write_page(
     return output
 
 
-def _way(example: Example) -> str:
+@dataclass(frozen=True)
+class _Trace:
+    """A reply as it is shown: its parts, or what is wrong with it."""
+
+    way: str
+    parts: Parts | None = None
+    problem: str = ""
+
+
+def _trace(example: Example) -> _Trace:
     if example.reply is None:
-        return "no trace"
+        return _Trace("no trace")
     try:
-        return "direct" if read_parts(example.reply).reading is None else "restore"
-    except ClearValueError:
-        return "damaged trace"
+        parts = read_parts(example.reply)
+    except ClearValueError as error:
+        return _Trace("damaged trace", problem=str(error))
+    return _Trace(parts.way, parts)
 
 
-def _entry(line: int, example: Example) -> dict[str, Any]:
-    parts, problem = None, ""
-    if example.reply is not None:
-        try:
-            parts = read_parts(example.reply)
-        except ClearValueError as error:
-            problem = str(error)
+def _entry(line: int, example: Example, trace: _Trace) -> dict[str, Any]:
     letters = letters_of(example.options)
     letter = letter_of(example.answer, letters) if letters else None
     return {
@@ -95,10 +100,10 @@ def _entry(line: int, example: Example) -> dict[str, Any]:
         "question": example.question,
         "answer": example.answer,
         "spelled": letters[letter] if letter and letters[letter] != example.answer else "",
-        "way": _way(example),
-        "parts": parts,
+        "way": trace.way,
+        "parts": trace.parts,
         "reply": example.reply,
-        "problem": problem,
+        "problem": trace.problem,
         "damage": (example.degradation or "").replace("_", " "),
         "severity": example.severity or "clean",
         "psnr": example.psnr if example.degradation else None,
@@ -110,6 +115,4 @@ def _entry(line: int, example: Example) -> dict[str, Any]:
 def _inline(image: ImageLike) -> str:
     picture = load_image(image)
     picture.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return data_url(picture, "JPEG", quality=85)

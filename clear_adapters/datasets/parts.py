@@ -12,16 +12,18 @@ model wrote as well as it can; this reads what a model is to be taught, and forg
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from clear_adapters.errors import ClearValueError
-from clear_adapters.scoring import Kind, exact_match, score
 from clear_adapters.transcript import ANSWER_CLOSE, ANSWER_OPEN, RESTORE, THINK_CLOSE, THINK_OPEN
 
+Way = Literal["direct", "restore"]
+
+TAG = re.compile("|".join(map(re.escape, (THINK_OPEN, THINK_CLOSE, RESTORE, ANSWER_OPEN, ANSWER_CLOSE))))
+"""A tag of the protocol."""
+
 _HALF = re.compile("[\ud800-\udfff]")
-_TAGS = (THINK_OPEN, THINK_CLOSE, RESTORE, ANSWER_OPEN, ANSWER_CLOSE)
-_TAG = re.compile("|".join(map(re.escape, _TAGS)))
 _DIRECT = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 _RESTORE = (THINK_OPEN, THINK_CLOSE, RESTORE, *_DIRECT)
 
@@ -39,6 +41,11 @@ class Parts:
     diagnosis: str
     answer: str
     reading: str | None = None
+
+    @property
+    def way(self) -> Way:
+        """The path that it takes."""
+        return "direct" if self.reading is None else "restore"
 
     @property
     def text(self) -> str:
@@ -66,13 +73,13 @@ def read_parts(text: str) -> Parts:
     """
     if not is_text(text):
         raise ClearValueError("half a character (a lone surrogate) stands in it, which is no text")
-    tags = tuple(_TAG.findall(text))
+    tags = tuple(TAG.findall(text))
     if tags not in (_DIRECT, _RESTORE):
         told = " ".join(tags[:12]) if tags else "no tag at all"
         raise ClearValueError(
             f"the tags do not parse: found {told}, where {''.join(_DIRECT)} or {''.join(_RESTORE)} is a trace"
         )
-    between = [part.strip() for part in _TAG.split(text)]
+    between = [part.strip() for part in TAG.split(text)]
     inside = {1: "the first thought", len(tags) - 1: "the answer"}
     if tags == _RESTORE:
         inside[4] = "the thought after the restoration"
@@ -82,58 +89,3 @@ def read_parts(text: str) -> Parts:
         if place not in inside and part:
             raise ClearValueError(f"the tags do not parse: {part[:60]!r} stands outside the tags")
     return Parts(between[1], between[len(tags) - 1], between[4] if tags == _RESTORE else None)
-
-
-def matches(
-    answer: str, truth: str, options: Sequence[str] = (), kind: Kind = "auto", threshold: float = 0.8
-) -> bool:
-    """Whether an answer says what the truth says, told without asking anybody.
-
-    Args:
-        answer: without tags.
-        truth: the truth; of a question with options the letter, or the text of one of them.
-        options: the options' texts in the order of their letters.
-        kind: how to compare, as `scoring.score` does. With options a letter or a text that names the true one counts.
-        threshold: of `fuzzy`.
-    """
-    if options:
-        letters = letters_of(options)
-        letter = letter_of(truth, letters)
-        if letter is not None:
-            return score(answer, letter, "option", options=letters) is True
-    if kind == "option":
-        kind = "auto"
-    return score(answer, truth, kind, threshold=threshold) is True
-
-
-def says(answer: str, truth: str, options: Sequence[str] = ()) -> bool:
-    """Whether an answer is the truth and nothing more: its words, or of options its letter, its text or both.
-
-    Args:
-        answer: without tags.
-        truth: the truth; of a question with options the letter, or the text of one of them.
-        options: the options' texts in the order of their letters.
-    """
-    letters = letters_of(options)
-    letter = letter_of(truth, letters)
-    if letter is None:
-        return answer == truth or exact_match(answer, truth)
-    lone = letter_of(answer, letters)
-    if lone is not None:
-        return lone == letter
-    return exact_match(answer, (letters[letter], f"{letter}. {letters[letter]}"))
-
-
-def letters_of(options: Sequence[str]) -> dict[str, str]:
-    """Texts by letter."""
-    return {chr(ord("A") + place): text for place, text in enumerate(options)}
-
-
-def letter_of(truth: str, letters: Mapping[str, str]) -> str | None:
-    """The letter of the true option; None where the truth names none. A lone letter is never the text of another option."""
-    told = truth.strip()
-    lone = told.strip("() .").upper()
-    if lone in letters:
-        return lone
-    same = [letter for letter, text in letters.items() if text.strip() == told]
-    return same[0] if len(same) == 1 else None

@@ -9,12 +9,16 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
-from collections.abc import Iterator
+import string
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from clear_adapters.errors import ClearValueError
+
+POINTER = 64
+"""An image field of at most so many characters is the index of another row (VLMEvalKit's rule)."""
 
 _LONGEST_ROW = 2**26
 """Bytes. Far above any picture; a quote that is never closed would take the rest of the file for one row."""
@@ -217,6 +221,11 @@ class TsvFile:
             else:
                 if fields:
                     yield (*start, fields)
+
+
+def options_in(values: Mapping[str, str]) -> dict[str, str]:
+    """The options of a row by the letters of their columns; columns that are empty are left out."""
+    return {c: values[c].strip() for c in string.ascii_uppercase if values.get(c, "").strip()}
 
 
 def picture_bytes(file: TsvFile, place: tuple[int, int]) -> bytes:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import multiprocessing
-import os
 import random
 import shutil
 from collections.abc import Mapping
@@ -26,6 +24,7 @@ from clear_adapters.degradations.catalogue import Weights
 from clear_adapters.degradations.corruption import Formulas
 from clear_adapters.errors import ClearValueError
 from clear_adapters.journal import claim, write_whole
+from clear_adapters.workers import count_of, in_order, processes
 from clear_adapters.world import KINDS, Question, Scene, ask, pair_scenes, render, sample_scene
 from clear_adapters.world.scene import check_seed, check_split
 
@@ -148,7 +147,7 @@ def build(
     parts.mkdir(exist_ok=True)
     chunks = math.ceil(plan.scenes / _CHUNK)
     todo = [i for i in range(chunks) if not _part(folder, i).is_file()]
-    count = min(workers or os.cpu_count() or 1, max(1, len(todo)))
+    count = min(count_of(workers or None), max(1, len(todo)))
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -159,14 +158,9 @@ def build(
     ) as bar:
         task = bar.add_task("scenes", total=plan.scenes, completed=(chunks - len(todo)) * _CHUNK)
         jobs = [(folder, plan, i) for i in todo]
-        if count == 1:
-            for job in jobs:
-                _chunk(job)
+        with processes(count) as pool:
+            for _ in in_order(_chunk, jobs, pool, count):
                 bar.advance(task, _CHUNK)
-        else:
-            with multiprocessing.get_context("spawn").Pool(count, initializer=_one_thread) as pool:
-                for _ in pool.imap_unordered(_chunk, jobs):
-                    bar.advance(task, _CHUNK)
     _finish(folder, chunks, plan.examples)
     return folder
 
@@ -190,12 +184,6 @@ def _finish(folder: Path, chunks: int, examples: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- one scene
-
-
-def _one_thread() -> None:
-    import cv2
-
-    cv2.setNumThreads(1)
 
 
 def _chunk(job: tuple[Path, Plan, int]) -> None:

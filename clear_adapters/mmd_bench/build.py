@@ -8,7 +8,6 @@ of two versions of a file are never mixed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +25,7 @@ from clear_adapters.degradations import SEVERITIES
 from clear_adapters.degradations.catalogue import generator
 from clear_adapters.degradations.corruption import Formulas
 from clear_adapters.errors import ClearValueError, unknown_name
-from clear_adapters.journal import size_of, write_whole
+from clear_adapters.journal import file_facts, sha256_of, size_of, write_whole
 from clear_adapters.mmd_bench.journal import TaskJournal
 from clear_adapters.mmd_bench.pictures import QUALITY, Item, Recipe, make
 from clear_adapters.mmd_bench.questions import QuestionSet, lines_of, read_questions
@@ -114,7 +113,7 @@ def build(
     settings = {
         **asdict(recipe),
         "version": __version__,
-        "inputs": {i.task.name: _input_facts(i.path) for i in inputs},
+        "inputs": {i.task.name: file_facts(i.path) for i in inputs},
     }
     sets = [read_questions(i.path, i.task, skip_bad=skip_bad) for i in inputs]  # all, before any is built
     _claim(folder, settings)
@@ -178,10 +177,6 @@ def _read_json(path: Path) -> dict[str, Any]:
             "holds cannot be told: delete the folder, or choose another, and build again"
         )
     return content
-
-
-def _input_facts(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _whole_tasks(folder: Path, sets: Sequence[QuestionSet]) -> dict[str, Any] | None:
@@ -248,7 +243,7 @@ def _finish(
         if s.task.name not in facts:
             continue
         given = settings["inputs"][s.task.name]
-        if _input_facts(s.file.path) != given:
+        if file_facts(s.file.path) != given:
             (folder / f"{s.task.file}.journal").unlink(missing_ok=True)
             raise ClearValueError(
                 f"{s.file.path} was changed while sets were built from it, so they are of neither: delete {folder} and "
@@ -273,7 +268,7 @@ def _finish(
                 "condition": condition,
                 "rows": counts["rows"],
                 "bytes": size_of(folder / name),
-                "sha256": _sha256(folder / name),
+                "sha256": sha256_of(folder / name),
             }
     manifest = {
         "schema_version": 1,
@@ -290,8 +285,3 @@ def _finish(
     for s in sets:
         (folder / f"{s.task.file}.journal").unlink(missing_ok=True)
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

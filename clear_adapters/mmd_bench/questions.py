@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import string
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clear_adapters.datasets.tsv import TsvError, TsvFile, TsvRow, picture_bytes
+from clear_adapters.datasets.tsv import POINTER, TsvError, TsvFile, TsvRow, options_in, picture_bytes
 from clear_adapters.errors import ImageError
 from clear_adapters.images import load_image
 from clear_adapters.mmd_bench.tasks import Task, prompt
+from clear_adapters.scoring import lone_letter
 
 if TYPE_CHECKING:
     from PIL import Image
-
-_POINTER = 64
-"""An image field of at most so many characters is the index of another row (VLMEvalKit's rule)."""
 
 _ROTATION = 1_000_000
 """Without a column g_index, the rotations of a circular question differ by multiples of this (VLMEvalKit's rule)."""
@@ -217,14 +214,14 @@ class _Scan:
             return
         if image.startswith("["):
             self.refuse(line, "several pictures in one row: one a question can be asked about", group)
-        target = image if len(image) <= _POINTER else index
+        target = image if len(image) <= POINTER else index
         if target == index:
-            if len(image) <= _POINTER:  # its own index
+            if len(image) <= POINTER:  # its own index
                 self.refuse(
                     line, f"the picture is said to be that of row {index!r}, which is this row", group
                 )
             self.pictures[index] = (line, row.offset)
-        options = {c: values[c].strip() for c in string.ascii_uppercase if values.get(c, "").strip()}
+        options = options_in(values)
         if not values.get("question", "").strip():
             self.refuse(line, "the question is empty", group)
         if self.task.prompt == "column" and not values.get("prompt", "").strip():
@@ -259,7 +256,7 @@ class _Scan:
             self.refuse(line, "the answer is empty, so nothing could be right", group)
         if not options:
             return answer
-        letter = answer.strip("() .").upper()
+        letter = lone_letter(answer)
         if letter not in options:
             self.refuse(line, f"the answer {answer!r} is none of the options {', '.join(options)}", group)
         return letter

@@ -11,6 +11,7 @@ from typing import Literal
 
 from clear_adapters.degradations import SEVERITIES, list_degradations
 from clear_adapters.errors import unknown_name
+from clear_adapters.prompts import CHOOSE
 
 Rule = Literal["choice", "judge", "kind"]
 Unit = Literal["question", "circle", "pair", "source"]
@@ -101,9 +102,7 @@ def get_task(name: str) -> Task:
 
 
 PROMPT_VERSION = "1"
-"""Changes with every change of the words below."""
-
-_CHOOSE = "Choose one option and answer with its letter."
+"""Changes with every change of the words below and of `prompts.CHOOSE`."""
 
 
 def prompt(task: Task, values: dict[str, str], options: dict[str, str]) -> str:
@@ -122,4 +121,4 @@ def prompt(task: Task, values: dict[str, str], options: dict[str, str]) -> str:
         return values["question"].strip()
     hint = [f"Hint: {values['hint'].strip()}"] if values.get("hint", "").strip() else []
     listed = [f"{letter}. {text}" for letter, text in options.items()]
-    return "\n".join([*hint, f"Question: {values['question'].strip()}", "Options:", *listed, _CHOOSE])
+    return "\n".join([*hint, f"Question: {values['question'].strip()}", "Options:", *listed, CHOOSE])

@@ -50,6 +50,7 @@ class Judge:
 
     Attributes:
         endpoint: where it is asked; its `counts` say how often.
+        name: of the model there.
     """
 
     __name__ = "judge"  # what TRL logs a reward under
@@ -64,6 +65,7 @@ class Judge:
             ClearValueError, UnknownNameError: a setting that cannot work.
         """
         self.endpoint = endpoint if isinstance(endpoint, Endpoint) else Endpoint.from_settings(endpoint)
+        self.name = self.endpoint.model
 
     def __call__(
         self,

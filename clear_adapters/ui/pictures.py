@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
+from clear_adapters import images
 from clear_adapters.degradations import SEVERITIES, degrade, draw, intensity_of
 from clear_adapters.errors import ImageError
 from clear_adapters.images import load_image
@@ -164,8 +164,8 @@ def data_url(image: Image.Image) -> str:
     It is made once a picture and kept in its `info`, since a page is drawn anew many times a second.
     """
     if _URL not in image.info:
-        buffer = io.BytesIO()
         small = image.width * image.height <= _LOSSLESS
-        image.save(buffer, "WEBP", lossless=small, quality=60 if small else 88, method=2)
-        image.info[_URL] = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+        image.info[_URL] = images.data_url(
+            image, "WEBP", lossless=small, quality=60 if small else 88, method=2
+        )
     return str(image.info[_URL])

@@ -13,19 +13,20 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clear_adapters.datasets.builder import writers
+from clear_adapters.datasets.answers import matches
 from clear_adapters.datasets.builder.cost import Asked, Estimate, Prices, estimate
-from clear_adapters.datasets.builder.duplicates import Clusters, near_pairs
+from clear_adapters.datasets.builder.judging import RIGHT_ABOVE, Judge, Said, judged
 from clear_adapters.datasets.builder.pathways import Answerer, batches, drawn, wanted
 from clear_adapters.datasets.builder.pictures import PictureJob, make_picture
 from clear_adapters.datasets.builder.plan import FILES, Plan
-from clear_adapters.datasets.builder.sources import Found, Rejected, Row
+from clear_adapters.datasets.builder.rows import Found, Rejected, Row
 from clear_adapters.datasets.builder.summary import summarise
 from clear_adapters.datasets.builder.teachers import MAX_TOKENS, Teacher
-from clear_adapters.datasets.builder.tracing import Said, Tracer, plain, unanswered, without_unpaid_ends
-from clear_adapters.datasets.builder.writers import Judge, Way, template
+from clear_adapters.datasets.builder.tracing import Tracer, plain, unanswered, without_unpaid_ends
+from clear_adapters.datasets.builder.writers import template
+from clear_adapters.datasets.duplicates import Clusters, near_pairs
 from clear_adapters.datasets.example import Example, split_of, to_row
-from clear_adapters.datasets.parts import Parts, is_text, matches
+from clear_adapters.datasets.parts import Parts, Way, is_text
 from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError
 from clear_adapters.journal import Journal, Writer, size_of, write_whole
@@ -65,7 +66,7 @@ class Helpers:
     report: Callable[[str], None] = lambda text: None
 
 
-def expect(rows: Sequence[Asked], plan: Plan, max_tokens: int = MAX_TOKENS) -> Estimate:
+def expect(rows: Sequence[Asked], plan: Plan, max_tokens: int) -> Estimate:
     """What a teacher is asked for some rows; nothing where the plan needs none."""
     return estimate(rows, plan.pathway == "teacher", max_tokens)
 
@@ -167,7 +168,6 @@ class Assembly:
         self.sizes = {str(self.folder / r["clean_image"]): r["size"] for r in good.values()}
         places = {name: place for place, name in enumerate(good)}
         clusters = Clusters(len(good))
-        clusters.join_equal([r["content"] for r in good.values()])
         for a, b in near_pairs([int(r["hash"], 16) for r in good.values()], self.plan.near):
             clusters.join(a, b)
         first: dict[str, int] = {}
@@ -217,7 +217,7 @@ class Assembly:
     def _tracer(self, log: Writer) -> Tracer | None:
         if self.helpers.teacher is None:
             return None
-        return Tracer(self.plan, self.helpers.teacher, self.helpers.judge, self.said, log.write)
+        return Tracer(self.plan, self.helpers.teacher, self.helpers.judge, self.said, log)
 
     def _decide(
         self, train: Sequence[Example], tracer: Tracer | None, log: Writer, bars: Progress
@@ -251,21 +251,16 @@ class Assembly:
         unclear: set[str] = set()
         if judge is not None:
             others = [e for e in train if e.id not in right]
-            left = [e for e in others if ("base judge", e.id, 0) not in self.said]
-            marks = judge(
-                [e.question for e in left], [e.answer for e in left], [self.base[e.id] for e in left]
-            )
-            for example, mark in zip(left, marks, strict=True):
-                if mark is not None:
-                    log.write({"step": "base judge", "row": example.id, "try": 0, "mark": mark})
+            answers = [(e, self.base[e.id]) for e in others]
+            marks = judged(judge, "base judge", 0, answers, self.said, log)
             for example in others:
-                entry = self.said.get(("base judge", example.id, 0))
-                if entry is None:
+                mark = marks[example.id]
+                if mark is None:
                     unclear.add(example.id)
                     told = "the judge did not say whether the base model's answer is right"
                     place = example.extra["place"]
                     self.rejected.append(Rejected(example.id, "pathway", "no judgement", told, place))
-                elif entry["mark"] > writers.RIGHT_ABOVE:
+                elif mark > RIGHT_ABOVE:
                     right.add(example.id)
         return {e.id: "direct" if e.id in right else "restore" for e in train if e.id not in unclear}
 

@@ -7,7 +7,6 @@ for any order in which replies come.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -22,11 +21,12 @@ from clear_adapters.datasets.builder.assembly import SOURCE, SUMMARY, Assembly, 
 from clear_adapters.datasets.builder.cost import Estimate
 from clear_adapters.datasets.builder.pathways import drawn
 from clear_adapters.datasets.builder.plan import Plan
-from clear_adapters.datasets.builder.sources import Found, Row, read_rows
+from clear_adapters.datasets.builder.rows import Found, Row
+from clear_adapters.datasets.builder.sources import read_rows
 from clear_adapters.datasets.builder.stream import Stream, fetch
 from clear_adapters.datasets.builder.teachers import MAX_TOKENS
 from clear_adapters.errors import ClearValueError
-from clear_adapters.journal import claim
+from clear_adapters.journal import claim, file_facts
 from clear_adapters.workers import count_of
 
 SETTINGS = "build.json"
@@ -46,7 +46,8 @@ def build(
     Args:
         source: a `.json`, `.jsonl` or `.tsv` file, or a `Stream` of the Hub.
         output: the folder of the data set: `data.jsonl` (stages 1 and 2), `rl.jsonl` (stage 3), `heldout.jsonl`, `images`,
-            `manifest.jsonl` (a record a picture), `rejected.jsonl` (rows that are in none, with the reason), `summary.json`.
+            `manifest.jsonl` (a record a picture), `rejected.jsonl` (rows that were drawn, or could not be used, and are in
+            none, with the reason), `summary.json`.
         plan: what it contains; None is the default.
         pictures: folder of the pictures; None is the source's own.
         helpers: who works at it; None is processes alone.
@@ -80,7 +81,7 @@ def build(
             "source": source.facts() if isinstance(source, Stream) else _facts(Path(source)),
             "teacher": helpers.teacher.name if helpers.teacher else None,
             "base": helpers.base.name if helpers.base else None,
-            "judge": _judge_name(helpers.judge),
+            "judge": helpers.judge.name if helpers.judge else None,
             "pictures": None if isinstance(source, Stream) else _folder(source, pictures),
         }
         claim(folder, SETTINGS, settings)
@@ -165,14 +166,6 @@ def _check_helpers(plan: Plan, helpers: Helpers) -> None:
         )
 
 
-def _judge_name(judge: writers.Judge | None) -> str | None:
-    """The model of a judge that is a service; of another what it is called."""
-    if judge is None:
-        return None
-    endpoint = getattr(getattr(judge, "__self__", None), "endpoint", None)
-    return str(getattr(endpoint, "model", None) or getattr(judge, "__name__", type(judge).__name__))
-
-
 def _folder(source: str | Path, pictures: str | Path | None) -> str:
     folder = Path(source).expanduser().parent if pictures is None else Path(pictures).expanduser()
     return str(folder.resolve())
@@ -181,9 +174,7 @@ def _folder(source: str | Path, pictures: str | Path | None) -> str:
 def _facts(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"file": path.name}  # said later, with what a source may be
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    return file_facts(path)
 
 
 def _finished(folder: Path) -> dict[str, Any]:

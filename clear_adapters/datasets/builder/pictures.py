@@ -1,7 +1,8 @@
 """One picture: whether it is taken, its hashes, and its degraded version, all of which follow from its pixels and the seed.
 
-Clean pictures are kept as the files they are. What the released code does differently (METHOD of the released data
-pipeline): it draws without a seed, and a picture that fails is logged and left out; here it is in the list of rejects.
+Clean pictures are kept as the files they are (JPEG, PNG, WebP; others become PNG). What the released code does differently
+(METHOD of the released data pipeline): it draws without a seed, and a picture that fails is logged and left out; here it is
+in the list of rejects.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from clear_adapters.datasets.builder.duplicates import perceptual_hash
 from clear_adapters.datasets.builder.plan import Plan
-from clear_adapters.datasets.builder.sources import Picture
+from clear_adapters.datasets.builder.rows import Picture
+from clear_adapters.datasets.duplicates import content_hash, perceptual_hash
 from clear_adapters.datasets.example import decibels, psnr
 from clear_adapters.degradations import SEVERITIES, degrade, draw
 from clear_adapters.errors import ClearError, ClearValueError
@@ -71,7 +72,7 @@ def make_picture(job: PictureJob) -> dict[str, Any]:
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         data = _jpeg(image.resize(size, Image.Resampling.LANCZOS))
         image = load_image(data)
-    content = hashlib.sha256(f"{image.width} x {image.height} ".encode() + image.tobytes()).hexdigest()
+    content = content_hash(image)
     made: dict[str, Any] = {
         "content": content,
         "hash": f"{perceptual_hash(image):016x}",

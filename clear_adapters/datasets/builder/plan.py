@@ -14,9 +14,7 @@ from clear_adapters.scoring import KINDS, Kind
 
 Pathway = Literal["severity", "backbone", "teacher"]
 Writer = Literal["template", "teacher"]
-Split = Literal["train", "rl", "heldout"]
 
-SPLITS: tuple[Split, ...] = get_args(Split)
 FILES: dict[str, str] = {"train": "data.jsonl", "rl": "rl.jsonl", "heldout": "heldout.jsonl"}
 """The file of each split. The training split has the name that a data folder's file has."""
 
@@ -88,7 +86,7 @@ class Plan:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ClearValueError(f"{name}={value!r}: must be from {low} to {high}")
-        for name, keys in (("splits", SPLITS), ("severities", LEVELS)):
+        for name, keys in (("splits", FILES), ("severities", LEVELS)):
             shares = getattr(self, name)
             unknown = set(shares) - set(keys)
             if unknown or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:

@@ -1,9 +1,12 @@
-"""Rows of a dataset repository of the Hub, streamed: only what is drawn is downloaded, and kept until the build is finished."""
+"""Rows of a dataset repository of the Hub, streamed: those that are drawn are kept until the build is finished.
+
+A limit of N draws among the first N + `BUFFER` rows of the files, which are shuffled; about as many are downloaded, pictures
+included. A fetch that was stopped reads them from the start again and keeps what it has.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -188,10 +191,6 @@ def _bytes(picture: Any, inside: Inside) -> bytes | None:
         if isinstance(found, bytes):
             return found
         return _file(picture.get("path"), inside)
-    if hasattr(picture, "save"):
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        return buffer.getvalue()
     return None
 
 

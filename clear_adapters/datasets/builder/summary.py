@@ -9,17 +9,10 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from clear_adapters.datasets.builder.sources import Found, Rejected
+from clear_adapters.datasets.builder.rows import Found, Rejected
 from clear_adapters.datasets.example import Example
+from clear_adapters.datasets.parts import read_parts
 from clear_adapters.errors import ClearError
-from clear_adapters.transcript import RESTORE
-
-
-def way_of(example: Example) -> str:
-    """`restore`, `direct`, or the empty text where there is no trace."""
-    if example.reply is None:
-        return ""
-    return "restore" if RESTORE in example.reply else "direct"
 
 
 def summarise(
@@ -34,7 +27,7 @@ def summarise(
 
     Args:
         found: what the source gave.
-        splits: the rows of each.
+        splits: the rows of each; those for training have their traces.
         rejected: rows that are in none.
         pictures: all records of the manifest.
         faults: what was wrong with replies of the teacher, by reason.
@@ -53,8 +46,8 @@ def summarise(
     for entry in rejected:
         reasons.setdefault(entry.stage, Counter())[entry.reason] += 1
     records = list(pictures)
-    train = splits["train"]
-    table = Counter((e.severity or "clean", way_of(e)) for e in train)
+    ways = [read_parts(e.reply or "").way for e in splits["train"]]
+    table = Counter((e.severity or "clean", way) for e, way in zip(splits["train"], ways, strict=True))
     return {
         "read": found.read,
         "not_sampled": found.not_sampled,
@@ -65,7 +58,7 @@ def summarise(
             "rejected": sum("rejected" in r for r in records),
             "groups": len({r["group"] for r in records if "group" in r}),
         },
-        "pathways": dict(sorted(Counter(map(way_of, train)).items())),
+        "pathways": dict(sorted(Counter(ways).items())),
         "pathways_by_severity": {
             level: {w: table[level, w] for w in ("direct", "restore")}
             for level in sorted({a for a, _ in table})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +11,13 @@ from PIL import Image
 
 from clear_adapters.endpoint import Endpoint, Failure, Messages
 from clear_adapters.errors import CheckpointError
-from clear_adapters.images import load_image
+from clear_adapters.images import data_url, load_image
 
 SIDE = 1024
 """Longest side in pixels at which a teacher sees a picture: larger ones cost more and are scaled down by most services."""
 
 MAX_TOKENS = 1024
 """Of one reply, as in the released code."""
-
-TEMPERATURE = 0.3
-"""As in the released code."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +95,7 @@ class EndpointTeacher:
         return messages
 
     def _url(self, path: Path) -> str:
-        buffer = io.BytesIO()
-        shown(path, self.side).save(buffer, "JPEG", quality=90)
-        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+        return data_url(shown(path, self.side), "JPEG", quality=90)
 
 
 class LocalTeacher:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from clear_adapters.datasets.answers import matches
+from clear_adapters.datasets.builder.judging import RIGHT_ABOVE, Judge, Said, judged
 from clear_adapters.datasets.builder.plan import Plan
-from clear_adapters.datasets.builder.sources import Rejected
+from clear_adapters.datasets.builder.rows import Rejected
 from clear_adapters.datasets.builder.teachers import Conversation, Teacher
 from clear_adapters.datasets.builder.writers import (
-    RIGHT_ABOVE,
     Fault,
-    Judge,
-    Way,
     again,
     decision,
     first_turn,
@@ -23,8 +22,9 @@ from clear_adapters.datasets.builder.writers import (
     second_turn,
 )
 from clear_adapters.datasets.example import Example
-from clear_adapters.datasets.parts import Parts, matches
+from clear_adapters.datasets.parts import Parts, Way
 from clear_adapters.endpoint import Failure
+from clear_adapters.journal import Writer
 
 UNPAID = frozenset({"rate limited", "refused", "timed out", "no reply"})
 """Failures that cost nothing: a run that is taken up again tries anew where a row ended with them."""
@@ -32,11 +32,6 @@ UNPAID = frozenset({"rate limited", "refused", "timed out", "no reply"})
 _OUTAGE = UNPAID - {"refused"}
 _OUTAGE_STATUS = ("HTTP 408", "HTTP 409", "HTTP 5")
 """Refusals that say nothing about the request itself."""
-
-Said = dict[tuple[str, str, int], Mapping[str, Any]]
-"""Entries of the journal by step, row and try."""
-
-Note = Callable[[Mapping[str, Any]], None]
 
 
 def without_unpaid_ends(said: Said) -> Said:
@@ -67,8 +62,8 @@ class Tracer:
         plan: tries and comparison.
         teacher: who is asked.
         judge: who is asked about answers that do not match; None takes no for an answer.
-        said: what is on disk already; grows.
-        note: puts an entry on disk.
+        said: what is on disk already; grows by what is written to the journal.
+        log: the journal.
         advance: called once a finished row.
     """
 
@@ -76,7 +71,7 @@ class Tracer:
     teacher: Teacher
     judge: Judge | None
     said: Said
-    note: Note
+    log: Writer
     advance: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
@@ -203,15 +198,9 @@ class Tracer:
                     found[row.id] = made
         if self.judge is None:
             return
-        left = [(r, a) for r, a in unsure if ("judge", r.id, number) not in self.said]
-        marks = self.judge([r.question for r, _ in left], [r.answer for r, _ in left], [a for _, a in left])
-        for (row, _), mark in zip(left, marks, strict=True):
-            entry = {"step": "judge", "row": row.id, "try": number, "mark": mark}
-            if mark is not None:
-                self.note(entry)
-            self.said["judge", row.id, number] = entry
+        marks = judged(self.judge, "judge", number, unsure, self.said, self.log)
         for row, answer in unsure:
-            mark = self.said["judge", row.id, number]["mark"]
+            mark = marks[row.id]
             if mark is None:
                 found[row.id] = Fault("no judgement", "the judge did not say whether the answer is right")
             elif mark <= RIGHT_ABOVE:
@@ -227,11 +216,7 @@ class Tracer:
                 entry |= {"reply": None, "failure": reply.kind, "reason": reply.reason}
             else:
                 entry["reply"] = reply
-            self._put(entry)
-
-    def _put(self, entry: Mapping[str, Any]) -> None:
-        self.note(entry)
-        self.said[entry["step"], entry["row"], entry["try"]] = entry
+            self.log.write(entry)
 
     def _fail(self, tries: list[dict[str, Any]], entry: Mapping[str, Any], fault: Fault) -> None:
         self.faults[fault.reason] += 1

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from clear_adapters.datasets.answers import letter_of, letters_of
 from clear_adapters.datasets.builder.teachers import Turn
 from clear_adapters.datasets.example import Example
-from clear_adapters.datasets.parts import Parts, is_text, letter_of, letters_of, read_parts
+from clear_adapters.datasets.parts import Parts, Way, is_text, read_parts
 from clear_adapters.datasets.traces import condition
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import PROTOCOLS
 from clear_adapters.transcript import RESTORE, parse
 
 VERSION = "1"
-"""Changes with every change of the words below: other words are other data."""
-
-Way = Literal["direct", "restore"]
-
-Judge = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float | None]]
-"""Marks answers (questions, truths, answers) from 0 to 1; None where no judgement could be had. `rewards.judge.Judge.mark`."""
-
-RIGHT_ABOVE = 0.5
-"""A judged answer is right above this mark (the paper's rule for its accuracy reward)."""
+"""Changes with every change of the words below and of `prompts.CHOOSE`: other words are other data."""
 
 # ---------------------------------------------------------------------------------------------------- templates
 
@@ -196,7 +189,7 @@ def read_trace(text: str, way: Way, said: str | None = None) -> Parts | Fault:
         parts = read_parts(text)
     except ClearValueError as error:
         return Fault("malformed", str(error))
-    if (parts.reading is not None) != (way == "restore"):
+    if parts.way != way:
         told = (
             "it restores, and the model does not"
             if way == "direct"

@@ -1,14 +1,24 @@
-"""Pictures that are nearly one: resized, encoded again, brightened a little. None of them may stand in two splits."""
+"""Pictures that are one or nearly one: resized, encoded again, brightened a little. None of them may stand in two splits."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 
 SIDE = 32
 KEPT = 8
+
+
+def content_hash(image: Image.Image) -> str:
+    """A hash of size and pixels.
+
+    Args:
+        image: RGB.
+    """
+    return hashlib.sha256(f"{image.width} x {image.height} ".encode() + image.tobytes()).hexdigest()
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -55,10 +65,3 @@ class Clusters:
         """Makes one cluster of two."""
         a, b = sorted((self.root(a), self.root(b)))
         self._parent[b] = a
-
-    def join_equal(self, keys: Sequence[Hashable]) -> None:
-        """Joins all things of one key; None and the empty text are no key."""
-        first: dict[Hashable, int] = {}
-        for place, key in enumerate(keys):
-            if key not in (None, ""):
-                self.join(first.setdefault(key, place), place)
