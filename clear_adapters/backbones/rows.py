@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clear_adapters.backbones.attention import one_shape
 from clear_adapters.backbones.base import Context
 
 
@@ -52,7 +53,8 @@ class _Group:
                 values.repeat_interleave(shared, 1),
                 1,
             )
-        return F.scaled_dot_product_attention(q, keys, values, enable_gqa=shared > 1).transpose(1, 2)
+        with one_shape():
+            return F.scaled_dot_product_attention(q, keys, values, enable_gqa=shared > 1).transpose(1, 2)
 
 
 class Rows:

@@ -26,6 +26,8 @@ from clear_adapters.transcript import Origin, TextSegment
 _PORTIONS = {"cuda": 256}
 """Tokens for which room is made at once: a graph is captured for each portion."""
 _PORTION = 32
+_ALIGNED = 8
+
 _MODE = "thread_local"
 """A data loader's thread may pin memory while a step is captured."""
 
@@ -137,7 +139,9 @@ class Writer:
     def _open(self, context: Context) -> None:
         """Room behind a context for the next portion of tokens."""
         portion = self._room or _PORTIONS.get(context.position.device.type, _PORTION)
-        room = context.cache.reserve(context.length, min(portion, self._limit - self.steps))
+        stop = context.length + min(portion, self._limit - self.steps)
+        # Products over a length that 16 bytes do not divide take kernels that are four to eight times as slow on a GPU.
+        room = context.cache.reserve(context.length, -(-stop // _ALIGNED) * _ALIGNED - context.length)
         # The room is taken at once: what is appended to a fork of the context meanwhile goes elsewhere.
         room.commit()
         self._slots = Slots(room, torch.full_like(self._place, room.start))
