@@ -88,14 +88,14 @@ TARGETS: tuple[Target, ...] = (
 
 
 def best(found: Results, part: str, facts: dict[str, Any], state: str) -> Row | None:
-    """The row of a target in a state: as attached, or the fastest of the others."""
-    if state == "attached":
-        rows = found.each(part, **facts)
-        return min(rows, key=lambda r: r["seconds"] / r.get("tokens_per_second", 1)) if rows else None
-    work = {"text": "text", "restoration": "restoration", "answer": "answer", "group": "group"}.get(part)
-    rows = [r for p in ("states", "compiled") for r in found.each(p, work=work, state=state)]
-    rows = [r for r in rows if all(r.get(k) == v for k, v in facts.items())]
-    return min(rows, key=lambda r: r["seconds"]) if work and rows else None
+    """The fastest row of a target in a state of the model, `attached` or `folded`, compiled or not."""
+    rows = found.each(part, **facts) if state == "attached" else []
+    rows += [r for p in ("states", "compiled") for r in found.each(p, work=part, state=state, **facts)]
+    return min(
+        rows,
+        key=lambda r: 1 / r["tokens_per_second"] if "tokens_per_second" in r else r["seconds"],
+        default=None,
+    )
 
 
 def targets(found: Results) -> str:
@@ -167,13 +167,14 @@ def render(files: Sequence[ResultFile]) -> str:
     dates = ", ".join(dict.fromkeys(f.date[:10] for f in files))
     note = (
         f"BAGEL-7B's shapes with random weights, bfloat16, {devices}, {dates}. Text is seconds a step (a token in every row) of a "
-        "64-token turn, all of the turn's cost included; bold is within the target."
+        "64-token turn, all of the turn's cost included; bold is within the target. Both columns have the fastest of what was measured, "
+        "compiled or not."
     )
     return f"{note}\n\n{targets(found)}{ways(found)}{memory(found)}{changes(files)}"
 
 
-def figure(files: Sequence[ResultFile], path: Path) -> None:
-    """How cost grows with picture size, text length, batch and group."""
+def figure(files: Sequence[ResultFile], path: Path) -> bool:
+    """How cost grows with picture size, text length, batch and group; False, and no file, where none of it was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,20 +187,26 @@ def figure(files: Sequence[ResultFile], path: Path) -> None:
         ("batch", "batch", "questions at once", lambda r: r["seconds"], "answers, s"),
         ("groups", "group", "rollouts of a question", lambda r: r["seconds"], "rollouts, s"),
     ]
-    drawn, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), layout="constrained")
-    for axis, (part, key, name, value, label) in zip(axes, panels, strict=True):
+    panels = [panel for panel in panels if found.each(panel[0])]
+    if not panels:
+        return False
+    drawn, axes = plt.subplots(
+        1, len(panels), figsize=(3.4 * len(panels), 2.8), layout="constrained", squeeze=False
+    )
+    for axis, (part, key, name, value, label) in zip(axes[0], panels, strict=True):
         rows = sorted(found.each(part), key=lambda r: r[key])
         axis.plot([r[key] for r in rows], [value(r) for r in rows], "o-", color="tab:blue")
         axis.set(xlabel=name, ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
     drawn.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(drawn)
+    return True
 
 
-def insert(files: Sequence[ResultFile]) -> None:
-    """Puts tables between the markers of the README."""
+def insert(files: Sequence[ResultFile], drawn: bool) -> None:
+    """Puts tables between the markers of the README, and the figure where there is one."""
     text = README.read_text(encoding="utf-8")
-    shown = f"{render(files)}\n\n![How cost grows](results/speed/{FIGURE})"
+    shown = render(files) + (f"\n\n![How cost grows](results/speed/{FIGURE})" if drawn else "")
     README.write_text(inserted(text, shown, str(README), MARKERS), encoding="utf-8")
 
 
@@ -214,8 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.print:
         print(render(files))
         return 0
-    figure(files, args.results[0].with_name(FIGURE))
-    insert(files)
+    insert(files, figure(files, args.results[0].with_name(FIGURE)))
     return 0
 
 
