@@ -2,8 +2,9 @@
 
     python benchmarks/degraded_world/report.py benchmarks/results/degraded_world.json --page clear_adapters/builtin/page
 
-README.md gets the main table, benchmarks/README.md all of them, and that of results/tried; both need the marker lines. The figure is written
-beside the result file. `--page` is where the page of the extra `demo` gets its copy of main table and figure. No number is typed by hand: a test renders the committed file again and compares.
+README.md gets the main table of the first built-in model; benchmarks/README.md gets all tables of either, and that of results/tried.
+Both need the marker lines. The figure is written beside the result file. `--page` is where the page of the extra `demo` gets its copy of
+main table and figure. No number is typed by hand: a test renders the committed files again and compares.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import summary
-from readme import inserted, markers
+from readme import Markers, inserted, markers
 from summary import Value
 from systems import ALL, BY_NAME
 
-from clear_adapters.errors import ClearError
+from clear_adapters.errors import ClearError, unknown_name
 from clear_adapters.mmd_bench.tables import table
 from clear_adapters.results import ResultFile, read_result
 from clear_adapters.world import KINDS
 
 MARKERS, TRIED_MARKERS = markers("results"), markers("tried")
+SECTIONS = {"builtin:bagel-tiny": MARKERS, "builtin:janus-tiny": markers("results-janus")}
+"""Where the tables of a base model stand; README.md has only the first."""
 TRIED = Path(__file__).parents[1] / "results" / "tried"
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "clear_adapters" / "builtin" / "page"
@@ -192,6 +195,18 @@ def render(result: ResultFile, full: bool = False) -> str:
     return "\n\n".join(p for p in parts if p)
 
 
+def section_of(result: ResultFile) -> Markers:
+    """Where the tables of a result stand.
+
+    Raises:
+        UnknownNameError: the README has no section for its base model.
+    """
+    name = result.payload["model"]["name"]
+    if name not in SECTIONS:
+        raise unknown_name("base model of a section", name, SECTIONS)
+    return SECTIONS[name]
+
+
 def tried_table(folder: Path) -> str:
     """Right answers of adapters that were tried and not kept: one result file each, in the order of their names.
 
@@ -284,9 +299,12 @@ def main(arguments: list[str] | None = None) -> int:
         result = read_result(args.result)
         texts = {}
         if not args.print:
+            section = section_of(result)
             for path, full in ((args.readme, False), (args.full, True)):
+                if section != MARKERS and not full:
+                    continue
                 texts[path] = inserted(
-                    path.read_text(encoding="utf-8"), render(result, full), str(path), MARKERS
+                    path.read_text(encoding="utf-8"), render(result, full), str(path), section
                 )
                 if TRIED_MARKERS[0] in texts[path]:
                     texts[path] = inserted(texts[path], tried_table(TRIED), str(path), TRIED_MARKERS)

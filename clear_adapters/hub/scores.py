@@ -144,7 +144,7 @@ def folder_digest(folder: Path) -> str:
     """By which result files name what they measured.
 
     Of an adapter its own files, whole. Of a model all files of weights and settings, but of large ones their first and last MiB
-    alone: result files recorded it so.
+    alone: result files recorded it so. What says how a model was made is none of them.
     """
     from clear_adapters.store import CONFIG, FILES
 
@@ -152,7 +152,11 @@ def folder_digest(folder: Path) -> str:
     if is_adapter:
         paths = [folder / n for n in FILES if (folder / n).is_file()]
     else:
-        paths = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")]
+        paths = [
+            p
+            for p in folder.rglob("*")
+            if p.suffix in (".safetensors", ".json") and p.name != "provenance.json"
+        ]
     found = hashlib.sha256()
     for path in sorted(paths):
         size = path.stat().st_size
