@@ -320,7 +320,7 @@ SMALL = {
 
 def test_the_main_table_word_for_word():
     head = (
-        "Right answers in % of 6 held-out questions [95 % interval]; model `builtin:x`, a device, 2026-01-02.\n\n"
+        "Right answers in % of 6 held-out questions [95 % interval]; model `builtin:bagel-tiny`, a device, 2026-01-02.\n\n"
         "| system | seeds | clean | low | mid | high |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: |\n"
         "| base | 1 | 83.3 [43.6, 97.0] | – | – | 33.3 [9.7, 70.0] |\n"

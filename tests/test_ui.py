@@ -446,7 +446,7 @@ def test_a_choice_that_cannot_work_drops_nothing(names, monkeypatch, tmp_path):
 
 def test_a_restricted_page_takes_no_other_names_and_tells_no_places(names, toy):
     pool = ModelPool(Names("builtin:bagel-tiny", ADAPTERS[0]), allow_others=False, device="cpu", capacity=1)
-    assert pool.choices("model") == ["builtin:bagel-tiny"]
+    assert pool.choices("model") == ["builtin:bagel-tiny", "builtin:janus-tiny"]
     assert pool.names("", ADAPTERS[1]) == Names(None, ADAPTERS[1])
     assert pool.names(None, None) == pool.default
     for model, adapter in (
