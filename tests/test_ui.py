@@ -453,7 +453,7 @@ def test_a_restricted_page_takes_no_other_names_and_tells_no_places(names, toy):
         ("/etc", ""),
         ("", "owner/other"),
         ("builtin:bagel-tiny", str(ROOT)),
-        ("builtin:janus-tiny", ""),
+        ("builtin:emu3-tiny", ""),
     ):
         with pytest.raises(ClearValueError, match="its own models alone"):
             pool.names(model, adapter)
