@@ -30,11 +30,11 @@ class LeanLinear(Linear):
         # Autocast keeps its cast of a weight for the whole pass.
         if not torch.is_autocast_enabled(x.device.type):
             first = first.to(x.dtype)
-        low = (F.linear(x, first) * self.scaling[name]).to(result.dtype).reshape(-1, first.shape[0])
-        second = second.to(result.dtype).t()
+        low = F.linear(x, first).to(result.dtype).reshape(-1, first.shape[0])
+        second, scale = second.to(result.dtype).t(), self.scaling[name]
         if result.ndim == 2:
-            return result.addmm_(low, second)
-        return torch.addmm(result.reshape(-1, result.shape[-1]), low, second).view(result.shape)
+            return result.addmm_(low, second, alpha=scale)
+        return torch.addmm(result.reshape(-1, result.shape[-1]), low, second, alpha=scale).view(result.shape)
 
     def _is_plain(self) -> bool:
         active = self.active_adapters
