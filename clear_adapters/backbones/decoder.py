@@ -6,8 +6,8 @@ gives the last layer's states after the norm only. Its layers are used as they a
 
 from __future__ import annotations
 
+import functools
 import inspect
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +34,7 @@ class _Update:
         return self._held.append(layer, keys, values)
 
 
-@cache
+@functools.cache
 def _cache_name(layer: type) -> str:
     """What the layers of a class call their cache: transformers renamed it after 5.23, and ignores a name it does not know."""
     return "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
