@@ -193,7 +193,7 @@ def build(
         typer.Option(
             "--leave-unanswered",
             rich_help_panel="Teacher",
-            help="Finish without rows that the service did not answer.",
+            help="Finish without rows that a service did not answer.",
         ),
     ] = False,
     judge_url: Annotated[

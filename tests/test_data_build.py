@@ -24,6 +24,7 @@ from clear_adapters.datasets.builder.stream import Stream
 from clear_adapters.datasets.duplicates import Clusters, perceptual_hash
 from clear_adapters.datasets.parts import Parts, read_parts
 from clear_adapters.degradations import degrade
+from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError
 from clear_adapters.images import load_image
 from clear_adapters.transcript import RESTORE
@@ -562,6 +563,9 @@ def test_a_judge_decides_where_the_base_models_words_differ(source, tmp_path):
     plan = Plan(pathway="backbone", splits={"train": 1.0}, restore_share=None)
     base = Knowing({"0-a", "1-a", "2-a"})
     used = Helpers(base=base, judge=Lenient(), workers=1, progress=False)
+    with pytest.raises(EndpointError, match="1 rows were not judged by lenient"):
+        build(source, tmp_path / "out", plan, helpers=used)
+    used = replace(used, leave_unanswered=True)
     summary = build(source, tmp_path / "out", plan, helpers=used)
     restored = {r["id"] for r in lines(tmp_path / "out" / "data.jsonl") if RESTORE in r["reply"]}
     assert restored == {"2-a"}

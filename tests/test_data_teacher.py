@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from clear_adapters.datasets import read_examples
+from clear_adapters.datasets.builder import judging
 from clear_adapters.datasets.builder.assembly import Helpers
 from clear_adapters.datasets.builder.build import build
 from clear_adapters.datasets.builder.cost import Prices
@@ -175,6 +176,62 @@ def test_a_judge_takes_other_words_and_the_truth_is_trained(source, tmp_path):
     assert {r["id"] for r in lines(source)} - {r["id"] for r in kept} == {"0-a"}
     assert all(read_parts(r["reply"]).answer == r["answer"] for r in kept)
     assert summary["rejected"]["trace"] == {"wrong answer": 1}
+
+
+def test_a_judge_that_is_down_ends_no_row_and_the_teacher_is_not_asked_again(source, tmp_path):
+    def other_words(body, _):
+        return Reply(right(body).replace("<answer>", "<answer>roughly "))
+
+    plan = Plan(**{**PLAN, "limit": 4})
+    with serve(other_words) as service:
+
+        def go_on(court, **more):
+            judge = Judge(Endpoint(court.url, "j", retries=0))
+            return build(
+                source, tmp_path / "out", plan, helpers=replace(helpers(service, judge), **more)
+            )
+
+        with serve(Reply("down", status=503, headers=NOW)) as court:
+            with pytest.raises(EndpointError, match=r"(\d) rows were not judged by j; .*run again") as told:
+                go_on(court)
+            unsure = len(court.requests)
+            assert str(told.value).startswith(f"{unsure} rows")
+            assert unsure > 0
+        assert not (tmp_path / "out" / "summary.json").exists()
+        with serve(Reply("1")) as court:
+            summary = go_on(court)
+            assert len(court.requests) == unsure
+        assert len(service.requests) == 4
+    assert summary["teacher"] == {"faults": {}, "accepted_at_try": {"1": 4}}
+    with serve(other_words) as service, serve(Reply("down", status=503, headers=NOW)) as court:
+        judge = Judge(Endpoint(court.url, "j", retries=0))
+        used = replace(helpers(service, judge), leave_unanswered=True)
+        summary = build(source, tmp_path / "without", plan, helpers=used)
+        assert len(service.requests) == 4
+    assert summary["rejected"] == {"trace": {"no judgement": unsure}}
+    assert summary["rows"]["train"] == 4 - unsure
+
+
+def test_every_mark_is_on_disk_before_the_next_portion_is_marked(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "PORTION", 2)
+
+    class Court:
+        name = "j"
+        marked = 0
+
+        def mark(self, questions, truths, answers):
+            if self.marked == 4:
+                raise KeyboardInterrupt
+            self.marked += len(answers)
+            return [1.0] * len(answers)
+
+    with serve(lambda body, _: Reply(right(body).replace("<answer>", "<answer>roughly "))) as service:
+        first, second = Court(), Court()
+        with pytest.raises(KeyboardInterrupt):
+            build(source, tmp_path / "out", Plan(**PLAN), helpers=helpers(service, first))
+        second.marked = -10**6
+        build(source, tmp_path / "out", Plan(**PLAN), helpers=helpers(service, second))
+    assert first.marked + second.marked + 10**6 == 6  # the other six name their option
 
 
 def test_the_released_rule_lets_the_teacher_decide_without_the_truth(source, tmp_path):
