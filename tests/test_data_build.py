@@ -6,6 +6,7 @@ import itertools
 import json
 import zlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -608,6 +609,59 @@ def test_a_stream_of_datasets_is_drawn_by_seed_and_goes_on(tmp_path, monkeypatch
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     with pytest.raises(ClearValueError, match="cannot be read as a stream"):
         build(Stream(str(tmp_path / "set"), split="no"), tmp_path / "bad", Plan(limit=1), helpers=ONE)
+
+
+def test_a_build_of_the_hub_reads_one_commit_and_names_it(tmp_path, monkeypatch):
+    """The branch moves between two runs of a build."""
+    datasets = pytest.importorskip("datasets")
+    from huggingface_hub import HfApi
+
+    from clear_adapters.datasets.builder import stream as streams
+
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    names = photographs(tmp_path / "set", 3)
+    rows = [{"file_name": n, "id": n, "question": "Q?", "answer": "A"} for n in names]
+    write_rows(tmp_path / "set" / "metadata.jsonl", rows)
+    load, commits, read = datasets.load_dataset, iter(["1" * 40, "2" * 40]), []
+
+    def load_here(name, config, *, revision, **more):
+        read.append((name, revision))
+        return load(str(tmp_path / "set"), config, **more)
+
+    def dataset_info(self, name, *, revision):
+        return SimpleNamespace(sha=next(commits))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_here)
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(streams, "lies_below", lambda *_: True)
+    entry = streams._entry
+    monkeypatch.setattr(streams, "_entry", lambda row, n, *more: entry(row, n, *more) if n < 2 else 1 / 0)
+    plan = Plan(splits={"train": 1.0}, restore_share=None)
+    with pytest.raises(ZeroDivisionError):
+        build(Stream("o/n", revision="main"), tmp_path / "out", plan, helpers=ONE)
+    monkeypatch.setattr(streams, "_entry", entry)
+    summary = build(Stream("o/n", revision="main"), tmp_path / "out", plan, helpers=ONE)
+    assert read == [("o/n", "1" * 40)] * 2
+    assert summary["rows"]["train"] == 3
+    assert (summary["source"]["revision"], summary["source"]["commit"]) == ("main", "1" * 40)
+    assert build(Stream("o/n", revision="main"), tmp_path / "out", plan, helpers=ONE) == summary
+
+
+@pytest.mark.parametrize("error", [ConnectionError("reset"), RuntimeError("closed"), FileNotFoundError()])
+def test_a_picture_that_the_hub_does_not_give_costs_no_row(tmp_path, monkeypatch, error):
+    file_utils = pytest.importorskip("datasets.utils.file_utils")
+    from clear_adapters.datasets.builder.stream import _entry
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(file_utils, "xopen", broken)
+    row = {"image": {"path": "hf://datasets/o/n@a/0.jpg", "bytes": None}, "question": "Q?"}
+    if isinstance(error, FileNotFoundError):
+        assert "image" not in _entry(row, 0, tmp_path, lambda path: True)
+        return
+    with pytest.raises(ClearValueError, match=f"0.jpg' could not be read: {error}.*run again"):
+        _entry(row, 0, tmp_path, lambda path: True)
 
 
 def test_a_stream_reads_pictures_that_are_named(tmp_path):

@@ -23,7 +23,7 @@ from clear_adapters.datasets.builder.pathways import drawn
 from clear_adapters.datasets.builder.plan import Plan
 from clear_adapters.datasets.builder.rows import Found, Row
 from clear_adapters.datasets.builder.sources import read_rows
-from clear_adapters.datasets.builder.stream import Stream, fetch
+from clear_adapters.datasets.builder.stream import Stream, commit_of, fetch
 from clear_adapters.datasets.builder.teachers import MAX_TOKENS
 from clear_adapters.errors import ClearValueError
 from clear_adapters.journal import claim, file_facts
@@ -74,7 +74,7 @@ def build(
             f"another process is at work in {folder}: wait until it is done, or choose another folder"
         ) from None
     try:
-        settings = {
+        settings: dict[str, Any] = {
             "plan": asdict(plan),
             "version": __version__,
             "prompts": writers.VERSION,
@@ -89,6 +89,7 @@ def build(
             return _finished(folder)
         if isinstance(source, Stream):
             place = fetch(source, folder / SOURCE, plan, helpers.progress)
+            settings["source"]["commit"] = commit_of(source, place.parent)
             source, pictures = place, place.parent
         return Assembly(folder, plan, helpers, read_rows(source, pictures, plan), settings).run()
     finally:
