@@ -132,11 +132,14 @@ def test_rows_that_cannot_be_used_are_kept_with_the_reason(tmp_path):
         good | {"id": "i", "image": None},
         good | {"id": "j", "conversations": turns[:1]},
         {"id": "k", "image": name, "question": "Q?"},
+        good | {"id": "l", "question": "<image>\nWhose?"},
+        good | {"id": "m", "question": "<image>"},
     ]
     found = read_rows(write_rows(tmp_path / "rows.jsonl", rows), None, Plan())
     assert [(r.id, r.question, r.answer, r.place) for r in found.rows] == [
         ("g", "Q?", "A", "line 1"),
         ("7", "What?", "That.", "line 2"),
+        ("l", "Whose?", "A", "line 16"),
     ]
     assert [(r.reason, r.place) for r in found.rejected] == [
         ("bad row", "line 3"),
@@ -152,9 +155,10 @@ def test_rows_that_cannot_be_used_are_kept_with_the_reason(tmp_path):
         ("no picture", "line 13"),
         ("bad row", "line 14"),
         ("bad row", "line 15"),
+        ("empty text", "line 17"),
     ]
     assert found.read == len(rows)
-    assert len(read_rows(tmp_path / "rows.jsonl", None, Plan(any_language=True)).rows) == 3
+    assert len(read_rows(tmp_path / "rows.jsonl", None, Plan(any_language=True)).rows) == 4
 
 
 def test_a_json_list_and_a_table_give_the_same_rows(tmp_path):
