@@ -375,7 +375,9 @@ def _origin(source: str, stream: Stream) -> Path | Stream:
     from clear_adapters.config import is_hub_id
 
     path = Path(source).expanduser()
-    if path.is_dir() or (not path.exists() and is_hub_id(source) and not path.suffix):
+    # A name of the Hub may hold a dot, and a mistyped file is none.
+    file = path.exists() or path.suffix.lower() in (".json", ".jsonl", ".tsv", ".csv", ".parquet")
+    if path.is_dir() or (not file and is_hub_id(source)):
         return stream
     return path
 

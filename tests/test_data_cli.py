@@ -194,7 +194,7 @@ def test_the_settings_of_the_command_line_are_handed_on(source, tmp_path, monkey
     assert taken.pop()[-1]["helpers"].teacher == (("mine",), {"device": "cpu", "max_new_tokens": 88})
     # A folder is a dataset, as a name of the Hub is.
     hub = ["--config", "c", "--hub-split", "s", "--revision", "r"]
-    for name in (photos, "owner/name"):
+    for name in (photos, "owner/name", "owner/name-1.5-mid"):
         call("data", "build", name, "--output", tmp_path / "out", *hub, code=2)
         assert taken.pop()[0] == Stream(str(name), "c", "s", "r")
 
