@@ -434,14 +434,15 @@ def test_another_folder_of_pictures_or_another_judge_is_another_build(tmp_path):
     photographs(tmp_path / "two", 2)
     source = write_rows(tmp_path / "rows.jsonl", rows_of(names))
     judges = [Judge(Endpoint("http://127.0.0.1:1/v1", name)) for name in ("j", "k")]
-    used = replace(ONE, judge=judges[0])
-    build(source, tmp_path / "out", Plan(), pictures=tmp_path / "one", helpers=used)
-    build(source, tmp_path / "out", Plan(), pictures=tmp_path / "two" / ".." / "one", helpers=used)
+    plan = Plan(pathway="backbone")
+    used = replace(ONE, judge=judges[0], base=Knowing(set()))
+    build(source, tmp_path / "out", plan, pictures=tmp_path / "one", helpers=used)
+    build(source, tmp_path / "out", plan, pictures=tmp_path / "two" / ".." / "one", helpers=used)
     with pytest.raises(ClearValueError, match=r"other settings.*pictures"):
-        build(source, tmp_path / "out", Plan(), pictures=tmp_path / "two", helpers=used)
-    other = replace(ONE, judge=judges[1])
+        build(source, tmp_path / "out", plan, pictures=tmp_path / "two", helpers=used)
+    other = replace(used, judge=judges[1])
     with pytest.raises(ClearValueError, match="judge 'j' there and 'k' here"):
-        build(source, tmp_path / "out", Plan(), pictures=tmp_path / "one", helpers=other)
+        build(source, tmp_path / "out", plan, pictures=tmp_path / "one", helpers=other)
     assert str(tmp_path) not in (tmp_path / "out" / "summary.json").read_text()
 
 

@@ -209,6 +209,8 @@ def test_the_settings_of_the_command_line_are_handed_on(source, tmp_path, monkey
         (["--teacher-url", "http://127.0.0.1:1/v1"], "--teacher-model"),
         (["--judge-model", "x"], "--judge-url"),
         (["--model", "builtin:bagel-tiny"], "never be asked"),
+        (["--judge-url", "http://127.0.0.1:1/v1", "--judge-model", "x"], "never be asked"),
+        (["--splits", "train=nan"], "sum to 1"),
         (["--pictures", "nowhere"], "nowhere"),
     ],
 )
@@ -218,3 +220,17 @@ def test_what_cannot_work_is_one_line(source, tmp_path, more, told):
     result = call("data", "build", rows, "--output", tmp_path / "out", *more, code=2)
     assert told in " ".join(result.stderr.split())
     assert result.stderr.count("\n") == 1
+
+
+def test_a_mistyped_source_is_mended_and_built_in_the_same_folder(source, tmp_path):
+    rows, photos = source
+    pytest.importorskip("datasets")
+    common = ["--output", tmp_path / "out", "--workers", 1, "--limit", 3]
+    (tmp_path / "empty").mkdir()
+    for given in (["gone.jsonl"], [rows, "--pictures", "nowhere"], [tmp_path / "empty"], ["own/gone.csv"]):
+        told = call("data", "build", *given, *common, code=2).stderr
+        assert "other settings" not in told
+        assert str(given[-1]) in told
+    call("data", "build", rows, "--pictures", photos, *common)
+    other = call("data", "build", rows, "--pictures", photos, *common[:-1], 4, code=2).stderr
+    assert "(plan limit 3 there and 4 here; see" in " ".join(other.split())

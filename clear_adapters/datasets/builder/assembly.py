@@ -302,7 +302,7 @@ class Assembly:
                 "The judge, not counted: one request at most for every reply whose answer does not match"
             )
         prices, budget = self.helpers.prices, self.helpers.budget
-        if prices is not None and budget is not None and expected.price(prices)[1] > budget:
+        if prices is not None and budget is not None and not expected.price(prices)[1] <= budget:
             raise ClearValueError(
                 f"the teacher may cost {expected.price(prices)[1]:,.2f} and the budget is {budget:,.2f}: take a larger one, "
                 "fewer rows (--limit), fewer --tries or shorter replies (--max-tokens). Nothing was asked"

@@ -24,6 +24,7 @@ BUFFER = 1000
 """Rows among which the next one is drawn."""
 
 ROWS = "rows.jsonl"
+STEPS = "rows.journal"
 COMMIT = "commit"
 
 _ARCHIVE = re.compile(r"(?:zip|tar|gzip|bz2|xz|zstd|lz4)://")
@@ -72,7 +73,7 @@ def fetch(stream: Stream, folder: Path, plan: Plan, progress: bool = True) -> Pa
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ROWS
-    journal = Journal(folder / "rows.journal", {"rows": path})
+    journal = Journal(folder / STEPS, {"rows": path})
     if journal.complete:
         return path
     rows, inside = _open(replace(stream, revision=commit_of(stream, folder) or stream.revision), plan.seed)
