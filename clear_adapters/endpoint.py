@@ -379,7 +379,7 @@ class Endpoint:
         # What the client itself sends with: httpx, or httpx2 since its third version.
         http: Any = importlib.import_module(openai.DefaultHttpxClient.__base__.__module__.partition(".")[0])
 
-        class InTime(http.SyncByteStream):  # type: ignore[misc]
+        class InTime(http.SyncByteStream):
             """The bytes of a reply. The client limits each wait for some of them, so that a trickle would never end."""
 
             def __init__(self, stream: Any, end: float) -> None:
@@ -411,7 +411,9 @@ class Endpoint:
             api_key=self._key or "none",
             timeout=self._timeout,
             max_retries=self._retries,
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [only_ours], "response": [in_time]}),
+            http_client=openai.DefaultHttpxClient(
+                event_hooks={"request": [only_ours], "response": [in_time]}
+            ),
         )
 
     # -- the cache

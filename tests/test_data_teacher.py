@@ -187,9 +187,7 @@ def test_a_judge_that_is_down_ends_no_row_and_the_teacher_is_not_asked_again(sou
 
         def go_on(court, **more):
             judge = Judge(Endpoint(court.url, "j", retries=0))
-            return build(
-                source, tmp_path / "out", plan, helpers=replace(helpers(service, judge), **more)
-            )
+            return build(source, tmp_path / "out", plan, helpers=replace(helpers(service, judge), **more))
 
         with serve(Reply("down", status=503, headers=NOW)) as court:
             with pytest.raises(EndpointError, match=r"(\d) rows were not judged by j; .*run again") as told:
@@ -229,7 +227,7 @@ def test_every_mark_is_on_disk_before_the_next_portion_is_marked(source, tmp_pat
         first, second = Court(), Court()
         with pytest.raises(KeyboardInterrupt):
             build(source, tmp_path / "out", Plan(**PLAN), helpers=helpers(service, first))
-        second.marked = -10**6
+        second.marked = -(10**6)
         build(source, tmp_path / "out", Plan(**PLAN), helpers=helpers(service, second))
     assert first.marked + second.marked + 10**6 == 6  # the other six name their option
 

@@ -145,9 +145,9 @@ def test_an_unknown_model_stops_at_once():
 
 def test_an_account_without_money_stops_at_once():
     """Few requests would not reach the limit of failures, and what they asked for would be lost."""
-    with serve(Reply("Insufficient Balance", status=402)) as service:
-        with pytest.raises(EndpointError, match=r"HTTP 402.*Insufficient Balance.*account"):
-            endpoint(service).ask([ask("x")], int)
+    stops = pytest.raises(EndpointError, match=r"HTTP 402.*Insufficient Balance.*account")
+    with serve(Reply("Insufficient Balance", status=402)) as service, stops:
+        endpoint(service).ask([ask("x")], int)
     assert len(service.requests) == 1
 
 

@@ -22,7 +22,13 @@ from clear_adapters.datasets.builder.plan import FILES, Plan
 from clear_adapters.datasets.builder.rows import Found, Rejected, Row
 from clear_adapters.datasets.builder.summary import summarise
 from clear_adapters.datasets.builder.teachers import MAX_TOKENS, Teacher
-from clear_adapters.datasets.builder.tracing import NO_JUDGEMENT, Tracer, plain, unanswered, without_unpaid_ends
+from clear_adapters.datasets.builder.tracing import (
+    NO_JUDGEMENT,
+    Tracer,
+    plain,
+    unanswered,
+    without_unpaid_ends,
+)
 from clear_adapters.datasets.builder.writers import template
 from clear_adapters.datasets.duplicates import Clusters, near_pairs
 from clear_adapters.datasets.example import Example, split_of, to_row

@@ -18,7 +18,15 @@ from PIL import Image
 
 from clear_adapters._version import __version__
 from clear_adapters.datasets.builder import writers
-from clear_adapters.datasets.builder.assembly import JOURNAL, SOURCE, SUMMARY, Assembly, Helpers, expect, unasked
+from clear_adapters.datasets.builder.assembly import (
+    JOURNAL,
+    SOURCE,
+    SUMMARY,
+    Assembly,
+    Helpers,
+    expect,
+    unasked,
+)
 from clear_adapters.datasets.builder.cost import Estimate
 from clear_adapters.datasets.builder.pathways import drawn
 from clear_adapters.datasets.builder.plan import Plan
