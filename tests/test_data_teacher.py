@@ -267,6 +267,25 @@ def test_the_released_rule_lets_the_teacher_decide_without_the_truth(source, tmp
         assert "True answer" not in json.dumps(body)
 
 
+def test_a_first_turn_that_asks_and_goes_on_by_itself_restores(source, tmp_path):
+    """It answers for a picture that it was not shown: the request counts, and what stands behind it does not."""
+
+    def hasty(body, _):
+        if len(body["messages"]) == 2:
+            made_up = "<think>I see it.</think>\n<answer>wrong</answer>"
+            return Reply(f"<think>Poor.</think>\n{RESTORE}\n{made_up}")
+        assert text_of(body, 2) == f"<think>Poor.</think>\n{RESTORE}"
+        return Reply("<think>Seen.</think>\n<answer>A</answer>")
+
+    with serve(hasty) as service:
+        plan = Plan(**{**PLAN, "pathway": "teacher", "tries": 1})
+        summary = build(source, tmp_path / "out", plan, helpers=helpers(service))
+    assert summary["pathways"] == {"restore": 2}  # those whose answer is A
+    assert summary["rejected"] == {"trace": {"wrong answer": 10}}
+    reply = lines(tmp_path / "out" / "data.jsonl")[0]["reply"]
+    assert reply == f"<think>Poor.</think>\n{RESTORE}\n<think>Seen.</think>\n<answer>A</answer>"
+
+
 class Stopping:
     """A teacher that is killed after so many replies."""
 
