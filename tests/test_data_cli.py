@@ -176,6 +176,7 @@ def test_the_settings_of_the_command_line_are_handed_on(source, tmp_path, monkey
     service = ["--teacher-url", "http://127.0.0.1:1/v1", "--teacher-model", "m", "--price", "2,8"]
     service += ["--budget", 7, "--per-minute", 120, "--teacher-cache", tmp_path / "kept", "--timeout", 9]
     service += ["--concurrency", 3, "--max-tokens", 77, "--temperature", 0.5]
+    service += ["--judge-url", "http://127.0.0.1:2/v1", "--judge-model", "j"]
     call(*common, *service, code=2)
     origin, output, plan, more = taken.pop()
     assert (origin, output, more["pictures"]) == (rows, tmp_path / "out", photos)
@@ -185,6 +186,13 @@ def test_the_settings_of_the_command_line_are_handed_on(source, tmp_path, monkey
     assert (used.base_url, used.model, used.max_tokens) == ("http://127.0.0.1:1/v1", "m", 77)
     assert (used._cache, used._interval, used._timeout) == (tmp_path / "kept", 0.5, 9)
     assert (used._concurrency, used._options) == (3, {"temperature": 0.5, "max_tokens": 77})
+    court = more["helpers"].judge.endpoint
+    assert (court.base_url, court.model, court._cache) == (
+        "http://127.0.0.1:2/v1",
+        "j",
+        tmp_path / "out" / "marks",
+    )
+    assert (court._interval, court._timeout, court._concurrency) == (0.5, 9, 3)
     # Without a place of its own the cache is the build's.
     call(*common, *service[:4], code=2)
     assert taken.pop()[-1]["helpers"].teacher.endpoint._cache == tmp_path / "out" / "replies"
