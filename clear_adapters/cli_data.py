@@ -156,13 +156,14 @@ def build(
         typer.Option(rich_help_panel="Teacher", help="Folder that keeps its replies for other builds too."),
     ] = None,
     per_minute: Annotated[
-        float | None, typer.Option(rich_help_panel="Teacher", help="Requests a minute at most.")
+        float | None,
+        typer.Option(rich_help_panel="Teacher", help="Requests a minute at most; of a judge too."),
     ] = None,
     concurrency: Annotated[
-        int, typer.Option(min=1, rich_help_panel="Teacher", help="Requests under way at once.")
+        int, typer.Option(min=1, rich_help_panel="Teacher", help="Requests under way at once; the same.")
     ] = 8,
     timeout: Annotated[
-        float, typer.Option(rich_help_panel="Teacher", help="Seconds that a reply may take.")
+        float, typer.Option(rich_help_panel="Teacher", help="Seconds that a reply may take; the same.")
     ] = 120.0,
     max_tokens: Annotated[
         int, typer.Option(min=16, rich_help_panel="Teacher", help="Longest reply of the teacher.")
@@ -193,7 +194,7 @@ def build(
         typer.Option(
             "--leave-unanswered",
             rich_help_panel="Teacher",
-            help="Finish without rows that the service did not answer.",
+            help="Finish without rows that a service did not answer.",
         ),
     ] = False,
     judge_url: Annotated[
@@ -284,9 +285,12 @@ def build(
         _tell_dry(origin, plan, pictures, prices, max_tokens)
         return
     judge = None
+    pace: dict[str, Any] = {"per_minute": per_minute, "concurrency": concurrency, "timeout": timeout}
     if judge_url is not None or judge_model is not None:
         judge = Judge(
-            _endpoint("judge", judge_url, judge_model, key_env=judge_key_env, cache=str(output / MARKS))
+            _endpoint(
+                "judge", judge_url, judge_model, key_env=judge_key_env, cache=str(output / MARKS), **pace
+            )
         )
     done = run(
         origin,
@@ -301,10 +305,8 @@ def build(
                 max_tokens,
                 key_env=teacher_key_env,
                 cache=str(teacher_cache or output / REPLIES),
-                per_minute=per_minute,
-                concurrency=concurrency,
-                timeout=timeout,
                 options={"temperature": temperature, "max_tokens": max_tokens},
+                **pace,
             ),
             judge=judge,
             base=BaseModel(model or MODEL, device=device, batch=batch_size, seed=seed)
@@ -375,7 +377,9 @@ def _origin(source: str, stream: Stream) -> Path | Stream:
     from clear_adapters.config import is_hub_id
 
     path = Path(source).expanduser()
-    if path.is_dir() or (not path.exists() and is_hub_id(source) and not path.suffix):
+    # A name of the Hub may hold a dot, and a mistyped file is none.
+    file = path.exists() or path.suffix.lower() in (".json", ".jsonl", ".tsv", ".csv", ".parquet")
+    if path.is_dir() or (not file and is_hub_id(source)):
         return stream
     return path
 

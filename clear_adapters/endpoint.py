@@ -40,8 +40,9 @@ _SENT = frozenset(
 """Headers that leave, beside our own key. The client would add more from variables such as OPENAI_ORG_ID, which
 concern another service than the one that was named."""
 
-_HOPELESS = (401, 404)
-"""Statuses that no later request can escape: a key that is not accepted, an address or a model that is not there."""
+_HOPELESS = (401, 402, 404)
+"""Statuses that no later request can escape: a key that is not accepted, an account without money, an address or a model
+that is not there."""
 
 _KEY = re.compile(r"[!-~]+")
 """What a header can hold: of another key, the client's error would repeat it."""
@@ -107,7 +108,8 @@ class Endpoint:
             key: the key; kept in memory alone.
             key_env: environment variable that holds the key. Without either, no key is sent (local servers).
             options: further fields of every request; None is `{"temperature": 0.0}`.
-            timeout: seconds a request may take.
+            timeout: seconds a request may take, from its sending to the last byte of the reply; one that falls silent is
+                given up at twice as many.
             retries: how often a request is repeated: by the client after a timeout, a broken connection or a status of
                 408, 409, 429 or 5xx (it waits as `Retry-After` says, where that is not minutes), and after an unreadable reply.
             concurrency: requests under way at once.
@@ -332,7 +334,7 @@ class Endpoint:
                 # From None: the service's own words, in the error behind this one, may repeat the key.
                 raise EndpointError(
                     f"{self.base_url} refuses every request for model {self.model!r}: {failure.reason}. Check the "
-                    f"address, the model and {self._key_name}; asking again cannot help."
+                    f"address, the model, {self._key_name} and its account; asking again cannot help."
                 ) from None
             except openai.APIError as error:
                 kind = "timed out" if isinstance(error, openai.APITimeoutError) else "no reply"
@@ -374,9 +376,30 @@ class Endpoint:
         import openai
 
         ours = f"Bearer {self._key}" if self._key else None
+        # What the client itself sends with: httpx, or httpx2 since its third version.
+        http: Any = importlib.import_module(openai.DefaultHttpxClient.__base__.__module__.partition(".")[0])
+
+        class InTime(http.SyncByteStream):
+            """The bytes of a reply. The client limits each wait for some of them, so that a trickle would never end."""
+
+            def __init__(self, stream: Any, end: float) -> None:
+                self._stream, self._end = stream, end
+
+            def __iter__(self) -> Iterator[bytes]:
+                for part in self._stream:
+                    if time.monotonic() > self._end:
+                        raise http.ReadTimeout("the reply was not whole in time")
+                    yield part
+
+            def close(self) -> None:
+                self._stream.close()
+
+        def in_time(response: Any) -> None:
+            response.stream = InTime(response.stream, response.request.extensions["sent"] + self._timeout)
 
         def only_ours(request: Any) -> None:
             self._wait_for_turn()  # here, since the client repeats requests by itself
+            request.extensions["sent"] = time.monotonic()
             for name in list(request.headers):
                 if name.lower() == "authorization" and request.headers[name] == ours:
                     continue
@@ -388,7 +411,9 @@ class Endpoint:
             api_key=self._key or "none",
             timeout=self._timeout,
             max_retries=self._retries,
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [only_ours]}),
+            http_client=openai.DefaultHttpxClient(
+                event_hooks={"request": [only_ours], "response": [in_time]}
+            ),
         )
 
     # -- the cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,8 +76,16 @@ def _difference(there: bytes, here: Mapping[str, Any]) -> str:
         old = None
     if not isinstance(old, dict):
         return "the file is damaged"
-    keys = [key for key in sorted({*old, *here}) if old.get(key) != here.get(key)]
-    return ", ".join(f"{key} {old.get(key)!r} there and {here.get(key)!r} here" for key in keys)
+    return ", ".join(_differences(old, here, ""))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], above: str) -> Iterator[str]:
+    for key in sorted({*old, *new}):
+        there, here = old.get(key), new.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            yield from _differences(there, here, f"{above}{key} ")
+        elif there != here:
+            yield f"{above}{key} {there!r} there and {here!r} here"
 
 
 class Journal:

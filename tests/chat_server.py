@@ -20,6 +20,8 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     finish: str = "stop"
     delay: float = 0.0
+    pause: float = 0.0
+    """Seconds before every tenth of it."""
 
     def payload(self) -> bytes:
         if self.body is not None:
@@ -91,7 +93,10 @@ def serve(*replies: Reply | Callable[[dict[str, Any], int], Reply]) -> Iterator[
             for name, value in sent.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(payload)
+            step = len(payload) // 10 + 1
+            for start in range(0, len(payload), step):
+                time.sleep(reply.pause)
+                self.wfile.write(payload[start : start + step])
 
         def log_message(self, *_: object) -> None:
             pass

@@ -6,6 +6,7 @@ import itertools
 import json
 import zlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from clear_adapters.datasets.builder.stream import Stream
 from clear_adapters.datasets.duplicates import Clusters, perceptual_hash
 from clear_adapters.datasets.parts import Parts, read_parts
 from clear_adapters.degradations import degrade
+from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError
 from clear_adapters.images import load_image
 from clear_adapters.transcript import RESTORE
@@ -130,11 +132,14 @@ def test_rows_that_cannot_be_used_are_kept_with_the_reason(tmp_path):
         good | {"id": "i", "image": None},
         good | {"id": "j", "conversations": turns[:1]},
         {"id": "k", "image": name, "question": "Q?"},
+        good | {"id": "l", "question": "<image>\nWhose?"},
+        good | {"id": "m", "question": "<image>"},
     ]
     found = read_rows(write_rows(tmp_path / "rows.jsonl", rows), None, Plan())
     assert [(r.id, r.question, r.answer, r.place) for r in found.rows] == [
         ("g", "Q?", "A", "line 1"),
         ("7", "What?", "That.", "line 2"),
+        ("l", "Whose?", "A", "line 16"),
     ]
     assert [(r.reason, r.place) for r in found.rejected] == [
         ("bad row", "line 3"),
@@ -150,9 +155,10 @@ def test_rows_that_cannot_be_used_are_kept_with_the_reason(tmp_path):
         ("no picture", "line 13"),
         ("bad row", "line 14"),
         ("bad row", "line 15"),
+        ("empty text", "line 17"),
     ]
     assert found.read == len(rows)
-    assert len(read_rows(tmp_path / "rows.jsonl", None, Plan(any_language=True)).rows) == 3
+    assert len(read_rows(tmp_path / "rows.jsonl", None, Plan(any_language=True)).rows) == 4
 
 
 def test_a_json_list_and_a_table_give_the_same_rows(tmp_path):
@@ -428,14 +434,15 @@ def test_another_folder_of_pictures_or_another_judge_is_another_build(tmp_path):
     photographs(tmp_path / "two", 2)
     source = write_rows(tmp_path / "rows.jsonl", rows_of(names))
     judges = [Judge(Endpoint("http://127.0.0.1:1/v1", name)) for name in ("j", "k")]
-    used = replace(ONE, judge=judges[0])
-    build(source, tmp_path / "out", Plan(), pictures=tmp_path / "one", helpers=used)
-    build(source, tmp_path / "out", Plan(), pictures=tmp_path / "two" / ".." / "one", helpers=used)
+    plan = Plan(pathway="backbone")
+    used = replace(ONE, judge=judges[0], base=Knowing(set()))
+    build(source, tmp_path / "out", plan, pictures=tmp_path / "one", helpers=used)
+    build(source, tmp_path / "out", plan, pictures=tmp_path / "two" / ".." / "one", helpers=used)
     with pytest.raises(ClearValueError, match=r"other settings.*pictures"):
-        build(source, tmp_path / "out", Plan(), pictures=tmp_path / "two", helpers=used)
-    other = replace(ONE, judge=judges[1])
+        build(source, tmp_path / "out", plan, pictures=tmp_path / "two", helpers=used)
+    other = replace(used, judge=judges[1])
     with pytest.raises(ClearValueError, match="judge 'j' there and 'k' here"):
-        build(source, tmp_path / "out", Plan(), pictures=tmp_path / "one", helpers=other)
+        build(source, tmp_path / "out", plan, pictures=tmp_path / "one", helpers=other)
     assert str(tmp_path) not in (tmp_path / "out" / "summary.json").read_text()
 
 
@@ -562,6 +569,9 @@ def test_a_judge_decides_where_the_base_models_words_differ(source, tmp_path):
     plan = Plan(pathway="backbone", splits={"train": 1.0}, restore_share=None)
     base = Knowing({"0-a", "1-a", "2-a"})
     used = Helpers(base=base, judge=Lenient(), workers=1, progress=False)
+    with pytest.raises(EndpointError, match="1 rows were not judged by lenient"):
+        build(source, tmp_path / "out", plan, helpers=used)
+    used = replace(used, leave_unanswered=True)
     summary = build(source, tmp_path / "out", plan, helpers=used)
     restored = {r["id"] for r in lines(tmp_path / "out" / "data.jsonl") if RESTORE in r["reply"]}
     assert restored == {"2-a"}
@@ -604,6 +614,59 @@ def test_a_stream_of_datasets_is_drawn_by_seed_and_goes_on(tmp_path, monkeypatch
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     with pytest.raises(ClearValueError, match="cannot be read as a stream"):
         build(Stream(str(tmp_path / "set"), split="no"), tmp_path / "bad", Plan(limit=1), helpers=ONE)
+
+
+def test_a_build_of_the_hub_reads_one_commit_and_names_it(tmp_path, monkeypatch):
+    """The branch moves between two runs of a build."""
+    datasets = pytest.importorskip("datasets")
+    from huggingface_hub import HfApi
+
+    from clear_adapters.datasets.builder import stream as streams
+
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    names = photographs(tmp_path / "set", 3)
+    rows = [{"file_name": n, "id": n, "question": "Q?", "answer": "A"} for n in names]
+    write_rows(tmp_path / "set" / "metadata.jsonl", rows)
+    load, commits, read = datasets.load_dataset, iter(["1" * 40, "2" * 40]), []
+
+    def load_here(name, config, *, revision, **more):
+        read.append((name, revision))
+        return load(str(tmp_path / "set"), config, **more)
+
+    def dataset_info(self, name, *, revision):
+        return SimpleNamespace(sha=next(commits))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_here)
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(streams, "lies_below", lambda *_: True)
+    entry = streams._entry
+    monkeypatch.setattr(streams, "_entry", lambda row, n, *more: entry(row, n, *more) if n < 2 else 1 / 0)
+    plan = Plan(splits={"train": 1.0}, restore_share=None)
+    with pytest.raises(ZeroDivisionError):
+        build(Stream("o/n", revision="main"), tmp_path / "out", plan, helpers=ONE)
+    monkeypatch.setattr(streams, "_entry", entry)
+    summary = build(Stream("o/n", revision="main"), tmp_path / "out", plan, helpers=ONE)
+    assert read == [("o/n", "1" * 40)] * 2
+    assert summary["rows"]["train"] == 3
+    assert (summary["source"]["revision"], summary["source"]["commit"]) == ("main", "1" * 40)
+    assert build(Stream("o/n", revision="main"), tmp_path / "out", plan, helpers=ONE) == summary
+
+
+@pytest.mark.parametrize("error", [ConnectionError("reset"), RuntimeError("closed"), FileNotFoundError()])
+def test_a_picture_that_the_hub_does_not_give_costs_no_row(tmp_path, monkeypatch, error):
+    file_utils = pytest.importorskip("datasets.utils.file_utils")
+    from clear_adapters.datasets.builder.stream import _entry
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(file_utils, "xopen", broken)
+    row = {"image": {"path": "hf://datasets/o/n@a/0.jpg", "bytes": None}, "question": "Q?"}
+    if isinstance(error, FileNotFoundError):
+        assert "image" not in _entry(row, 0, tmp_path, lambda path: True)
+        return
+    with pytest.raises(ClearValueError, match=f"0.jpg' could not be read: {error}.*run again"):
+        _entry(row, 0, tmp_path, lambda path: True)
 
 
 def test_a_stream_reads_pictures_that_are_named(tmp_path):

@@ -176,6 +176,7 @@ def test_the_settings_of_the_command_line_are_handed_on(source, tmp_path, monkey
     service = ["--teacher-url", "http://127.0.0.1:1/v1", "--teacher-model", "m", "--price", "2,8"]
     service += ["--budget", 7, "--per-minute", 120, "--teacher-cache", tmp_path / "kept", "--timeout", 9]
     service += ["--concurrency", 3, "--max-tokens", 77, "--temperature", 0.5]
+    service += ["--judge-url", "http://127.0.0.1:2/v1", "--judge-model", "j"]
     call(*common, *service, code=2)
     origin, output, plan, more = taken.pop()
     assert (origin, output, more["pictures"]) == (rows, tmp_path / "out", photos)
@@ -185,6 +186,13 @@ def test_the_settings_of_the_command_line_are_handed_on(source, tmp_path, monkey
     assert (used.base_url, used.model, used.max_tokens) == ("http://127.0.0.1:1/v1", "m", 77)
     assert (used._cache, used._interval, used._timeout) == (tmp_path / "kept", 0.5, 9)
     assert (used._concurrency, used._options) == (3, {"temperature": 0.5, "max_tokens": 77})
+    court = more["helpers"].judge.endpoint
+    assert (court.base_url, court.model, court._cache) == (
+        "http://127.0.0.1:2/v1",
+        "j",
+        tmp_path / "out" / "marks",
+    )
+    assert (court._interval, court._timeout, court._concurrency) == (0.5, 9, 3)
     # Without a place of its own the cache is the build's.
     call(*common, *service[:4], code=2)
     assert taken.pop()[-1]["helpers"].teacher.endpoint._cache == tmp_path / "out" / "replies"
@@ -194,7 +202,7 @@ def test_the_settings_of_the_command_line_are_handed_on(source, tmp_path, monkey
     assert taken.pop()[-1]["helpers"].teacher == (("mine",), {"device": "cpu", "max_new_tokens": 88})
     # A folder is a dataset, as a name of the Hub is.
     hub = ["--config", "c", "--hub-split", "s", "--revision", "r"]
-    for name in (photos, "owner/name"):
+    for name in (photos, "owner/name", "owner/name-1.5-mid"):
         call("data", "build", name, "--output", tmp_path / "out", *hub, code=2)
         assert taken.pop()[0] == Stream(str(name), "c", "s", "r")
 
@@ -209,6 +217,8 @@ def test_the_settings_of_the_command_line_are_handed_on(source, tmp_path, monkey
         (["--teacher-url", "http://127.0.0.1:1/v1"], "--teacher-model"),
         (["--judge-model", "x"], "--judge-url"),
         (["--model", "builtin:bagel-tiny"], "never be asked"),
+        (["--judge-url", "http://127.0.0.1:1/v1", "--judge-model", "x"], "never be asked"),
+        (["--splits", "train=nan"], "sum to 1"),
         (["--pictures", "nowhere"], "nowhere"),
     ],
 )
@@ -218,3 +228,17 @@ def test_what_cannot_work_is_one_line(source, tmp_path, more, told):
     result = call("data", "build", rows, "--output", tmp_path / "out", *more, code=2)
     assert told in " ".join(result.stderr.split())
     assert result.stderr.count("\n") == 1
+
+
+def test_a_mistyped_source_is_mended_and_built_in_the_same_folder(source, tmp_path):
+    rows, photos = source
+    pytest.importorskip("datasets")
+    common = ["--output", tmp_path / "out", "--workers", 1, "--limit", 3]
+    (tmp_path / "empty").mkdir()
+    for given in (["gone.jsonl"], [rows, "--pictures", "nowhere"], [tmp_path / "empty"], ["own/gone.csv"]):
+        told = call("data", "build", *given, *common, code=2).stderr
+        assert "other settings" not in told
+        assert str(given[-1]) in told
+    call("data", "build", rows, "--pictures", photos, *common)
+    other = call("data", "build", rows, "--pictures", photos, *common[:-1], 4, code=2).stderr
+    assert "(plan limit 3 there and 4 here; see" in " ".join(other.split())

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from clear_adapters.datasets import read_examples
+from clear_adapters.datasets.builder import judging
 from clear_adapters.datasets.builder.assembly import Helpers
 from clear_adapters.datasets.builder.build import build
 from clear_adapters.datasets.builder.cost import Prices
@@ -177,6 +178,60 @@ def test_a_judge_takes_other_words_and_the_truth_is_trained(source, tmp_path):
     assert summary["rejected"]["trace"] == {"wrong answer": 1}
 
 
+def test_a_judge_that_is_down_ends_no_row_and_the_teacher_is_not_asked_again(source, tmp_path):
+    def other_words(body, _):
+        return Reply(right(body).replace("<answer>", "<answer>roughly "))
+
+    plan = Plan(**{**PLAN, "limit": 4})
+    with serve(other_words) as service:
+
+        def go_on(court, **more):
+            judge = Judge(Endpoint(court.url, "j", retries=0))
+            return build(source, tmp_path / "out", plan, helpers=replace(helpers(service, judge), **more))
+
+        with serve(Reply("down", status=503, headers=NOW)) as court:
+            with pytest.raises(EndpointError, match=r"(\d) rows were not judged by j; .*run again") as told:
+                go_on(court)
+            unsure = len(court.requests)
+            assert str(told.value).startswith(f"{unsure} rows")
+            assert unsure > 0
+        assert not (tmp_path / "out" / "summary.json").exists()
+        with serve(Reply("1")) as court:
+            summary = go_on(court)
+            assert len(court.requests) == unsure
+        assert len(service.requests) == 4
+    assert summary["teacher"] == {"faults": {}, "accepted_at_try": {"1": 4}}
+    with serve(other_words) as service, serve(Reply("down", status=503, headers=NOW)) as court:
+        judge = Judge(Endpoint(court.url, "j", retries=0))
+        used = replace(helpers(service, judge), leave_unanswered=True)
+        summary = build(source, tmp_path / "without", plan, helpers=used)
+        assert len(service.requests) == 4
+    assert summary["rejected"] == {"trace": {"no judgement": unsure}}
+    assert summary["rows"]["train"] == 4 - unsure
+
+
+def test_every_mark_is_on_disk_before_the_next_portion_is_marked(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "PORTION", 2)
+
+    class Court:
+        name = "j"
+        marked = 0
+
+        def mark(self, questions, truths, answers):
+            if self.marked == 4:
+                raise KeyboardInterrupt
+            self.marked += len(answers)
+            return [1.0] * len(answers)
+
+    with serve(lambda body, _: Reply(right(body).replace("<answer>", "<answer>roughly "))) as service:
+        first, second = Court(), Court()
+        with pytest.raises(KeyboardInterrupt):
+            build(source, tmp_path / "out", Plan(**PLAN), helpers=helpers(service, first))
+        second.marked = -(10**6)
+        build(source, tmp_path / "out", Plan(**PLAN), helpers=helpers(service, second))
+    assert first.marked + second.marked + 10**6 == 6  # the other six name their option
+
+
 def test_the_released_rule_lets_the_teacher_decide_without_the_truth(source, tmp_path):
     """It sees the degraded picture alone, and the clean one only after it asked for it."""
 
@@ -210,6 +265,25 @@ def test_the_released_rule_lets_the_teacher_decide_without_the_truth(source, tmp
             1 if len(body["messages"]) < 4 or "cannot be used" in text_of(body, 3) else 2
         )
         assert "True answer" not in json.dumps(body)
+
+
+def test_a_first_turn_that_asks_and_goes_on_by_itself_restores(source, tmp_path):
+    """It answers for a picture that it was not shown: the request counts, and what stands behind it does not."""
+
+    def hasty(body, _):
+        if len(body["messages"]) == 2:
+            made_up = "<think>I see it.</think>\n<answer>wrong</answer>"
+            return Reply(f"<think>Poor.</think>\n{RESTORE}\n{made_up}")
+        assert text_of(body, 2) == f"<think>Poor.</think>\n{RESTORE}"
+        return Reply("<think>Seen.</think>\n<answer>A</answer>")
+
+    with serve(hasty) as service:
+        plan = Plan(**{**PLAN, "pathway": "teacher", "tries": 1})
+        summary = build(source, tmp_path / "out", plan, helpers=helpers(service))
+    assert summary["pathways"] == {"restore": 2}  # those whose answer is A
+    assert summary["rejected"] == {"trace": {"wrong answer": 10}}
+    reply = lines(tmp_path / "out" / "data.jsonl")[0]["reply"]
+    assert reply == f"<think>Poor.</think>\n{RESTORE}\n<think>Seen.</think>\n<answer>A</answer>"
 
 
 class Stopping:

@@ -143,6 +143,14 @@ def test_an_unknown_model_stops_at_once():
     assert len(service.requests) == 1
 
 
+def test_an_account_without_money_stops_at_once():
+    """Few requests would not reach the limit of failures, and what they asked for would be lost."""
+    stops = pytest.raises(EndpointError, match=r"HTTP 402.*Insufficient Balance.*account")
+    with serve(Reply("Insufficient Balance", status=402)) as service, stops:
+        endpoint(service).ask([ask("x")], int)
+    assert len(service.requests) == 1
+
+
 # -- trouble that passes
 
 
@@ -232,6 +240,21 @@ def test_a_timeout_is_a_failure():
         assert time.monotonic() - begin < 0.5
     assert isinstance(got, Failure)
     assert "timed out" in got.reason
+
+
+def test_a_reply_that_trickles_in_is_timed_out_as_a_whole():
+    """Each wait for some of it is far shorter than the limit."""
+    slow, later = Reply("1", pause=0.1), Reply("2")
+    with serve(slow, later) as service:
+        begin = time.monotonic()
+        (got,) = endpoint(service, timeout=0.5, retries=0).ask([ask("x")], int)
+        assert time.monotonic() - begin < 0.9
+        assert isinstance(got, Failure)
+        assert got.kind == "timed out"
+    with serve(slow, later) as service:
+        assert endpoint(service, timeout=0.5, retries=1).ask([ask("x")], int) == [2]
+        assert len(service.requests) == 2
+        assert endpoint(service, timeout=30).ask([ask("y")], int) == [2]
 
 
 def test_a_refused_connection_is_a_failure():

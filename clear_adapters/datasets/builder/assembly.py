@@ -22,7 +22,13 @@ from clear_adapters.datasets.builder.plan import FILES, Plan
 from clear_adapters.datasets.builder.rows import Found, Rejected, Row
 from clear_adapters.datasets.builder.summary import summarise
 from clear_adapters.datasets.builder.teachers import MAX_TOKENS, Teacher
-from clear_adapters.datasets.builder.tracing import Tracer, plain, unanswered, without_unpaid_ends
+from clear_adapters.datasets.builder.tracing import (
+    NO_JUDGEMENT,
+    Tracer,
+    plain,
+    unanswered,
+    without_unpaid_ends,
+)
 from clear_adapters.datasets.builder.writers import template
 from clear_adapters.datasets.duplicates import Clusters, near_pairs
 from clear_adapters.datasets.example import Example, split_of, to_row
@@ -49,7 +55,7 @@ class Helpers:
         base: the base model, for the pathway `backbone`.
         prices: of the teacher's service, for the estimate.
         budget: what the teacher may cost at most in this run, in the currency of the prices; the judge is not counted.
-        leave_unanswered: finish without rows that the teacher's service did not answer, instead of stopping.
+        leave_unanswered: finish without rows that the teacher's service or the judge did not answer, instead of stopping.
         workers: processes that make pictures; None is one a core.
         progress: show bars.
         report: told what is about to happen.
@@ -248,7 +254,7 @@ class Assembly:
         """Right is direct and wrong restores; of words that do not match a judge says which they are."""
         plan, judge = self.plan, self.helpers.judge
         right = {e.id for e in train if matches(self.base[e.id], e.answer, e.options, plan.match)}
-        unclear: set[str] = set()
+        unclear: dict[str, Rejected] = {}
         if judge is not None:
             others = [e for e in train if e.id not in right]
             answers = [(e, self.base[e.id]) for e in others]
@@ -256,23 +262,29 @@ class Assembly:
             for example in others:
                 mark = marks[example.id]
                 if mark is None:
-                    unclear.add(example.id)
                     told = "the judge did not say whether the base model's answer is right"
                     place = example.extra["place"]
-                    self.rejected.append(Rejected(example.id, "pathway", "no judgement", told, place))
+                    unclear[example.id] = Rejected(example.id, "pathway", NO_JUDGEMENT, told, place)
                 elif mark > RIGHT_ABOVE:
                     right.add(example.id)
+        self._stop_where_unanswered(list(unclear.values()))
+        self.rejected += unclear.values()
         return {e.id: "direct" if e.id in right else "restore" for e in train if e.id not in unclear}
 
     def _stop_where_unanswered(self, rejected: Sequence[Rejected]) -> None:
         """A service that is down for a while must not cost rows."""
         lost = [r for r in rejected if unanswered(r)]
-        if lost and not self.helpers.leave_unanswered:
-            raise EndpointError(
-                f"{len(lost)} rows were not answered by {self.settings['teacher']} in {self.plan.tries} tries; the last one: "
-                f"{lost[-1].detail}. What was answered is kept: run again to ask for the rest, or with --leave-unanswered "
-                "(leave_unanswered=True) to finish without them"
-            )
+        if not lost or self.helpers.leave_unanswered:
+            return
+        unjudged = sum(r.reason == NO_JUDGEMENT for r in lost)
+        told = [f"{unjudged} rows were not judged by {self.settings['judge']}"] if unjudged else []
+        if len(lost) > unjudged:
+            who, tries = self.settings["teacher"], self.plan.tries
+            told.append(f"{len(lost) - unjudged} rows were not answered by {who} in {tries} tries")
+        raise EndpointError(
+            f"{' and '.join(told)}; the last one: {lost[-1].detail}. What was answered is kept: run again to ask for the "
+            "rest, or with --leave-unanswered (leave_unanswered=True) to finish without them"
+        )
 
     def _longest(self) -> int:
         return getattr(self.helpers.teacher, "max_tokens", None) or MAX_TOKENS
@@ -296,7 +308,7 @@ class Assembly:
                 "The judge, not counted: one request at most for every reply whose answer does not match"
             )
         prices, budget = self.helpers.prices, self.helpers.budget
-        if prices is not None and budget is not None and expected.price(prices)[1] > budget:
+        if prices is not None and budget is not None and not expected.price(prices)[1] <= budget:
             raise ClearValueError(
                 f"the teacher may cost {expected.price(prices)[1]:,.2f} and the budget is {budget:,.2f}: take a larger one, "
                 "fewer rows (--limit), fewer --tries or shorter replies (--max-tokens). Nothing was asked"

@@ -8,6 +8,7 @@ for any order in which replies come.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,23 @@ from PIL import Image
 
 from clear_adapters._version import __version__
 from clear_adapters.datasets.builder import writers
-from clear_adapters.datasets.builder.assembly import SOURCE, SUMMARY, Assembly, Helpers, expect, unasked
+from clear_adapters.datasets.builder.assembly import (
+    JOURNAL,
+    SOURCE,
+    SUMMARY,
+    Assembly,
+    Helpers,
+    expect,
+    unasked,
+)
 from clear_adapters.datasets.builder.cost import Estimate
 from clear_adapters.datasets.builder.pathways import drawn
 from clear_adapters.datasets.builder.plan import Plan
 from clear_adapters.datasets.builder.rows import Found, Row
 from clear_adapters.datasets.builder.sources import read_rows
-from clear_adapters.datasets.builder.stream import Stream, fetch
+from clear_adapters.datasets.builder.stream import STEPS, Stream, commit_of, fetch
 from clear_adapters.datasets.builder.teachers import MAX_TOKENS
-from clear_adapters.errors import ClearValueError
+from clear_adapters.errors import ClearError, ClearValueError
 from clear_adapters.journal import claim, file_facts
 from clear_adapters.workers import count_of
 
@@ -58,7 +67,8 @@ def build(
     Raises:
         ClearValueError: a setting cannot work, a helper is missing, no row can be used, the budget is too small, or the
             folder holds something else.
-        EndpointError: the teacher's service refuses every request, failed too often, or left rows unanswered; all that is paid for is kept.
+        EndpointError: the teacher's service refuses every request, failed too often, or left rows unanswered, or the judge did;
+            all that is paid for is kept.
         ClearError: a process was killed from outside; what was made is kept.
     """
     plan, helpers = plan or Plan(), helpers or Helpers()
@@ -74,7 +84,7 @@ def build(
             f"another process is at work in {folder}: wait until it is done, or choose another folder"
         ) from None
     try:
-        settings = {
+        settings: dict[str, Any] = {
             "plan": asdict(plan),
             "version": __version__,
             "prompts": writers.VERSION,
@@ -87,10 +97,16 @@ def build(
         claim(folder, SETTINGS, settings)
         if (folder / SUMMARY).is_file():
             return _finished(folder)
-        if isinstance(source, Stream):
-            place = fetch(source, folder / SOURCE, plan, helpers.progress)
-            source, pictures = place, place.parent
-        return Assembly(folder, plan, helpers, read_rows(source, pictures, plan), settings).run()
+        try:
+            if isinstance(source, Stream):
+                place = fetch(source, folder / SOURCE, plan, helpers.progress)
+                settings["source"]["commit"] = commit_of(source, place.parent)
+                source, pictures = place, place.parent
+            found = read_rows(source, pictures, plan)
+        except ClearError:
+            _release(folder)
+            raise
+        return Assembly(folder, plan, helpers, found, settings).run()
     finally:
         lock.release()
 
@@ -154,6 +170,10 @@ def _check_helpers(plan: Plan, helpers: Helpers) -> None:
         )
     if plan.pathway == "backbone" and helpers.base is None:
         raise ClearValueError("pathway='backbone' needs the base model that answers (--model)")
+    if helpers.judge is not None and plan.pathway != "backbone" and plan.writer != "teacher":
+        raise ClearValueError(
+            "a judge was given, and neither a base model nor a teacher writes answers: it would never be asked"
+        )
     if plan.pathway != "backbone" and helpers.base is not None:
         raise ClearValueError(
             "a base model was given, and the pathway is not 'backbone': it would never be asked"
@@ -175,6 +195,13 @@ def _facts(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"file": path.name}  # said later, with what a source may be
     return file_facts(path)
+
+
+def _release(folder: Path) -> None:
+    """A build that holds nothing yet leaves its folder, so that a mistyped source can be mended and built there."""
+    if not (folder / JOURNAL).exists() and not (folder / SOURCE / STEPS).exists():
+        shutil.rmtree(folder / SOURCE, ignore_errors=True)
+        (folder / SETTINGS).unlink()
 
 
 def _finished(folder: Path) -> dict[str, Any]:

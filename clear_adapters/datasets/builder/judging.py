@@ -11,6 +11,9 @@ from clear_adapters.journal import Writer
 RIGHT_ABOVE = 0.5
 """A judged answer is right above this mark (the paper's rule for its accuracy reward)."""
 
+PORTION = 64
+"""Answers that are marked at a time: what a killed run has paid for at most without having it."""
+
 Said = dict[tuple[str, str, int], Mapping[str, Any]]
 """Entries of the journal by step, row and try."""
 
@@ -44,8 +47,10 @@ def judged(
         log: the journal.
     """
     left = [(row, answer) for row, answer in answers if (step, row.id, number) not in said]
-    marks = judge.mark([r.question for r, _ in left], [r.answer for r, _ in left], [a for _, a in left])
-    for (row, _), mark in zip(left, marks, strict=True):
-        if mark is not None:
-            log.write({"step": step, "row": row.id, "try": number, "mark": mark})
+    for start in range(0, len(left), PORTION):
+        some = left[start : start + PORTION]
+        marks = judge.mark([r.question for r, _ in some], [r.answer for r, _ in some], [a for _, a in some])
+        for (row, _), mark in zip(some, marks, strict=True):
+            if mark is not None:
+                log.write({"step": step, "row": row.id, "try": number, "mark": mark})
     return {row.id: said.get((step, row.id, number), {}).get("mark") for row, _ in answers}

@@ -89,7 +89,7 @@ class Plan:
         for name, keys in (("splits", FILES), ("severities", LEVELS)):
             shares = getattr(self, name)
             unknown = set(shares) - set(keys)
-            if unknown or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
+            if unknown or not abs(sum(shares.values()) - 1) <= 1e-6 or min(shares.values()) < 0:
                 raise ClearValueError(
                     f"{name}={dict(shares)!r}: shares of {', '.join(keys)} that are not negative and sum to 1"
                 )

@@ -170,6 +170,7 @@ def _row(entry: Mapping[str, Any], folder: Path, place: str) -> Row:
         plain = False
     else:
         question, answer, plain = words_of(entry, "question"), words_of(entry, "answer"), True
+    question = _without_mark(question)
     options = entry.get("options") or []
     if not isinstance(options, list) or not all(isinstance(o, str) and o.strip() for o in options):
         raise RowError("bad row", f"options={options!r}: must be a list of texts")
@@ -213,12 +214,16 @@ def _exchange(turns: object) -> tuple[str, str]:
     human, model = turns[0], turns[1]
     if human.get("from") not in ("human", "user") or model.get("from") not in ("gpt", "assistant"):
         raise RowError("bad row", "conversations must begin with a turn from 'human' and one from 'gpt'")
-    question, answer = words_of(human, "value"), words_of(model, "value")
+    return words_of(human, "value"), words_of(model, "value")
+
+
+def _without_mark(question: str) -> str:
+    """A question without the mark that stands for its picture."""
     if question.count("<image>") > 1:
         raise RowError(
             "several pictures", "the question names several pictures: one a question can be asked about"
         )
     question = question.replace("<image>", "").strip()
     if not question:
-        raise RowError("empty text", "the human's turn asks nothing")
-    return question, answer
+        raise RowError("empty text", "the question is '<image>' alone and asks nothing")
+    return question

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from clear_adapters.datasets.builder.plan import Plan
 from clear_adapters.errors import BrokenEntryError, ClearValueError
-from clear_adapters.journal import Journal
+from clear_adapters.journal import Journal, write_whole
 
 BUFFER = 1000
 """Rows among which the next one is drawn."""
 
 ROWS = "rows.jsonl"
+STEPS = "rows.journal"
+COMMIT = "commit"
 
 _ARCHIVE = re.compile(r"(?:zip|tar|gzip|bz2|xz|zstd|lz4)://")
 """How the place of a file inside an archive begins, before `::` and the place of the archive."""
@@ -71,10 +73,10 @@ def fetch(stream: Stream, folder: Path, plan: Plan, progress: bool = True) -> Pa
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ROWS
-    journal = Journal(folder / "rows.journal", {"rows": path})
+    journal = Journal(folder / STEPS, {"rows": path})
     if journal.complete:
         return path
-    rows, inside = _open(stream, plan.seed)
+    rows, inside = _open(replace(stream, revision=commit_of(stream, folder) or stream.revision), plan.seed)
     with (
         Progress(
             SpinnerColumn(),
@@ -97,6 +99,29 @@ def fetch(stream: Stream, folder: Path, plan: Plan, progress: bool = True) -> Pa
             bar.advance(line)
     journal.close()
     return path
+
+
+def commit_of(stream: Stream, folder: Path) -> str | None:
+    """The commit that is read: looked up once, so that a branch that moves does not mix two states. None of a folder.
+
+    Args:
+        stream: from where.
+        folder: as for `fetch`; the commit stands there.
+
+    Raises:
+        ClearValueError: it cannot be looked up.
+    """
+    if Path(stream.name).is_dir():
+        return None
+    file = folder / COMMIT
+    if not file.is_file():
+        from huggingface_hub import HfApi
+
+        try:
+            write_whole(file, str(HfApi().dataset_info(stream.name, revision=stream.revision).sha))
+        except Exception as error:  # of a hundred kinds: network, names
+            raise _unreadable(stream, error) from error
+    return file.read_text(encoding="utf-8")
 
 
 def _open(stream: Stream, seed: int) -> tuple[Any, Inside]:
@@ -195,7 +220,11 @@ def _bytes(picture: Any, inside: Inside) -> bytes | None:
 
 
 def _file(path: object, inside: Inside) -> bytes | None:
-    """A picture of the dataset that is named, on this machine or on the Hub."""
+    """A picture of the dataset that is named, on this machine or on the Hub; None where there is none.
+
+    Raises:
+        ClearValueError: the Hub does not give it, which must not cost its row.
+    """
     from datasets.utils.file_utils import xopen
 
     if not isinstance(path, str) or not inside(path):
@@ -203,8 +232,15 @@ def _file(path: object, inside: Inside) -> bytes | None:
     try:
         with xopen(path, "rb") as opened:
             data: bytes = opened.read()
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
+    except Exception as error:  # of a hundred kinds again
+        if isinstance(error, OSError) and "://" not in path:
+            return None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ClearValueError(
+            f"the picture {path!r} could not be read: {reason}. What was drawn is kept: run again to go on"
+        ) from error
     return data
 
 

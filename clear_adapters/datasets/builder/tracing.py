@@ -29,7 +29,10 @@ from clear_adapters.journal import Writer
 UNPAID = frozenset({"rate limited", "refused", "timed out", "no reply"})
 """Failures that cost nothing: a run that is taken up again tries anew where a row ended with them."""
 
-_OUTAGE = UNPAID - {"refused"}
+NO_JUDGEMENT = "no judgement"
+"""Of an answer that a judge left unmarked: another try of the teacher would be paid for and leave the judge as it is."""
+
+_OUTAGE = UNPAID - {"refused"} | {NO_JUDGEMENT}
 _OUTAGE_STATUS = ("HTTP 408", "HTTP 409", "HTTP 5")
 """Refusals that say nothing about the request itself."""
 
@@ -45,12 +48,9 @@ def without_unpaid_ends(said: Said) -> Said:
 
 
 def unanswered(rejected: Rejected) -> bool:
-    """Whether a row has no trace because the service did not answer, which it may another time."""
-    if not rejected.tries:
-        return False
-    last = rejected.tries[-1]
-    return last["reason"] in _OUTAGE or (
-        last["reason"] == "refused" and last["problem"].startswith(_OUTAGE_STATUS)
+    """Whether a row is lost because a service did not answer, which it may another time."""
+    return rejected.reason in _OUTAGE or (
+        rejected.reason == "refused" and rejected.detail.startswith(_OUTAGE_STATUS)
     )
 
 
@@ -158,11 +158,13 @@ class Tracer:
                     self.advance()
                 else:
                     self._fail(tries[row.id], self._entry(row, ways[row.id], number), made)
-                    still.append(row)
+                    if made.reason != NO_JUDGEMENT:
+                        still.append(row)
             left = still
-        for _ in left:
+        lost = [row for row in rows if row.id not in written]
+        for _ in lost:
             self.advance()
-        return written, [self._reject(row, "trace", tries[row.id]) for row in left]
+        return written, [self._reject(row, "trace", tries[row.id]) for row in lost]
 
     def _answered(self, row: Example, way: Way) -> bool:
         """Whether the first turn, which decided, is the whole reply."""
@@ -202,7 +204,7 @@ class Tracer:
         for row, answer in unsure:
             mark = marks[row.id]
             if mark is None:
-                found[row.id] = Fault("no judgement", "the judge did not say whether the answer is right")
+                found[row.id] = Fault(NO_JUDGEMENT, "the judge did not say whether the answer is right")
             elif mark <= RIGHT_ABOVE:
                 found[row.id] = Fault("wrong answer", f"the answer {answer[:200]!r} is not the true one")
 

@@ -15,7 +15,7 @@ from clear_adapters.datasets.parts import Parts, Way, is_text, read_parts
 from clear_adapters.datasets.traces import condition
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import PROTOCOLS
-from clear_adapters.transcript import RESTORE, parse
+from clear_adapters.transcript import ANSWER_OPEN, RESTORE, THINK_CLOSE, parse
 
 VERSION = "1"
 """Changes with every change of the words below and of `prompts.CHOOSE`: other words are other data."""
@@ -120,9 +120,14 @@ def second_turn(example: Example, said: str) -> list[Turn]:
     """The same, after it asked for a restoration: it is handed the clean picture."""
     return [
         *first_turn(example),
-        Turn("assistant", said),
+        Turn("assistant", _to_request(said)),
         Turn("user", _RESTORED.format(question=example.question), _files(example)[1:]),
     ]
+
+
+def _to_request(said: str) -> str:
+    """A first turn up to its request; what it makes up behind it is left out."""
+    return said[: said.index(RESTORE) + len(RESTORE)]
 
 
 def _files(example: Example) -> tuple[Path, ...]:
@@ -169,6 +174,9 @@ def decision(text: str) -> Way | None:
     """Which path a teacher's first turn takes; None where it takes neither."""
     if not is_text(text):
         return None
+    before, request, _ = text.partition(RESTORE)
+    if request and THINK_CLOSE in before and ANSWER_OPEN not in before:
+        return "restore"  # whatever it makes up about a picture that it was not shown yet
     parsed = parse(text)
     if parsed.answer is not None:
         return "direct"
@@ -181,10 +189,10 @@ def read_trace(text: str, way: Way, said: str | None = None) -> Parts | Fault:
     Args:
         text: the reply.
         way: the path that it must be of.
-        said: the first turn, where the reply is the second one; what stood behind its request is left out.
+        said: the first turn, where the reply is the second one.
     """
     if said is not None:
-        text = f"{said[: said.index(RESTORE)]}\n{RESTORE}\n{text}"
+        text = f"{_to_request(said)}\n{text}"
     try:
         parts = read_parts(text)
     except ClearValueError as error:
