@@ -68,7 +68,7 @@ def _training(command: Callable[..., None]) -> Callable[..., None]:
         logging.getLogger("clear_adapters.training").setLevel(logging.INFO)
         places, more = _run_options(**{name: values.pop(name) for name in shared})
         command(places, more, **values)
-        from clear_adapters.training.run import leave_group
+        from clear_adapters.training.group import leave_group
 
         leave_group()
 

@@ -16,7 +16,8 @@ from clear_adapters.backbones.writer import can_capture
 from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearError
 from clear_adapters.rewards import register_reward
-from clear_adapters.training.run import leave_group, train
+from clear_adapters.training.group import leave_group
+from clear_adapters.training.run import train
 from clear_adapters.training.trainer import ClearTrainer
 
 

@@ -431,7 +431,7 @@ def call(*arguments, code=0):
 
 def test_the_commands_share_their_options(monkeypatch, tmp_path):
     seen, left = [], []
-    monkeypatch.setattr("clear_adapters.training.run.leave_group", lambda: left.append(1))
+    monkeypatch.setattr("clear_adapters.training.group.leave_group", lambda: left.append(1))
     monkeypatch.setattr("clear_adapters.training.run.train", lambda *a, **k: seen.append((a, k)) or a[2])
     monkeypatch.setattr("clear_adapters.training.run.train_all", lambda *a, **k: seen.append((a, k)))
     monkeypatch.setattr("clear_adapters.training.run.summary", lambda folder: f"done: {folder}")

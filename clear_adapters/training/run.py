@@ -193,17 +193,6 @@ def train_all(
     return done
 
 
-def leave_group() -> None:
-    """Ends this process's part in the group of a finished run; does nothing where there is none.
-
-    The group's own threads outlive it where something still holds it, and one that lets go of a tensor while the interpreter
-    ends takes the process down. What `train` leaves behind holds itself in a circle, so that is collected first.
-    """
-    if torch.distributed.is_initialized():
-        gc.collect()
-        torch.distributed.destroy_process_group()
-
-
 def summary(folder: Path) -> str:
     """One line on a finished run: stage, steps, time, and its last logged losses."""
     config = ClearConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
