@@ -1,8 +1,11 @@
 """The speed benchmarks run at tiny size, and their report shows what was measured."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "speed"))
 
+import equality  # noqa: E402
 import inference  # noqa: E402
+import scaling  # noqa: E402
 import shapes  # noqa: E402
 import speed_report  # noqa: E402
 import training  # noqa: E402
@@ -62,6 +67,66 @@ def test_training_is_measured(tmp_path):
     assert 0 < rows["sft"]["share"] < rows["sft"]["share_run"] < 1
     assert rows["grpo"]["rows"] == training.TINY.group
     assert rows["grpo"]["prepare"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_two_processes_are_measured(tmp_path):
+    path = tmp_path / "scaling.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, scaling.__file__, *TINY, "--output", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = read_result(path)
+    assert found.payload["command"].startswith("torchrun --nproc_per_node 2 scaling.py")
+    rows = {(r["part"], r["growth"]): r for r in found.payload["rows"] if r["part"] != "rate"}
+    assert set(rows) == {(p, g) for p in ("sft", "grpo") for g in ("weak", "strong")} | {("shard", "weak")}
+    assert all(r["processes"] == 2 and 0 < r["waiting"] <= r["waiting_most"] < 1 for r in rows.values())
+    own = rows["grpo", "weak"]
+    assert own["rollouts_per_second"] == pytest.approx(2 * inference.TINY.group / own["seconds"])
+    assert rows["grpo", "strong"]["rows"] == inference.TINY.group // 2
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_limit_ends_all_processes(tmp_path):
+    path = tmp_path / "scaling.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, scaling.__file__, *TINY, "--only", "sft", "--seconds", "0", "--output", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 1
+    assert {f["error"] for f in read_result(path).payload["failed"]} == {"no time was left"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_two_processes_are_compared_with_one(tmp_path):
+    path = tmp_path / "equality.json"
+    options = ["--device", "cpu", "--stages", "sft", "--ways", "resumed", "--output", str(path)]
+    assert equality.main(options) == 0
+    (row,) = read_result(path).payload["rows"]
+    assert row["within"]
+    assert row["moved"] > 0
+    assert row["curve"] == pytest.approx(row["curve_of_one"], rel=1e-4)
+
+
+def event(name, start, end, device="CUDA", note=False):
+    kind = getattr(torch.autograd.DeviceType, device)
+    span = SimpleNamespace(start=start * 1e6, end=end * 1e6)
+    return SimpleNamespace(name=name, time_range=span, device_type=kind, is_user_annotation=note)
+
+
+def test_waiting_is_communication_without_computation():
+    work = [event("gemm", 0, 2), event("gemm", 1, 3), event("step", 0, 100, note=True)]
+    work += [event("aten::mm", 0, 100, "CPU")]
+    assert scaling.waited([*work, event("ncclDevKernel_AllReduce", 2, 7)], True) == pytest.approx(4)
+    hidden = [event("ncclDevKernel_AllGather", 0.5, 2.5), event("nccl:all_gather", 0, 50, note=True)]
+    assert scaling.waited([*work, *hidden], True) == 0
+    twice = [event("ncclDevKernel_A", 4, 6), event("ncclDevKernel_B", 5, 7), event("gemm", 6.5, 8)]
+    assert scaling.waited([*work, *twice], True) == pytest.approx(2.5)
+    assert scaling.waited([event("aten::mm", 0, 1, "CPU"), event("gloo:all_reduce", 0, 3, "CPU")], False) == 2
+    assert scaling.waited([event("gloo:all_reduce", 0, 3, "CPU")], True) is None
 
 
 def test_texts_have_their_length():
