@@ -212,6 +212,9 @@ def test_order_repeats_whole_steps(data):
     assert steps[3] == steps[4] == steps[5] == [plain[5 + i] for i in range(5)]
     once = Order(examples, 30, 3, batch=5)
     assert [once[i] for i in range(30)] == [plain[i] for i in range(30)]
+    shared = Order(examples, 30, 3, batch=5, repeat=3, parts=2)
+    assert len(shared) == 60
+    assert [shared[i] for i in range(60)] == [replace(repeated[i // 2], part=i % 2) for i in range(60)]
 
 
 # ------------------------------------------------------------------------------------------------ what is trained

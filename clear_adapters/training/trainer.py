@@ -280,13 +280,16 @@ def _group(name: str) -> str:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run; half-written ones, which a killed run leaves, are deleted."""
-    found: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
-        if _is_whole(path / _STATE):
-            found.append((int(path.name.rpartition("-")[2]), path))
-        else:
+        if not _is_whole(path / _STATE):
             shutil.rmtree(path)
-    return max(found)[1] if found else None
+    return newest_checkpoint(folder)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, also while one is written."""
+    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path / _STATE)]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _is_whole(state: Path) -> bool:
