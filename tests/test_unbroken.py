@@ -178,7 +178,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("how", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
-def test_a_lost_process_ends_the_run_which_one_process_continues(how, data, before, tmp_path):
+def test_a_lost_process_ends_the_run_which_one_process_continues(how, data, tmp_path):
     options = [*COMMON, *STAGE["sft"], "steps=300", "loop.batch=2", "save_every=2", "lr=0.01", "timeout=4"]
     running = run_together("sft", data, tmp_path / "lost", "-", *options)
     try:
@@ -252,8 +252,9 @@ def test_every_stage_runs_under_a_launcher(launcher, stage, data, before, tmp_pa
     assert "2 process" in read_adapter(tmp_path / "two").config.provenance["device"]
 
 
-@pytest.mark.parametrize("late", ["STUCK", pytest.param("BUSY", marks=pytest.mark.long)])
-def test_a_late_process_is_waited_for_unless_none_moves(late, data, before, tmp_path):
+@pytest.mark.long
+@pytest.mark.parametrize("late", ["STUCK", "BUSY"])
+def test_a_late_process_is_waited_for_unless_none_moves(late, data, tmp_path):
     options = [*COMMON, *STAGE["sft"], "steps=2", "loop.batch=2", "save_every=1", "timeout=3"]
     running = run_together("sft", data, tmp_path / "late", "-", *options, **{late: "8"})
     if late == "BUSY":
