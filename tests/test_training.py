@@ -30,6 +30,7 @@ from clear_adapters.prompts import get_protocol
 from clear_adapters.sampling import TextSampling
 from clear_adapters.store import read_adapter
 from clear_adapters.training import build as build_module
+from clear_adapters.training import trainer as trainer_module
 from clear_adapters.training.build import attach_for, set_trainable, trainer_for
 from clear_adapters.training.objective import Draw, Order
 from clear_adapters.training.recipe import load_recipe
@@ -532,6 +533,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(data, tmp_path, monkeypatch
     facts = b.config.provenance
     assert facts["steps"] == 5
     assert set(facts) >= {"seed", "commit", "data_hash", "seconds", "device", "recipe", "versions"}
+
+
+def test_a_stage_that_prepares_nothing_gathers_no_shards(examples, tmp_path, monkeypatch):
+    gathers = []
+    monkeypatch.setattr(trainer_module, "gathered", lambda module: gathers.append(1))
+    train(examples, tmp_path / "run", "steps=1")
+    assert gathers == []
 
 
 def test_a_run_goes_on_where_it_is_computed_otherwise(toy, data, tmp_path):
