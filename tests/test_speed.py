@@ -81,7 +81,7 @@ def test_two_processes_are_measured(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = read_result(path)
-    assert found.payload["command"].startswith("torchrun --nproc_per_node 2 scaling.py")
+    assert found.command.startswith("torchrun --nproc_per_node 2 scaling.py")
     rows = {(r["part"], r["growth"]): r for r in found.payload["rows"] if r["part"] != "rate"}
     assert set(rows) == {(p, g) for p in ("sft", "grpo") for g in ("weak", "strong")} | {("shard", "weak")}
     assert all(r["processes"] == 2 and 0 < r["waiting"] <= r["waiting_most"] < 1 for r in rows.values())

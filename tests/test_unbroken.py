@@ -173,20 +173,20 @@ def test_two_processes_that_share_a_question_take_the_step_that_one_takes(data, 
 LOST = {
     # A peer that is gone is told of by the exchange itself, one that stands still is not.
     signal.SIGKILL: (2, "cannot reach another one any more"),
-    signal.SIGSTOP: (3, "no sign of life for 4 s from process 1 of 2"),
+    signal.SIGSTOP: (3, "no sign of life for 10 s from process 1 of 2"),
 }
 
 
 @pytest.mark.parametrize("how", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
 def test_a_lost_process_ends_the_run_which_one_process_continues(how, data, tmp_path):
-    options = [*COMMON, *STAGE["sft"], "steps=300", "loop.batch=2", "save_every=2", "lr=0.01", "timeout=4"]
+    options = [*COMMON, *STAGE["sft"], "steps=300", "loop.batch=2", "save_every=2", "lr=0.01", "timeout=10"]
     running = run_together("sft", data, tmp_path / "lost", "-", *options)
     try:
         wait_for(lambda: len(log_of(tmp_path / "lost")) >= 3, running)
         running[1].send_signal(how)
         began = time.monotonic()
         told = running[0].communicate(timeout=60)[0]
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 50
     finally:
         for process in running:
             process.kill()
@@ -225,7 +225,7 @@ LAUNCHERS = {
     [("torchrun", signal.SIGKILL), ("torchrun", signal.SIGSTOP), ("accelerate", signal.SIGKILL)],
 )
 def test_a_launcher_ends_with_words_and_its_run_goes_on(launcher, how, data, tmp_path):
-    options = [*COMMON, *STAGE["sft"], "steps=300", "loop.batch=2", "save_every=2", "lr=0.01", "timeout=4"]
+    options = [*COMMON, *STAGE["sft"], "steps=300", "loop.batch=2", "save_every=2", "lr=0.01", "timeout=10"]
     running = run_stage(
         *("sft", data, tmp_path / "lost", "-", *options),
         launch=["-m", *LAUNCHERS[launcher]],
@@ -236,7 +236,7 @@ def test_a_launcher_ends_with_words_and_its_run_goes_on(launcher, how, data, tmp
     began = time.monotonic()
     told = running.communicate(timeout=100)[0]
     # torchrun gives a stopped process half a minute to end before it kills it.
-    assert time.monotonic() - began < (20 if how == signal.SIGKILL else 60)
+    assert time.monotonic() - began < (40 if how == signal.SIGKILL else 90)
     assert running.returncode != 0
     assert f"goes on from {last_checkpoint(tmp_path / 'lost.training').name}" in told
     assert ("no sign of life" in told) == (how == signal.SIGSTOP)
@@ -255,14 +255,14 @@ def test_every_stage_runs_under_a_launcher(launcher, stage, data, before, tmp_pa
 @pytest.mark.long
 @pytest.mark.parametrize("late", ["STUCK", "BUSY"])
 def test_a_late_process_is_waited_for_unless_none_moves(late, data, tmp_path):
-    options = [*COMMON, *STAGE["sft"], "steps=2", "loop.batch=2", "save_every=1", "timeout=3"]
-    running = run_together("sft", data, tmp_path / "late", "-", *options, **{late: "8"})
+    options = [*COMMON, *STAGE["sft"], "steps=2", "loop.batch=2", "save_every=1", "timeout=8"]
+    running = run_together("sft", data, tmp_path / "late", "-", *options, **{late: "20"})
     if late == "BUSY":
         finish_all(running)
         return
     told = [p.communicate(timeout=60)[0] for p in running]
     assert 3 in [p.returncode for p in running], told
-    assert any("no process has moved for 3 s" in text and "process 1 in " in text for text in told), told
+    assert any("no process has moved for 8 s" in text and "process 1 in " in text for text in told), told
     assert any("goes on from checkpoint-1" in text for text in told)
 
 
