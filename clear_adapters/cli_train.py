@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,7 +69,7 @@ def _training(command: Callable[..., None]) -> Callable[..., None]:
         logging.getLogger("clear_adapters.training").setLevel(logging.INFO)
         places, more = _run_options(**{name: values.pop(name) for name in shared})
         command(places, more, **values)
-        from clear_adapters.training.run import leave_group
+        from clear_adapters.training.group import leave_group
 
         leave_group()
 
@@ -134,6 +135,8 @@ def _train(stage: str, places: tuple[Any, ...], more: dict[str, Any]) -> None:
 def _report(stage: str, folder: Path) -> None:
     from clear_adapters.training.run import summary
 
+    if int(os.environ.get("RANK", "0")):  # one of several processes tells
+        return
     typer.echo(summary(folder))
 
 

@@ -1,12 +1,17 @@
 """One stage of the toy in a process of its own: python stage.py STAGE DATA OUTPUT ADAPTER [key=value ...].
 
 Questions with an odd sum of letters restore in stage 3, the others as they like; the untrained toy would hardly ever ask.
-With NO_ROOM_AFTER=k no file can grow beyond ROOM bytes from the k-th optimizer step on, as on a full disk.
+With NO_ROOM_AFTER=k no file can grow beyond ROOM bytes from the k-th optimizer step on, as on a full disk. With BUSY=s process 1
+computes for s seconds before its second step, and with STUCK=1 it stands still there. With PIDS=folder each process leaves its
+number there, by rank.
 """
 
 import os
 import resource
 import sys
+import threading
+import time
+from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -16,7 +21,8 @@ from clear_adapters.backbones.writer import can_capture
 from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearError
 from clear_adapters.rewards import register_reward
-from clear_adapters.training.run import leave_group, train
+from clear_adapters.training.group import leave_group
+from clear_adapters.training.run import train
 from clear_adapters.training.trainer import ClearTrainer
 
 
@@ -53,6 +59,22 @@ def run_out_of_room(steps: int) -> None:
     ClearTrainer.compute_loss = full
 
 
+def be_late(seconds: float | None) -> None:
+    """Lets a process compute for so long before its second step, or stand still for good."""
+    real = ClearTrainer.compute_loss
+
+    def late(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            if seconds is None:
+                threading.Event().wait()
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                torch.randn(50, 50) @ torch.randn(50, 50)
+        return real(self, *args, **kwargs)
+
+    ClearTrainer.compute_loss = late
+
+
 def check_shards(wanted: bool) -> None:
     """Fails where the base is not in shards and should be, or is and should not."""
     real = ClearTrainer.train
@@ -72,11 +94,15 @@ def main() -> int:
     """Trains."""
     stage, data, output, adapter, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
+    if "PIDS" in os.environ:
+        Path(os.environ["PIDS"], os.environ["RANK"]).write_text(str(os.getpid()))
     register_reward("variety", variety)
     some_restore()
     check_shards("shard=True" in overrides)
     if "NO_ROOM_AFTER" in os.environ:
         run_out_of_room(int(os.environ["NO_ROOM_AFTER"]))
+    if os.environ.get("RANK") == "1" and {"BUSY", "STUCK"} & os.environ.keys():
+        be_late(float(os.environ["BUSY"]) if "BUSY" in os.environ else None)
     try:
         train(
             "tiny",

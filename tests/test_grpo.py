@@ -313,7 +313,10 @@ def test_the_choice_of_steps(attached, examples, monkeypatch, choice):
     restoring(attached, monkeypatch, some=False)
     own = objective(attached, step_choice=choice, flow_steps=6, scored_steps=2, group=5)
     prepared(own, collated(own, examples[:2]))
-    seen = [own._steps(own._held.key, i, t)[0] for i, t in enumerate(own._held.transcripts)]
+    held = own._held
+    assert held.members == [*range(5), *range(5)]
+    rows = zip([held.key[0]] * 5 + [held.key[1]] * 5, held.members, held.transcripts, strict=True)
+    seen = [own._steps(*row)[0] for row in rows]
     assert all(len(set(s)) == 2 and min(s) >= 0 and max(s) < 5 for s in seen)
     if choice == "window":
         assert all(s[1] == s[0] + 1 for s in seen)

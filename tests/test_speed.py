@@ -1,8 +1,11 @@
 """The speed benchmarks run at tiny size, and their report shows what was measured."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "speed"))
 
+import equality  # noqa: E402
 import inference  # noqa: E402
+import scaling  # noqa: E402
+import scaling_report  # noqa: E402
 import shapes  # noqa: E402
 import speed_report  # noqa: E402
 import training  # noqa: E402
@@ -20,6 +26,7 @@ from clear_adapters.backbones.bagel import checkpoint  # noqa: E402
 from clear_adapters.backbones.bagel.tiny import initialise, small_config, tokenizer  # noqa: E402
 from clear_adapters.backbones.packed import TextPiece  # noqa: E402
 from clear_adapters.results import ResultFile, read_result  # noqa: E402
+from clear_adapters.training.recipe import load_recipe  # noqa: E402
 
 TINY = ["--size", "tiny", "--device", "cpu", "--repeats", "1"]
 
@@ -62,6 +69,66 @@ def test_training_is_measured(tmp_path):
     assert 0 < rows["sft"]["share"] < rows["sft"]["share_run"] < 1
     assert rows["grpo"]["rows"] == training.TINY.group
     assert rows["grpo"]["prepare"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_two_processes_are_measured(tmp_path):
+    path = tmp_path / "scaling.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, scaling.__file__, *TINY, "--output", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = read_result(path)
+    assert found.command.startswith("torchrun --nproc_per_node 2 scaling.py")
+    rows = {(r["part"], r["growth"]): r for r in found.payload["rows"] if r["part"] != "rate"}
+    assert set(rows) == {(p, g) for p in ("sft", "grpo") for g in ("weak", "strong")} | {("shard", "weak")}
+    assert all(r["processes"] == 2 and 0 < r["waiting"] <= r["waiting_most"] < 1 for r in rows.values())
+    own = rows["grpo", "weak"]
+    assert own["rollouts_per_second"] == pytest.approx(2 * inference.TINY.group / own["seconds"])
+    assert rows["grpo", "strong"]["rows"] == inference.TINY.group // 2
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_limit_ends_all_processes(tmp_path):
+    path = tmp_path / "scaling.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, scaling.__file__, *TINY, "--only", "sft", "--seconds", "0", "--output", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 1
+    assert {f["error"] for f in read_result(path).payload["failed"]} == {"no time was left"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_two_processes_are_compared_with_one(tmp_path):
+    path = tmp_path / "equality.json"
+    options = ["--device", "cpu", "--stages", "sft", "--ways", "resumed", "--output", str(path)]
+    assert equality.main(options) == 0
+    (row,) = read_result(path).payload["rows"]
+    assert row["within"]
+    assert row["moved"] > 0
+    assert row["curve"] == pytest.approx(row["curve_of_one"], rel=1e-4)
+
+
+def event(name, start, end, device="CUDA", note=False):
+    kind = getattr(torch.autograd.DeviceType, device)
+    span = SimpleNamespace(start=start * 1e6, end=end * 1e6)
+    return SimpleNamespace(name=name, time_range=span, device_type=kind, is_user_annotation=note)
+
+
+def test_waiting_is_communication_without_computation():
+    work = [event("gemm", 0, 2), event("gemm", 1, 3), event("step", 0, 100, note=True)]
+    work += [event("aten::mm", 0, 100, "CPU")]
+    assert scaling.waited([*work, event("ncclDevKernel_AllReduce", 2, 7)], True) == pytest.approx(4)
+    hidden = [event("ncclDevKernel_AllGather", 0.5, 2.5), event("nccl:all_gather", 0, 50, note=True)]
+    assert scaling.waited([*work, *hidden], True) == 0
+    twice = [event("ncclDevKernel_A", 4, 6), event("ncclDevKernel_B", 5, 7), event("gemm", 6.5, 8)]
+    assert scaling.waited([*work, *twice], True) == pytest.approx(2.5)
+    assert scaling.waited([event("aten::mm", 0, 1, "CPU"), event("gloo:all_reduce", 0, 3, "CPU")], False) == 2
+    assert scaling.waited([event("gloo:all_reduce", 0, 3, "CPU")], True) is None
 
 
 def test_texts_have_their_length():
@@ -184,3 +251,125 @@ def test_the_result_is_plain_json(tmp_path):
     content = json.loads(path.read_text())
     assert content["command"] == "inference.py --size tiny --only bridge"
     assert str(tmp_path) not in path.read_text()
+
+
+# -- several GPUs
+
+
+def of_scaling(processes, *rows):
+    facts = {"processes": processes, "peak_gb": 40.0, "waiting": 0.05}
+    payload = {"processes": processes, "load": {"group": 8, "text": 64, "rollout_points": 20}}
+    return made([facts | row for row in rows], "scaling", **payload)
+
+
+def step(part, growth, rate, seconds=1.0, **more):
+    return {"part": part, "growth": growth, "tokens_per_second": rate, "seconds": seconds, **more}
+
+
+FIGURES = scaling_report.Figures(
+    tokens=10_000.0,
+    row=5_000.0,
+    words=128,
+    text={1: 0.01, 8: 0.024},
+    flow=0.1,
+    guided=0.3,
+    share={1: 1.0, 2: 0.95, 4: 0.9},
+)
+
+
+def test_the_figures_of_the_plan_come_from_the_results():
+    load = {"load": {"text": 64}}
+    files = [
+        made(
+            [{"part": "sft", "micro": 1, "seconds": 0.5, "tokens_per_second": 10_000.0}], "training", **load
+        ),
+        made(
+            [
+                {"part": "text", "batch": 1, "text": 64, "seconds": 0.01},
+                {"part": "text", "batch": 8, "text": 64, "seconds": 0.024},
+                *(
+                    {"part": "restoration", "side": 512, "batch": 1, "points": 30}
+                    | {"guided": guided, "seconds": 29 * seconds}
+                    for guided, seconds in ((False, 0.1), (True, 0.3))
+                ),
+            ]
+        ),
+        *(
+            of_scaling(n, step("sft", "weak", n * share * 9_000.0))
+            for n, share in ((1, 1.0), (2, 0.95), (4, 0.9))
+        ),
+    ]
+    found = scaling_report.figures(files)
+    assert found.flow == pytest.approx(0.1)
+    assert found.guided == pytest.approx(0.3)
+    assert found.share == pytest.approx(FIGURES.share)
+    assert (found.tokens, found.row, found.words, found.text) == (10_000.0, 5_000.0, 128, FIGURES.text)
+    assert scaling_report.figures(files[1:]) is None
+    assert scaling_report.sections(files[1:])[scaling_report.PLAN] == scaling_report.NOTHING
+
+
+def test_the_plan_is_its_arithmetic():
+    sft, _, grpo = (load_recipe("paper", (), stage) for stage in ("sft", "bridge", "grpo"))
+    direct, restoring = FIGURES.rows
+    assert (direct, restoring) == (5_000 - 128 - 2 * 1_026 + 606, 5_000 - 128 + 1_080)
+    share = 12_619 / 24_886
+    one = scaling_report.step_seconds(FIGURES, sft, 1, 0)
+    assert one == pytest.approx(64 * (direct + share * (restoring - direct)) / 10_000)
+    # With a row each, all but surely one of 64 restores, and all wait for it.
+    assert scaling_report.step_seconds(FIGURES, sft, 64, 0) == pytest.approx(restoring / 9_000, rel=1e-6)
+    assert scaling_report.exchange(64, 10**9) == pytest.approx(2 * 63 / 64 * 1e9 / 50e9)
+    assert scaling_report.exchange(8, 10**9) == 0
+    # 128 rollouts on 64 GPUs: two side by side.
+    sampled = 1_080 * FIGURES.step_of_text(2) + 2 * 29 * 0.1
+    assert scaling_report.step_seconds(FIGURES, grpo, 64, 0) == pytest.approx(
+        sampled + 4 / 3 * 2 * restoring / 9_000
+    )
+    assert FIGURES.step_of_text(2) == pytest.approx(0.012)
+    assert [scaling_report.most_gpus(r, 512) for r in (sft, grpo)] == [64, 128]
+
+
+def test_the_largest_of_binomials():
+    assert scaling_report.most_of(4, 1, 0.25) == pytest.approx(1)
+    # Two GPUs with a row each: none with 1/4.
+    assert scaling_report.most_of(1, 2, 0.5) == pytest.approx(0.75)
+
+
+def test_gradients_are_those_of_the_adapter():
+    from clear_adapters.backbones.bagel.model import BagelModel
+    from clear_adapters.backbones.bagel.spec import SPEC
+
+    with torch.device("meta"):
+        model = BagelModel(shapes.config_of("7b"))
+    recipe = load_recipe("paper", (), "sft")
+    ends = tuple(f".{name}" for group in SPEC.groups.values() for name in group.modules)
+    adapted = [m for n, m in model.named_modules() if n.startswith("language_model.") and n.endswith(ends)]
+    sizes = sum(64 * sum(m.weight.shape) for m in adapted)
+    assert scaling_report.adapter_bytes(recipe) == 4 * sizes
+
+
+def test_the_document_shows_several_gpus(tmp_path, monkeypatch):
+    document = tmp_path / "scaling.md"
+    pairs = (scaling_report.MEASURED, scaling_report.EQUAL, scaling_report.PLAN)
+    document.write_text("\n".join(f"{begin}\nstale\n{end}" for begin, end in pairs))
+    monkeypatch.setattr(scaling_report, "DOCUMENT", document)
+    files = [
+        of_scaling(1, step("sft", "weak", 9_000.0), step("grpo", "weak", 1.0, rollouts_per_second=2.0)),
+        of_scaling(2, step("sft", "weak", 17_100.0), step("grpo", "strong", 1.0, rollouts_per_second=3.0)),
+    ]
+    row = {"stage": "sft", "processes": 2, "way": "ddp", "dtype": "bfloat16", "loss": 0.001, "step": 0.03}
+    files.append(ResultFile.collect("equality", {"rows": [row], "tolerance": {"bfloat16": 0.02}}, device="G"))
+    paths = [str(f.write(tmp_path / f"{i}.json")) for i, f in enumerate(files)]
+    assert scaling_report.main(paths) == 0
+    text = document.read_text()
+    assert "| stage 1, 4 rows a GPU | 2 | 1.00 s | 17,100 tokens/s | 95% | 5.0% | 40.0 GB |" in text
+    assert "| stage 3, a question in all | 2 | 1.00 s | 3.00 rollouts/s | 75% | 5.0% | 40.0 GB |" in text
+    assert "| sft | 2 | ddp | bfloat16 | 1.0e-03 | **3.0e-02** | 0.02 |" in text
+    assert "stale" not in text
+    assert (tmp_path / scaling_report.FIGURE).is_file()
+
+
+def test_the_document_shows_the_committed_results():
+    files = sorted((ROOT / "benchmarks" / "results" / "speed").glob("*.json"))
+    text = scaling_report.DOCUMENT.read_text(encoding="utf-8")
+    for where, content in scaling_report.sections([read_result(f) for f in files]).items():
+        assert between(text, where) == content

@@ -212,6 +212,9 @@ def test_order_repeats_whole_steps(data):
     assert steps[3] == steps[4] == steps[5] == [plain[5 + i] for i in range(5)]
     once = Order(examples, 30, 3, batch=5)
     assert [once[i] for i in range(30)] == [plain[i] for i in range(30)]
+    shared = Order(examples, 30, 3, batch=5, repeat=3, parts=2)
+    assert len(shared) == 60
+    assert [shared[i] for i in range(60)] == [replace(repeated[i // 2], part=i % 2) for i in range(60)]
 
 
 # ------------------------------------------------------------------------------------------------ what is trained
@@ -431,7 +434,7 @@ def call(*arguments, code=0):
 
 def test_the_commands_share_their_options(monkeypatch, tmp_path):
     seen, left = [], []
-    monkeypatch.setattr("clear_adapters.training.run.leave_group", lambda: left.append(1))
+    monkeypatch.setattr("clear_adapters.training.group.leave_group", lambda: left.append(1))
     monkeypatch.setattr("clear_adapters.training.run.train", lambda *a, **k: seen.append((a, k)) or a[2])
     monkeypatch.setattr("clear_adapters.training.run.train_all", lambda *a, **k: seen.append((a, k)))
     monkeypatch.setattr("clear_adapters.training.run.summary", lambda folder: f"done: {folder}")

@@ -30,6 +30,7 @@ from clear_adapters.prompts import get_protocol
 from clear_adapters.sampling import TextSampling
 from clear_adapters.store import read_adapter
 from clear_adapters.training import build as build_module
+from clear_adapters.training import trainer as trainer_module
 from clear_adapters.training.build import attach_for, set_trainable, trainer_for
 from clear_adapters.training.objective import Draw, Order
 from clear_adapters.training.recipe import load_recipe
@@ -532,6 +533,50 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(data, tmp_path, monkeypatch
     facts = b.config.provenance
     assert facts["steps"] == 5
     assert set(facts) >= {"seed", "commit", "data_hash", "seconds", "device", "recipe", "versions"}
+
+
+def test_a_stage_that_prepares_nothing_gathers_no_shards(examples, tmp_path, monkeypatch):
+    gathers = []
+    monkeypatch.setattr(trainer_module, "gathered", lambda module: gathers.append(1))
+    train(examples, tmp_path / "run", "steps=1")
+    assert gathers == []
+
+
+def test_a_run_goes_on_where_it_is_computed_otherwise(toy, data, tmp_path):
+    given = {"model": toy / "model", "device": "cpu", "progress": False}
+    options = [*BASE, "steps=4", "save_every=2"]
+    train_stage("tiny", data, tmp_path / "out", overrides=options, **given)
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out.training" / "checkpoint-4")
+    how = ["micro_batch=1", "timeout=50", "workers=0", "shard=false"]
+    made = train_stage("tiny", data, tmp_path / "out", overrides=[*options, *how], **given)
+    assert read_adapter(made).config.provenance["recipe"]["loop"]["micro_batch"] == 1
+    lines = (tmp_path / "out.training" / "log.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps.count(1) == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "options", "message"),
+    [
+        ("sft", 8, ["loop.batch=4"], "leaves some of them without an example"),
+        ("sft", 2, ["loop.batch=4", "micro_batch=3"], "micro-batches of 3 on 2 processes"),
+        ("grpo", 8, ["loop.batch=3"], "a divisor or a multiple of the processes"),
+        ("grpo", 8, ["loop.batch=2", "grpo.group=6"], "group=6 does not divide among the 4 processes"),
+    ],
+)
+def test_a_batch_that_does_not_divide_among_processes(
+    stage, world, options, message, examples, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    recipe = load_recipe("tiny", [*options, "workers=0"], stage)
+    attached = attach(build(0), lora=LoraSettings({"understanding": 2, "generation": 2}))
+    try:
+        with pytest.raises(ClearValueError, match=message):
+            trainer_for(attached, recipe, examples, tmp_path / "run")
+    finally:
+        attached.detach()
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_model_protocol_or_picture_folder_is_another_run(toy, data, tmp_path):

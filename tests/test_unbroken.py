@@ -44,11 +44,11 @@ def only(stage):
     return [s if s == stage else pytest.param(s, marks=pytest.mark.long) for s in STAGES]
 
 
-def run_stage(*arguments, **env):
-    """A process that trains one stage; it is started and not waited for."""
+def run_stage(*arguments, launch=(), **env):
+    """A process that trains one stage, or a launcher of several; it is started and not waited for."""
     given = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1", **env}
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        [sys.executable, *launch, str(SCRIPT), *map(str, arguments)],
         env=given,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -62,6 +62,20 @@ def finish(process):
     return told
 
 
+def run_together(*arguments, processes=2, **env):
+    """As many processes of one run, without a launcher that would end one for another."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [run_stage(*arguments, RANK=str(r), LOCAL_RANK=str(r), **address, **env) for r in range(processes)]
+
+
+def finish_all(running):
+    told = [p.communicate(timeout=200)[0] for p in running]
+    assert [p.returncode for p in running] == [0] * len(running), told
+
+
 @pytest.fixture(scope="module")
 def before(data, tmp_path_factory):
     """The adapter that each stage begins with: one that a step of stage 1 with large steps has moved."""
@@ -69,6 +83,17 @@ def before(data, tmp_path_factory):
     options = [*COMMON, *STAGE["sft"], "steps=2", "loop.batch=4", "lr=0.02", "save_every=0"]
     finish(run_stage("sft", data, folder / "a", "-", *options))
     return {"sft": "-", "bridge": folder / "a", "grpo": folder / "a"}
+
+
+def wait_for(happened, running):
+    """Until something has happened while the processes run."""
+    for _ in range(6000):
+        if happened():
+            return
+        for process in running:
+            assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError("it has not happened within two minutes")
 
 
 def log_of(folder):
@@ -115,23 +140,12 @@ def test_two_processes_take_the_step_that_one_takes(stage, shard, data, before, 
     options = [*COMMON, *STAGE[stage], "steps=2", "loop.batch=4", "save_every=0", "eps=1.0", "lr=1.0"]
     options += [f"seed={seed_of_halves(data)}"]
     finish(run_stage(stage, data, tmp_path / "one", before[stage], *options, "bf16=False", MODEL=toy))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    running = [
-        run_stage(
-            stage,
-            *(data, tmp_path / "two", before[stage], *options, "bf16=False", f"shard={shard}"),
-            RANK=str(r),
-            LOCAL_RANK=str(r),
+    finish_all(
+        run_together(
+            *(stage, data, tmp_path / "two", before[stage], *options, "bf16=False", f"shard={shard}"),
             MODEL=toy,
-            **address,
         )
-        for r in range(2)
-    ]
-    told = [p.communicate(timeout=200)[0] for p in running]
-    assert [p.returncode for p in running] == [0, 0], told
+    )
     a, b = read_adapter(tmp_path / "one"), read_adapter(tmp_path / "two")
     assert apart(a, b) < 1e-5
     assert max(float(t.abs().max()) for n, t in a.lora.items() if "lora_B" in n) > 1e-4
@@ -143,16 +157,121 @@ def test_two_processes_take_the_step_that_one_takes(stage, shard, data, before, 
         assert 0 < logs[0][0]["restored"] < 1
 
 
+@pytest.mark.long
+def test_two_processes_that_share_a_question_take_the_step_that_one_takes(data, before, toy, tmp_path):
+    options = [*COMMON, *STAGE["grpo"], "steps=2", "loop.batch=1", "save_every=0", "eps=1.0", "lr=1.0"]
+    options += ["grpo.group=4", "step_choice=round_robin", f"seed={seed_of_halves(data)}", "bf16=False"]
+    finish(run_stage("grpo", data, tmp_path / "one", before["grpo"], *options, MODEL=toy))
+    finish_all(run_together("grpo", data, tmp_path / "two", before["grpo"], *options, MODEL=toy))
+    a, b = read_adapter(tmp_path / "one"), read_adapter(tmp_path / "two")
+    assert apart(a, b) < 1e-5
+    assert max(float(t.abs().max()) for n, t in a.lora.items() if "lora_B" in n) > 1e-4
+    for first, second in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert first == pytest.approx(second, abs=1e-4)
+
+
+LOST = {
+    # A peer that is gone is told of by the exchange itself, one that stands still is not.
+    signal.SIGKILL: (2, "cannot reach another one any more"),
+    signal.SIGSTOP: (3, "no sign of life for 10 s from process 1 of 2"),
+}
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+def test_a_lost_process_ends_the_run_which_one_process_continues(how, data, tmp_path):
+    options = [*COMMON, *STAGE["sft"], "steps=300", "loop.batch=2", "save_every=2", "lr=0.01", "timeout=10"]
+    running = run_together("sft", data, tmp_path / "lost", "-", *options)
+    try:
+        wait_for(lambda: len(log_of(tmp_path / "lost")) >= 3, running)
+        running[1].send_signal(how)
+        began = time.monotonic()
+        told = running[0].communicate(timeout=60)[0]
+        assert time.monotonic() - began < 50
+    finally:
+        for process in running:
+            process.kill()
+        running[1].communicate()
+    status, words = LOST[how]
+    assert words in told
+    assert running[0].returncode == status
+    assert "Traceback" not in told
+    newest = last_checkpoint(tmp_path / "lost.training")
+    assert f"goes on from {newest.name}" in told
+    if how != signal.SIGKILL:
+        return
+    # Gone on with by one process, until two steps later.
+    last = int(newest.name.rpartition("-")[2]) + 2
+    for name in ("lost", "whole"):
+        process = run_stage("sft", data, tmp_path / name, "-", *options)
+        wait_for(lambda: any(r["step"] == last for r in log_of(tmp_path / name)), [process])  # noqa: B023
+        process.kill()
+        process.communicate()
+    for first, second in zip(log_of(tmp_path / "lost")[:last], log_of(tmp_path / "whole"), strict=False):
+        assert first == pytest.approx(second, abs=1e-4)
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("launcher", "how"),
+    [("torchrun", signal.SIGKILL), ("torchrun", signal.SIGSTOP), ("accelerate", signal.SIGKILL)],
+)
+def test_a_launcher_ends_with_words_and_its_run_goes_on(launcher, how, data, tmp_path):
+    options = [*COMMON, *STAGE["sft"], "steps=300", "loop.batch=2", "save_every=2", "lr=0.01", "timeout=10"]
+    running = run_stage(
+        *("sft", data, tmp_path / "lost", "-", *options),
+        launch=["-m", *LAUNCHERS[launcher]],
+        PIDS=str(tmp_path),
+    )
+    wait_for(lambda: len(log_of(tmp_path / "lost")) >= 3, [running])
+    os.kill(int((tmp_path / "1").read_text()), how)
+    began = time.monotonic()
+    told = running.communicate(timeout=100)[0]
+    # torchrun gives a stopped process half a minute to end before it kills it.
+    assert time.monotonic() - began < (40 if how == signal.SIGKILL else 90)
+    assert running.returncode != 0
+    assert f"goes on from {last_checkpoint(tmp_path / 'lost.training').name}" in told
+    assert ("no sign of life" in told) == (how == signal.SIGSTOP)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_stage_runs_under_a_launcher(launcher, stage, data, before, tmp_path):
+    options = [*COMMON, *STAGE[stage], "steps=1", "loop.batch=2", "save_every=0"]
+    launch = ["-m", *LAUNCHERS[launcher]]
+    finish(run_stage(stage, data, tmp_path / "two", before[stage], *options, launch=launch))
+    assert "2 process" in read_adapter(tmp_path / "two").config.provenance["device"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("late", ["STUCK", "BUSY"])
+def test_a_late_process_is_waited_for_unless_none_moves(late, data, tmp_path):
+    options = [*COMMON, *STAGE["sft"], "steps=2", "loop.batch=2", "save_every=1", "timeout=8"]
+    running = run_together("sft", data, tmp_path / "late", "-", *options, **{late: "20"})
+    if late == "BUSY":
+        finish_all(running)
+        return
+    told = [p.communicate(timeout=60)[0] for p in running]
+    assert 3 in [p.returncode for p in running], told
+    assert any("no process has moved for 8 s" in text and "process 1 in " in text for text in told), told
+    assert any("goes on from checkpoint-1" in text for text in told)
+
+
 @pytest.mark.parametrize("stage", only("grpo"))
 def test_a_killed_process_is_followed_by_the_same_curve(stage, data, before, tmp_path):
     options = [*COMMON, *STAGE[stage], "steps=5", "loop.batch=2", "save_every=2", "lr=0.01"]
     finish(run_stage(stage, data, tmp_path / "whole", before[stage], *options))
     process = run_stage(stage, data, tmp_path / "killed", before[stage], *options)
-    for _ in range(2000):
-        if len(log_of(tmp_path / "killed")) >= 3:
-            break
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+    wait_for(lambda: len(log_of(tmp_path / "killed")) >= 3, [process])
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed").exists()

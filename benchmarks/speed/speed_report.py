@@ -24,6 +24,8 @@ from clear_adapters.results import ResultFile, read_result
 MARKERS = markers("bagel-speed")
 README = Path(__file__).parents[1] / "README.md"
 FIGURE = "growth.png"
+KINDS = ("inference", "training")
+"""Kinds of result files whose rows are told apart by their parts."""
 
 Row = dict[str, Any]
 
@@ -31,11 +33,11 @@ Row = dict[str, Any]
 class Results:
     """Rows of several result files, with the facts of each."""
 
-    def __init__(self, files: Sequence[ResultFile]) -> None:
+    def __init__(self, files: Sequence[ResultFile], kinds: Sequence[str] = KINDS) -> None:
         self.files = list(files)
         self.rows: list[Row] = []
         for file in files:
-            if file.kind not in ("inference", "training"):
+            if file.kind not in kinds:
                 continue
             facts = {"device": file.device, "quantization": file.payload.get("quantization")}
             self.rows += [{"kind": file.kind, **facts, **row} for row in file.payload["rows"]]
@@ -163,6 +165,7 @@ def changes(files: Sequence[ResultFile]) -> str:
 def render(files: Sequence[ResultFile]) -> str:
     """What stands between the markers."""
     found = Results(files)
+    files = [f for f in files if f.kind in (*KINDS, "quantized")]
     devices = ", ".join(dict.fromkeys(f.device for f in files))
     dates = ", ".join(dict.fromkeys(f.date[:10] for f in files))
     note = (

@@ -1,13 +1,16 @@
 """Timing on a GPU or a CPU: a session of measurements whose file is written anew after each of them.
 
-A measurement that fails, for want of memory or otherwise, is recorded as failed, and the next one begins.
+A measurement that fails, for want of memory or otherwise, is recorded as failed, and the next one begins. Of several
+processes (torchrun) the first one writes, and a failure ends all of them: the others would wait for the one that failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -17,6 +20,10 @@ from typing import Any
 import torch
 
 from clear_adapters.results import ResultFile
+from clear_adapters.training.group import join_group, processes
+
+_PATIENCE = 120.0
+"""Seconds that processes wait for each other: a shape that is new to one of them is compiled or captured meanwhile."""
 
 
 def add_options(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None:
@@ -38,13 +45,19 @@ class Session:
     """The measurements of one command.
 
     Attributes:
-        device: where the work is.
+        device: where the work of this process is.
+        processes: that measure together.
         payload: what is written.
     """
 
     def __init__(self, kind: str, args: argparse.Namespace, parts: tuple[str, ...]) -> None:
         self.kind, self.args = kind, args
         self.device = torch.device(args.device)
+        self.processes, self._rank = processes(), int(os.environ.get("RANK", "0"))
+        if self.processes > 1:
+            join_group(self.device.type, timeout=_PATIENCE)
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", torch.cuda.current_device())
         self.parts = [p for p in args.only.split(",") if p]
         unknown = [p for p in self.parts if p not in parts]
         if unknown:
@@ -68,6 +81,19 @@ class Session:
         """Seconds until the command has to end."""
         return self._end - time.perf_counter()
 
+    def each(self, value: float) -> list[float]:
+        """This number of every process, by rank; all of them have to ask."""
+        own = torch.tensor([value], dtype=torch.float64, device=self.device)
+        if self.processes == 1:
+            return [value]
+        found = [torch.empty_like(own) for _ in range(self.processes)]
+        torch.distributed.all_gather(found, own)
+        return [float(f) for f in found]
+
+    def is_over(self, need: float = 0.0) -> bool:
+        """Whether less than so many seconds are left to any of the processes; all of them have to ask, and all are told so."""
+        return any(self.each(float(self.left < need)))
+
     def sync(self) -> None:
         """Waits for the device."""
         if self.device.type == "cuda":
@@ -75,13 +101,16 @@ class Session:
 
     def write(self) -> None:
         """Writes the result file."""
+        if self._rank:
+            return
+        launch = f"torchrun --nproc_per_node {self.processes} " if self.processes > 1 else ""
         result = ResultFile.collect(
             self.kind,
             self.payload,
             device=self.device_name,
             seeds=(0,),
             # Of paths only the last part: they are places on a disk.
-            command=f"{self.kind}.py --size {self.args.size} --only {self.args.only}"
+            command=f"{launch}{self.kind}.py --size {self.args.size} --only {self.args.only}"
             + (f" --quantization {self.args.quantization}" if self.args.quantization else ""),
             packages=("bitsandbytes", "triton"),
         )
@@ -149,7 +178,8 @@ class Session:
         """Records a row that was measured elsewhere."""
         self.payload["rows"].append(row)
         shown = "  ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
-        print(shown, flush=True)
+        if not self._rank:
+            print(shown, flush=True)
         self.write()
 
     def fail(self, part: str, facts: dict[str, Any], error: BaseException) -> None:
@@ -163,6 +193,10 @@ class Session:
         print("FAILED", self.payload["failed"][-1], flush=True)
         self.forget()
         self.write()
+        if self.processes > 1:
+            # Without the interpreter's end, which would wait for exchanges that nobody joins any more.
+            sys.stdout.flush()
+            os._exit(1)
 
     def _timed(
         self, work: Callable[[], Any], repeats: int, warmup: int, check: Callable[[Any], None] | None
@@ -193,12 +227,13 @@ class Session:
             "runs": len(times),
         }
 
-    def profiler(self) -> Any:
-        """A profiler of what the device does."""
+    def profiler(self, device_only: bool = False) -> Any:
+        """A profiler of what the device does; without what the host does beside it, which costs less."""
         from torch.profiler import ProfilerActivity, profile
 
-        kinds = [ProfilerActivity.CPU]
-        if self.device.type == "cuda":
+        on_gpu = self.device.type == "cuda"
+        kinds = [] if device_only and on_gpu else [ProfilerActivity.CPU]
+        if on_gpu:
             kinds.append(ProfilerActivity.CUDA)
         return profile(activities=kinds)
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
         if len(self.ends) == 1:
             self._s.reset()
-        elif self._s.left < self.ends[-1] - self.ends[-2]:
+        elif self._s.is_over(self.ends[-1] - self.ends[-2]):
             control.should_training_stop = True
 
 
@@ -145,18 +145,17 @@ class Bench:
 
     def _recipe(self, stage: str, rows: int, steps: int, **loop: Any) -> Recipe:
         load = self.load
+        given = {"batch": rows * self.s.processes, "micro_batch": rows, "checkpointing": True, **loop}
         return Recipe(
             stage=stage,
             protocol=str(self._prompt),
             lora=LoraSettings({"understanding": RANK, "generation": RANK}),
             loop=LoopSettings(
                 steps=steps,
-                batch=rows,
-                micro_batch=rows,
                 save_every=0,
                 log_every=10**6,
                 workers=0,
-                **{"checkpointing": True, **loop},
+                **given,
             ),
             sft=SftSettings(vit_drop=0.0, noised_copies=1),
             grpo=GrpoSettings(
@@ -169,7 +168,7 @@ class Bench:
         )
 
     def _train(self, part: str, stage: str, rows: int, facts: dict[str, Any], **loop: Any) -> None:
-        if self.s.left < 0:
+        if self.s.is_over():
             self.s.payload["failed"].append({"part": part, **facts, "error": "no time was left"})
             return
         seen: dict[str, Any] = {"prepare": [], "loss": 0.0}
@@ -177,19 +176,20 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             self._prompt = Path(folder) / "prompt.txt"
             self._prompt.write_text(text(self.load.system - 2).strip() + ".", encoding="utf-8")
-            watched = self.s.args.profile and part not in self._profiled
+            watched = self._is_watched(part)
             # Steps that are not timed: the first, and those that the profile slows.
             apart = 3 if watched else 1
             recipe = self._recipe(stage, rows, self.s.args.repeats + apart, **loop)
-            attached = attach_for(recipe, self.backbone, device=None)
+            # A model that is passed loaded is not put in shards by `attach_for`: this one is made anew afterwards.
+            whole = replace(recipe, loop=replace(recipe.loop, shard=False))
+            attached = attach_for(whole, self.backbone, device=None)
             try:
                 trainer = trainer_for(attached, recipe, self.examples(), Path(folder) / "run", progress=False)
                 self._watch(trainer.objective, seen)
                 clock = Clock(self.s)
                 trainer.add_callback(clock)
-                self.backbone.script(self.load.group * rows)
+                self.backbone.script(self.load.group * recipe.loop.batch // self.s.processes)
                 if watched:
-                    self._profiled.add(part)
                     self._profile(trainer, part, facts)
                 trainer.train()
             finally:
@@ -201,8 +201,8 @@ class Bench:
             raise RuntimeError("one step alone, and no time was left for another")
         middle = times[len(times) // 2]
         batch: PackedBatch = seen["batch"]
-        tokens = len(batch.und_index) + len(batch.gen_index)
-        products = forward_products(self.backbone, batch, RANK)
+        tokens = seen["tokens"] * trainer.args.gradient_accumulation_steps
+        products = forward_products(self.backbone, batch, RANK) * trainer.args.gradient_accumulation_steps
         row: dict[str, Any] = {
             "part": part,
             "rows": len(batch.ids),
@@ -216,7 +216,7 @@ class Bench:
             "slowest": times[-1],
             "runs": len(times),
             "first": clock.ends[0] - seen["began"],
-            "tokens_per_second": tokens / middle,
+            "tokens_per_second": sum(self.s.each(tokens)) / middle,
             "products": products,
             "peak_gb": self.s.peak(),
         }
@@ -226,7 +226,17 @@ class Bench:
         if self.peak and stage == "sft":
             row["share"] = 2 * products / self.peak / middle
             row["share_run"] = (3 if row["checkpointing"] else 2) * products / self.peak / middle
-        self.s.add(row)
+        self.s.add(row | self._more(stage, recipe, row))
+
+    def _is_watched(self, part: str) -> bool:
+        """Whether a profile is taken: once for each part, where the command asks for it."""
+        watched = self.s.args.profile and part not in self._profiled
+        self._profiled.add(part)
+        return bool(watched)
+
+    def _more(self, stage: str, recipe: Recipe, row: dict[str, Any]) -> dict[str, Any]:
+        """What else a row says."""
+        return {}
 
     def _watch(self, objective: Any, seen: dict[str, Any]) -> None:
         """Keeps the last batch, and what preparing took."""
@@ -234,7 +244,8 @@ class Bench:
         seen["began"] = time.perf_counter()
 
         def watched(module: Any, batch: dict[str, Any], counts: Any) -> Any:
-            seen["batch"] = batch["batch"]
+            packed = seen["batch"] = batch["batch"]
+            seen["tokens"] = len(packed.und_index) + len(packed.gen_index)
             return loss(module, batch, counts)
 
         def timed(batches: list[Any]) -> list[Any]:
@@ -291,23 +302,39 @@ class Bench:
                 self.s.fail(part, facts, error)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, PARTS)
+def measure(
+    kind: str, words: str | None, parts: tuple[str, ...], bench: type[Bench], arguments: Sequence[str] | None
+) -> int:
+    """A command: reads its options, makes the model, and runs the parts.
+
+    Args:
+        kind: of the result file.
+        words: what `--help` says.
+        parts: that the bench has.
+        bench: the class.
+        arguments: of the command line; None is this process's own.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, parts)
     args = parser.parse_args(arguments)
-    session = Session("training", args, PARTS)
+    session = Session(kind, args, parts)
     load = TINY if args.size == "tiny" else Load()
     dtype = torch.float32 if session.device.type == "cpu" else torch.bfloat16
     session.payload |= {"load": asdict(load), "dtype": str(dtype).removeprefix("torch."), "rank": RANK}
-    bench = Bench(session, load, dtype)
-    session.payload["parameters"] = parameters(bench.backbone.model)
+    made = bench(session, load, dtype)
+    session.payload["parameters"] = parameters(made.backbone.model)
     # What is held before anything is done.
     session.payload["weights_gb"] = session.peak()
     if "rate" not in session.parts:
-        bench.rate()
-    return session.run(bench)
+        made.rate()
+    return session.run(made)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return measure("training", __doc__, PARTS, Bench, arguments)
 
 
 if __name__ == "__main__":

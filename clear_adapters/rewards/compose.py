@@ -194,12 +194,19 @@ class Rewards:
         for name in self.terms:
             if name != ACCURACY:
                 parts[name] = self._values(name, given, rows)
+        return self.summed({name: parts[name] for name in self.terms}, group)
+
+    def summed(self, parts: Mapping[str, list[float | None]], group: int) -> Scores:
+        """Scores of rollouts whose terms are there already.
+
+        Args:
+            parts: of each term its unweighted values, one for each rollout.
+            group: rollouts of one question, which stand next to each other; their number is a multiple of it.
+        """
         totals: list[float | None] = []
-        for start in range(0, rows, group):
-            totals += self._sum(
-                {name: values[start : start + group] for name, values in parts.items()}, group
-            )
-        return Scores(totals, {name: parts[name] for name in self.terms}, group)
+        for start in range(0, len(next(iter(parts.values()))), group):
+            totals += self._sum({n: values[start : start + group] for n, values in parts.items()}, group)
+        return Scores(totals, dict(parts), group)
 
     def _values(self, name: str, given: Mapping[str, Sequence[Any]], rows: int) -> list[float | None]:
         function = self._functions[name]

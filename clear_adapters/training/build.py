@@ -18,6 +18,7 @@ from clear_adapters.datasets.example import Example
 from clear_adapters.errors import ClearValueError
 from clear_adapters.lora import PREFIX, target_names
 from clear_adapters.prompts import get_protocol
+from clear_adapters.training.group import processes
 from clear_adapters.training.objective import Objective, Order
 from clear_adapters.training.recipe import DEFAULT_PARTS, PARTS, STAGES, Recipe
 from clear_adapters.training.shard import shard_layers
@@ -115,9 +116,11 @@ def trainer_for(
             on another device than this process trains on, or the adapter lacks what is to be trained.
     """
     loop, optim = recipe.loop, recipe.optim
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = loop.micro_batch or max(1, loop.batch // world)
-    if loop.batch % (micro * world):
+    world = processes()
+    spread = _spread(recipe, world)
+    micro = 1 if spread > 1 else loop.micro_batch or max(1, loop.batch // world)
+    rows = loop.batch * spread
+    if rows % (micro * world):
         raise ClearValueError(
             f"batch={loop.batch} does not divide into micro-batches of {micro} on {world} processes: change one of them"
         )
@@ -134,7 +137,7 @@ def trainer_for(
         backbone.set_compiled(True, training=True)
     elif loop.compile:
         compile_layers(decoder_layers(attached))
-    objective = objective_for(attached, recipe)
+    objective = objective_for(attached, recipe, spread)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(12, max(0, cores // world - 1)) if loop.workers is None else loop.workers
     cosine_end = optim.schedule == "cosine" and optim.min_lr > 0
@@ -142,7 +145,7 @@ def trainer_for(
         work,
         max_steps=loop.steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=loop.batch // (micro * world),
+        gradient_accumulation_steps=rows // (micro * world),
         learning_rate=optim.lr,
         lr_scheduler_type="cosine_with_min_lr" if cosine_end else optim.schedule,
         lr_scheduler_kwargs={"min_lr_rate": optim.min_lr} if cosine_end else None,
@@ -171,12 +174,35 @@ def trainer_for(
     if loop.shard:
         adapter = [p for _, p in attached.named_parameters()]
         shard_layers(attached.module, decoder_layers(attached), adapter)
-    order = Order(examples, loop.steps * loop.batch, loop.seed, batch=loop.batch, repeat=recipe.repeat)
+    order = Order(
+        *(examples, loop.steps * loop.batch, loop.seed),
+        batch=loop.batch,
+        repeat=recipe.repeat,
+        parts=spread,
+    )
     return ClearTrainer(attached, objective, order, args, rates=optim.rates, log_file=work / LOG)
 
 
-def objective_for(attached: AttachedModel, recipe: Recipe) -> Objective:
-    """The objective of the recipe's stage."""
+def _spread(recipe: Recipe, world: int) -> int:
+    """How many processes share the rollouts of a question: 1 unless there are fewer questions in a step than processes."""
+    batch = recipe.loop.batch
+    if batch >= world:
+        return 1
+    if recipe.stage != "grpo":
+        raise ClearValueError(
+            f"batch={batch} on {world} processes leaves some of them without an example: make loop.batch a multiple of the "
+            "processes, or start fewer of them"
+        )
+    if world % batch:
+        raise ClearValueError(
+            f"batch={batch} questions a step on {world} processes: a question's rollouts can be spread over several, but over "
+            "as many for each. Make loop.batch a divisor or a multiple of the processes"
+        )
+    return world // batch
+
+
+def objective_for(attached: AttachedModel, recipe: Recipe, spread: int = 1) -> Objective:
+    """The objective of the recipe's stage, of which a question's rollouts are spread over so many processes."""
     backbone, protocol = attached.backbone, attached.config.protocol
     if recipe.stage == "sft":
         from clear_adapters.training.sft import SftObjective
@@ -197,7 +223,7 @@ def objective_for(attached: AttachedModel, recipe: Recipe) -> Objective:
 
     # Before a checkpoint is loaded: what stage 2 left, also in a run that goes on.
     reference = {n: p.detach().float().clone() for n, p in attached.named_parameters()}
-    return GrpoObjective(attached, recipe.grpo, reference, recipe.text, recipe.latent)
+    return GrpoObjective(attached, recipe.grpo, reference, recipe.text, recipe.latent, spread)
 
 
 def set_trainable(attached: AttachedModel, recipe: Recipe) -> None:

@@ -122,6 +122,7 @@ class _Rollouts:
 
     Attributes:
         key: seeds of the draws that it was made from.
+        members: (rows,) the place of each rollout in its question's group.
         transcripts: a question's rollouts stand next to each other.
         prepared: pictures that were prepared, by the picture's `id`.
         text_advantage: (rows,) float32.
@@ -130,6 +131,7 @@ class _Rollouts:
     """
 
     key: tuple[int, ...]
+    members: list[int]
     transcripts: list[Transcript]
     prepared: dict[int, PreparedImage]
     text_advantage: Tensor
@@ -159,6 +161,7 @@ class GrpoObjective(Objective):
         reference: Mapping[str, Tensor],
         text: TextSampling,
         latent: LatentSampling,
+        spread: int = 1,
     ) -> None:
         """Makes the rewards.
 
@@ -168,18 +171,27 @@ class GrpoObjective(Objective):
             reference: by the names of `attached.named_parameters()`, of the same shapes and devices.
             text: for the longest reply; temperature and top-p come from the settings.
             latent: for the shift and the reduction; rollouts run without guidance.
+            spread: processes that share the rollouts of a question; each draw's `part` says which of them this is.
 
         Raises:
-            ClearValueError, UnknownNameError: rewards that cannot work, or a reference that lacks a parameter.
+            ClearValueError, UnknownNameError: rewards that cannot work, a reference that lacks a parameter, or a group
+                that does not divide among so many processes.
         """
         missing = [n for n, _ in attached.named_parameters() if n not in reference]
         if missing:
             raise ClearValueError(
                 f"the reference lacks {missing[0]!r} and {len(missing) - 1} more parameters"
             )
+        if settings.group % spread:
+            raise ClearValueError(
+                f"grpo.group={settings.group} does not divide among the {spread} processes that share a question: make it a "
+                "multiple of them, or start fewer processes"
+            )
         self.attached = attached
         self.backbone = attached.backbone
         self.settings = settings
+        self._spread = spread
+        self._own = settings.group // spread
         self.reference = dict(reference)
         self.rewards = Rewards(settings.rewards)
         self._text = replace(text, temperature=settings.temperature, top_p=1.0, top_k=0)
@@ -228,27 +240,31 @@ class GrpoObjective(Objective):
             self._held = self._sample(rows, key)
         made, at = [], 0
         for batch in batches:
-            count = len(batch["rows"]) * self.settings.group
+            count = len(batch["rows"]) * self._own
             made.append(self._pack(self._held, range(at, at + count)))
             at += count
         return made
 
     def _sample(self, rows: Sequence[_Question], key: tuple[int, ...]) -> _Rollouts:
-        group = self.settings.group
-        portion = max(1, (self.settings.rollout_rows or len(rows) * group) // group)
+        own = self._own
+        portion = max(1, (self.settings.rollout_rows or len(rows) * own) // own)
+        members = [g for q in rows for g in range(q.draw.part * own, (q.draw.part + 1) * own)]
         transcripts: list[Transcript] = []
         for at in range(0, len(rows), portion):
-            own = rows[at : at + portion]
+            some = rows[at : at + portion]
+            numbers = members[at * own : (at + portion) * own]
+            seeds = [q.draw.seed for q in some for _ in range(own)]
             transcripts += self.attached.engine.rollout(
-                [q.image for q in own],
-                [q.draw.example.question for q in own],
-                seeds=[row_seed(q.draw.seed, f"rollout {g}", 0) for q in own for g in range(group)],
+                [q.image for q in some],
+                [q.draw.example.question for q in some],
+                seeds=[row_seed(s, f"rollout {g}", 0) for s, g in zip(seeds, numbers, strict=True)],
                 text=self._text,
                 latent=self._latent,
                 latent_from=self.settings.latent_from,
-                group=group,
+                group=own,
             )
         scores = self._score(rows, transcripts)
+        group = self.settings.group
         totals = _table(scores.totals, group)
         text = advantages(totals, self.settings.scale)
         flow = text
@@ -257,13 +273,17 @@ class GrpoObjective(Objective):
             parts = [terms[n].weight * _table(scores.parts[n], group) for n in self.settings.latent_rewards]
             flow = advantages(torch.stack(parts).sum(0), self.settings.scale)
         self._note(scores, transcripts, totals)
-        scored = (~totals.isnan()).float().flatten()
-        return _Rollouts(key, transcripts, {}, text.flatten(), flow.flatten(), scored)
+        index = torch.arange(len(rows)).repeat_interleave(own), torch.tensor(members)
+        scored = (~totals.isnan()).float()
+        return _Rollouts(key, members, transcripts, {}, text[index], flow[index], scored[index])
 
     def _score(self, rows: Sequence[_Question], transcripts: Sequence[Transcript]) -> Scores:
-        """Rewards of the rollouts. What fails on one process ends all of them, instead of leaving the others waiting."""
-        group = self.settings.group
-        repeated = [q for q in rows for _ in range(group)]
+        """Rewards of the questions' whole groups, of which each process scores its own rollouts.
+
+        What fails on one process ends all of them, instead of leaving the others waiting.
+        """
+        own = self._own
+        repeated = [q for q in rows for _ in range(own)]
         examples = [q.draw.example for q in repeated]
         columns: dict[str, list[Any]] = {
             f.name: [getattr(e, f.name) for e in examples]
@@ -277,27 +297,37 @@ class GrpoObjective(Objective):
         error: ClearError | None = None
         scores = None
         try:
-            scores = self.rewards(
-                [e.question for e in examples], completions, group=self.settings.group, **columns
-            )
+            scores = self.rewards([e.question for e in examples], completions, group=own, **columns)
         except ClearError as caught:
             error = caught
         if torch.distributed.is_initialized():
-            failed: list[str | None] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(failed, None if error is None else str(error))
-            others = [f"process {i}: {text}" for i, text in enumerate(failed) if text is not None]
+            told: list[Any] = [None] * torch.distributed.get_world_size()
+            parts = {} if scores is None else {n: _split(v, own) for n, v in scores.parts.items()}
+            names = [(q.draw.seed, q.draw.part) for q in rows]
+            torch.distributed.all_gather_object(told, (error and str(error), names, parts))
+            others = [f"process {i}: {text}" for i, (text, *_) in enumerate(told) if text is not None]
             if others and error is None:
                 error = ClearError(f"rewards failed on another process: {others[0]}")
+            if error is None and self._spread > 1:
+                scores = self._gathered(rows, [t[1:] for t in told])
         if error is not None:
             raise error
         assert scores is not None
         return scores
 
+    def _gathered(self, rows: Sequence[_Question], told: Sequence[tuple[Any, Any]]) -> Scores:
+        """Scores of whole groups, from what each process says of its parts of them."""
+        whole: dict[str, list[float | None]] = {}
+        for name in self.rewards.terms:
+            found = {key: v for keys, parts in told for key, v in zip(keys, parts[name], strict=True)}
+            whole[name] = [v for q in rows for p in range(self._spread) for v in found[q.draw.seed, p]]
+        return self.rewards.summed(whole, self.settings.group)
+
     def _latent_columns(
         self, rows: Sequence[_Question], transcripts: Sequence[Transcript]
     ) -> dict[str, list[Any]]:
         """Latents and features, where a reward asks for them."""
-        wanted, group = self.rewards.columns, self.settings.group
+        wanted, group = self.rewards.columns, self._own
         found: dict[str, list[Any]] = {}
         if _LATENT_COLUMNS.isdisjoint(wanted):
             return found
@@ -334,7 +364,9 @@ class GrpoObjective(Objective):
         """The rollouts of one micro-batch with all that the loss compares with."""
         backbone, device = self.backbone, self.backbone.device
         transcripts = [held.transcripts[i] for i in places]
-        steps = [self._steps(held.key, i, t) for i, t in zip(places, transcripts, strict=True)]
+        seeds = [held.key[i // self._own] for i in places]
+        members = [held.members[i] for i in places]
+        steps = [self._steps(s, m, t) for s, m, t in zip(seeds, members, transcripts, strict=True)]
 
         def prepare(image: Any) -> PreparedImage:
             # A group's rows share their picture: it is resized and encoded once.
@@ -366,12 +398,11 @@ class GrpoObjective(Objective):
                 )
         return made
 
-    def _steps(self, key: tuple[int, ...], place: int, transcript: Transcript) -> list[list[int]]:
-        """The steps of each restoration that are trained on."""
+    def _steps(self, seed: int, member: int, transcript: Transcript) -> list[list[int]]:
+        """The steps of each restoration that are trained on, in the rollout of this number of a question."""
         settings, total = self.settings, self.settings.flow_steps - 1
-        question, member = divmod(place, settings.group)
-        rng = random.Random(row_seed(key[question], f"steps {member}", 0))
-        first = random.Random(key[question]).randrange(total)
+        rng = random.Random(row_seed(seed, f"steps {member}", 0))
+        first = random.Random(seed).randrange(total)
         found = []
         for number in range(len(transcript.restorations)):
             if settings.step_choice == "random":
@@ -493,6 +524,10 @@ class GrpoObjective(Objective):
 def _table(values: Sequence[float | None], group: int) -> Tensor:
     """(P, G) float32 with NaN for None."""
     return torch.tensor([float("nan") if v is None else v for v in values]).view(-1, group)
+
+
+def _split(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [values[at : at + size] for at in range(0, len(values), size)]
 
 
 def _sampled(transcript: Transcript) -> list[TextSegment]:

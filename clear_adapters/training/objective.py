@@ -23,11 +23,13 @@ class Draw:
         example: the example.
         epoch: how often the data set was gone through before.
         seed: of everything random about it: a function of run, example and epoch, never of its batch.
+        part: which of several processes this is for, where they share the work on it; else 0.
     """
 
     example: Example
     epoch: int
     seed: int
+    part: int = 0
 
 
 class Order(Dataset[Draw]):
@@ -37,7 +39,14 @@ class Order(Dataset[Draw]):
     """
 
     def __init__(
-        self, examples: Sequence[Example], length: int, seed: int, *, batch: int = 1, repeat: int = 1
+        self,
+        examples: Sequence[Example],
+        length: int,
+        seed: int,
+        *,
+        batch: int = 1,
+        repeat: int = 1,
+        parts: int = 1,
     ) -> None:
         """Sets the order.
 
@@ -47,25 +56,28 @@ class Order(Dataset[Draw]):
             seed: of the order and of everything random about a draw.
             batch: draws of one optimizer step, of all processes.
             repeat: steps in a row that get the same draws.
+            parts: processes that share the work on an example: each draw comes so often, one part after the other.
         """
         self._examples = examples
         self._length = length
         self._seed = seed
         self._batch = batch
         self._repeat = repeat
+        self._parts = parts
         self._held: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
-        return self._length
+        return self._length * self._parts
 
     def __getitem__(self, place: int) -> Draw:
+        place, part = divmod(place, self._parts)
         step, within = divmod(place, self._batch)
         epoch, within = divmod(step // self._repeat * self._batch + within, len(self._examples))
         if self._held is None or self._held[0] != epoch:
             generator = torch.Generator().manual_seed(row_seed(self._seed, "order", epoch))
             self._held = (epoch, torch.randperm(len(self._examples), generator=generator))
         example = self._examples[int(self._held[1][within])]
-        return Draw(example, epoch, row_seed(self._seed, example.id, epoch))
+        return Draw(example, epoch, row_seed(self._seed, example.id, epoch), part)
 
 
 def row_seed(seed: int, name: str, epoch: int) -> int:

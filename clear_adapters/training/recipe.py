@@ -117,6 +117,8 @@ class LoopSettings:
         shard: spread the frozen base over the processes (FSDP2); the adapter stays whole on each.
         save_every: steps between checkpoints; 0 writes none.
         log_every: steps between log lines, at which alone the device is waited for.
+        timeout: seconds without a sign of one of several processes, or without a move of any of them, after which the run is
+            ended with a message. It bounds one call of a library, not a step: processes may wait for a slow one.
         workers: data workers; None is one a core, at most 12.
         seed: of everything random.
         save_dtype: type of the weights in the finished adapter.
@@ -135,6 +137,7 @@ class LoopSettings:
     shard: bool = False
     save_every: int = 200
     log_every: int = 10
+    timeout: float = 600.0
     workers: int | None = None
     seed: int = 0
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -146,6 +149,7 @@ class LoopSettings:
             ("micro_batch", 1, 10**6),
             ("log_every", 1, 10**8),
             ("save_every", 0, 10**8),
+            ("timeout", 1, 10**6),
             ("workers", 0, 1024),
             ("seed", 0, 2**32 - 1),
         ):

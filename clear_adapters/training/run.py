@@ -20,6 +20,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from clear_adapters import store
+from clear_adapters.adapter import choose_device
+from clear_adapters.backbones.base import Backbone
 from clear_adapters.config import ClearConfig, is_builtin_name, is_hub_id
 from clear_adapters.datasets.example import DATA, read_examples
 from clear_adapters.download import commit_of
@@ -28,11 +30,14 @@ from clear_adapters.prompts import get_protocol
 from clear_adapters.results import git_state, installed_versions
 from clear_adapters.store import CONFIG
 from clear_adapters.training.build import LOG, attach_for, trainer_for
+from clear_adapters.training.group import join_group
 from clear_adapters.training.publish import Publisher, check_access
 from clear_adapters.training.recipe import STAGES, Recipe, divide_overrides, load_recipe
-from clear_adapters.training.trainer import ClearTrainer, last_checkpoint
+from clear_adapters.training.trainer import ClearTrainer, last_checkpoint, newest_checkpoint
+from clear_adapters.training.watch import watching
 
 RUN = "run.json"
+_HOW = ("micro_batch", "shard", "timeout", "workers")
 MODEL = "builtin:bagel-tiny"
 
 
@@ -61,8 +66,9 @@ def train(
         model: what `attach` takes. None is the built-in one for `sft`, and later the model that the adapter was trained on.
         adapter: for `bridge` and `grpo`: `builtin:NAME`, folder or Hub id of the stage before. Its layout and protocol are
             kept, and its weights are what `grpo` measures its KL to.
-        resume: go on with a run of the same recipe, data, model and adapter that was stopped; one that is finished is left
-            as it is. Of a loaded model only the type is compared.
+        resume: go on with a run of the same recipe, data, model and adapter that was stopped, on any number of processes; one
+            that is finished is left as it is. Of a loaded model only the type is compared, and of a recipe not
+            `loop.micro_batch`, `shard`, `timeout` and `workers`.
         device: where a model that is named runs; None is the CUDA GPU if there is one. A loaded model stays where it is.
         overrides: `key=value` for the recipe.
         clean_image_dir: for data in the authors' form.
@@ -77,12 +83,35 @@ def train(
             exists without `resume`, a run of other settings in its place, or a loss that is not finite.
         UnknownNameError: an unknown recipe, key, model or adapter.
         AdapterError: the adapter cannot be used, or the finished one cannot be published where the recipe says.
+        LostProcessError: of several processes another one has ended. One that gives no sign for `loop.timeout` seconds, or
+            processes that wait for each other so long, end this one with a message and exit status 3.
     """
     recipe = _recipe(recipe, stage, overrides)
     _check_adapter(recipe.stage, adapter)
     if model is None and adapter is None:
         model = MODEL
     output = Path(os.path.abspath(output))  # noqa: PTH100 (a link at the end stays one)
+    # Exchanges may wait for the slowest: the watch ends those that would wait for good, and their own limit is the last resort.
+    join_group(_device_type(model, device), 10 * recipe.loop.timeout)
+    with watching(recipe.loop.timeout, lambda: _going_on(work_of(output))):
+        return _run(
+            *(recipe, data, output, model, adapter, resume, device),
+            *(clean_image_dir, corrupted_image_dir, progress),
+        )
+
+
+def _run(
+    recipe: Recipe,
+    data: str | Path,
+    output: Path,
+    model: Any,
+    adapter: str | Path | None,
+    resume: bool,
+    device: str | torch.device | None,
+    clean_image_dir: str | Path | None,
+    corrupted_image_dir: str | Path | None,
+    progress: bool,
+) -> Path:
     work = work_of(output)
     examples = read_examples(data, clean_image_dir=clean_image_dir, corrupted_image_dir=corrupted_image_dir)
     facts = None
@@ -193,17 +222,6 @@ def train_all(
     return done
 
 
-def leave_group() -> None:
-    """Ends this process's part in the group of a finished run; does nothing where there is none.
-
-    The group's own threads outlive it where something still holds it, and one that lets go of a tensor while the interpreter
-    ends takes the process down. What `train` leaves behind holds itself in a circle, so that is collected first.
-    """
-    if torch.distributed.is_initialized():
-        gc.collect()
-        torch.distributed.destroy_process_group()
-
-
 def summary(folder: Path) -> str:
     """One line on a finished run: stage, steps, time, and its last logged losses."""
     config = ClearConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"), str(folder / CONFIG))
@@ -219,6 +237,23 @@ def summary(folder: Path) -> str:
 def work_of(output: Path) -> Path:
     """Where the checkpoints and the log of a run stand."""
     return output.with_name(f"{output.name}.training")
+
+
+def _device_type(model: Any, device: str | torch.device | None) -> str:
+    """Of the device that this process trains on."""
+    if isinstance(model, torch.nn.Module):
+        return next(model.parameters()).device.type
+    return model.device.type if isinstance(model, Backbone) else choose_device(device).type
+
+
+def _going_on(work: Path) -> str:
+    """What can be done about a run that was ended."""
+    newest = newest_checkpoint(work)
+    state = "No checkpoint was written yet" if newest is None else f"The checkpoints in {work} are whole"
+    return (
+        f"{state}: the same command again, on any number of processes, goes on from "
+        f"{'the beginning' if newest is None else newest.name}. Where one call of a library may take longer, raise loop.timeout"
+    )
 
 
 def _recipe(recipe: Recipe | str | Path, stage: str | None, overrides: Sequence[str]) -> Recipe:
@@ -304,8 +339,9 @@ def _is_done(output: Path, work: Path, facts: dict[str, Any] | None, resume: boo
             before = dict(json.loads(record.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ClearValueError(f"{record} is damaged ({error}): delete {work} and train again") from error
-        if before != facts:
-            parts = [k for k in facts if before.get(k) != facts[k]]
+        own, other = _decisive(facts), _decisive(before)
+        parts = [k for k in {**own, **other} if own.get(k) != other.get(k)]
+        if parts:
             raise ClearValueError(
                 f"{work} holds a run of other settings ({', '.join(parts)} differ): choose another output, or delete it"
             )
@@ -313,6 +349,13 @@ def _is_done(output: Path, work: Path, facts: dict[str, Any] | None, resume: boo
     if exists:
         raise ClearValueError(f"{output} is not empty and was not trained by this run: choose another output")
     return False
+
+
+def _decisive(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts without how a run is computed, which may change where it goes on, such as on other GPUs."""
+    recipe = dict(facts.get("recipe", {}))
+    recipe["loop"] = {k: v for k, v in recipe.get("loop", {}).items() if k not in _HOW}
+    return {**facts, "recipe": recipe}
 
 
 def _claim(work: Path, facts: dict[str, Any]) -> None:

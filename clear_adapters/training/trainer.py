@@ -66,6 +66,8 @@ class ClearTrainer(Trainer):
         self.objective = objective
         self._rates = rates
         self._log_file = log_file
+        # Otherwise a base in shards would be gathered for nothing, and its whole memory taken.
+        self._prepares = type(objective).prepare is not Objective.prepare
         self._sums: Tensor | None = None
         self._spent = 0.0
         self._begin = time.perf_counter()
@@ -89,9 +91,10 @@ class ClearTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """The batches of one optimizer step as the objective prepares them, and what it averages over."""
         batches = list(islice(epoch_iterator, num_batches))
-        self.model.eval()
-        with torch.no_grad(), gathered(self.attached.module), self.accelerator.autocast():
-            batches = self.objective.prepare(batches)
+        if self._prepares:
+            self.model.eval()
+            with torch.no_grad(), gathered(self.attached.module), self.accelerator.autocast():
+                batches = self.objective.prepare(batches)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
@@ -280,13 +283,16 @@ def _group(name: str) -> str:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run; half-written ones, which a killed run leaves, are deleted."""
-    found: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
-        if _is_whole(path / _STATE):
-            found.append((int(path.name.rpartition("-")[2]), path))
-        else:
+        if not _is_whole(path / _STATE):
             shutil.rmtree(path)
-    return max(found)[1] if found else None
+    return newest_checkpoint(folder)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, also while one is written."""
+    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path / _STATE)]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _is_whole(state: Path) -> bool:

@@ -1,0 +1,350 @@
+"""What several GPUs are worth, and a plan of what 8, 64 and 512 would take for the paper's recipe, put into docs/scaling.md.
+
+    python benchmarks/speed/scaling_report.py benchmarks/results/speed/*.json
+
+It reads the files of scaling.py (one for each number of GPUs), equality.py, training.py and inference.py among them, and draws the figure
+beside the first file. What is assumed and not measured stands here in capitals and in the document; a test renders the
+committed files again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from readme import inserted, markers
+from shapes import config_of
+from speed_report import KINDS, Results, Row
+
+from clear_adapters.mmd_bench.tables import table
+from clear_adapters.results import ResultFile, read_result
+from clear_adapters.training.recipe import Recipe, load_recipe
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
+MEASURED, EQUAL, PLAN = markers("scaling"), markers("equality"), markers("scaling-plan")
+FIGURE = "scaling.png"
+NOTHING = "Not measured yet."
+
+DIRECT, RESTORING = 12_267, 12_619
+"""Traces of the paper's stage 1 that answer at once, and that restore (its table 8)."""
+DIRECT_TEXT, RESTORING_TEXT = 606, 1_080
+"""Their mean lengths (table 8). The paper gives no unit; tokens are assumed."""
+LATENT = 1_026
+"""Tokens of a restoration of 512 x 512 pixels, marks included; a trained row holds it twice (noised, and read)."""
+LINK = 50e9
+"""Assumed bytes a second of each GPU to other hosts: one 400 Gb/s adapter a GPU. Within a host the measured share holds."""
+HOST = 8
+"""GPUs of a host."""
+PLANNED = (1, 8, 64, 512)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the plan is computed from.
+
+    Attributes:
+        tokens: a second, of supervised steps on one GPU.
+        row: tokens of a row of the measured workload.
+        words: tokens of text in it that are trained.
+        text: seconds of a step of text, by rows that are written side by side.
+        flow: seconds of a flow step of one row without guidance.
+        guided: seconds of a flow step of one row with it.
+        share: by number of GPUs, tokens a second over those of as many single GPUs.
+    """
+
+    tokens: float
+    row: float
+    words: int
+    text: Mapping[int, float]
+    flow: float
+    guided: float
+    share: Mapping[int, float]
+
+    @property
+    def rows(self) -> tuple[float, float]:
+        """Tokens of a row of the recipe that answers at once, and of one that restores."""
+        bare = self.row - self.words
+        return bare - 2 * LATENT + DIRECT_TEXT, bare + RESTORING_TEXT
+
+    def efficiency(self, gpus: int) -> float:
+        """The share of so many GPUs, or of the most that were measured below."""
+        return self.share[max(n for n in self.share if n <= gpus)]
+
+    def step_of_text(self, rows: float) -> float:
+        """Seconds of a step of text for so many rows, between the measured numbers in proportion."""
+        known = sorted(self.text)
+        if rows <= known[0]:
+            return self.text[known[0]]
+        for low, high in pairwise(known):
+            if rows <= high:
+                part = (rows - low) / (high - low)
+                return self.text[low] + part * (self.text[high] - self.text[low])
+        return self.text[known[-1]] * rows / known[-1]
+
+
+def figures(files: Sequence[ResultFile]) -> Figures | None:
+    """From result files; None where one that is needed is missing."""
+    found = Results(files, (*KINDS, "scaling"))
+    step = found.find("sft", kind="training", micro=1)
+    texts = {r["batch"]: r["seconds"] for r in found.each("text", text=64)}
+    flows = [found.each("restoration", side=512, guided=guided) for guided in (False, True)]
+    single = found.find("sft", kind="scaling", growth="weak", processes=1)
+    if step is None or single is None or not texts or not all(flows):
+        return None
+    load = next(f.payload["load"] for f in files if f.kind == "training")
+    flow, guided = (min(r["seconds"] / r["batch"] / (r["points"] - 1) for r in rows) for rows in flows)
+    share = {
+        r["processes"]: r["tokens_per_second"] / r["processes"] / single["tokens_per_second"]
+        for r in found.each("sft", kind="scaling", growth="weak")
+    }
+    row = step["tokens_per_second"] * step["seconds"] / step["micro"]
+    return Figures(step["tokens_per_second"], row, 2 * load["text"], texts, flow, guided, share)
+
+
+# ------------------------------------------------------------------------------------------------------------ plan
+
+
+def most_of(rows: int, gpus: int, share: float) -> float:
+    """How many of its rows restore, on the GPU that has most of them: the mean of the largest of `gpus` binomials."""
+    total, below = 0.0, 0.0
+    for k in range(rows + 1):
+        below += math.comb(rows, k) * share**k * (1 - share) ** (rows - k)
+        total += 1 - min(1.0, below) ** gpus  # the mean is the sum of the chances of more than k
+    return total
+
+
+def adapter_bytes(recipe: Recipe) -> int:
+    """Of the gradients that are exchanged: LoRA's, in float32."""
+    llm = config_of("7b").llm
+    width, mlp = int(llm["hidden_size"]), int(llm["intermediate_size"])
+    kv = width // int(llm["num_attention_heads"]) * int(llm["num_key_value_heads"])
+    sides = 2 * (width + width) + 2 * (width + kv) + 3 * (width + mlp)
+    return 4 * sum(recipe.lora.ranks.values()) * sides * int(llm["num_hidden_layers"])
+
+
+def exchange(gpus: int, size: int) -> float:
+    """Seconds of a ring all-reduce between hosts that nothing is computed beside."""
+    return 2 * (gpus - 1) / gpus * size / LINK if gpus > HOST else 0.0
+
+
+def most_gpus(recipe: Recipe, gpus: int) -> int:
+    """How many of them a step of the recipe keeps busy: its rows, or in stage 3 its rollouts, have to be as many."""
+    work = recipe.loop.batch * (recipe.grpo.group if recipe.stage == "grpo" else 1)
+    return max(n for n in range(1, min(gpus, work) + 1) if work % n == 0)
+
+
+def trained(known: Figures, rows: float, restoring: float, gpus: int) -> float:
+    """Seconds of the supervised work on so many rows of one GPU."""
+    direct, restored = known.rows
+    tokens = rows * direct + restoring * (restored - direct)
+    return tokens / (known.tokens * known.efficiency(gpus))
+
+
+def rolled(known: Figures, rollouts: int, side: int, words: float, points: int) -> float:
+    """Seconds of rollouts that all restore, so many side by side."""
+    portions = math.ceil(rollouts / side)
+    return portions * words * known.step_of_text(rollouts / portions) + rollouts * (points - 1) * known.flow
+
+
+def step_seconds(known: Figures, recipe: Recipe, gpus: int, size: int) -> float:
+    """Seconds of an optimizer step of a recipe on so many GPUs, each of which has work."""
+    chance = RESTORING / (DIRECT + RESTORING)
+    if recipe.stage == "grpo":
+        rollouts = recipe.loop.batch * recipe.grpo.group // gpus
+        side = recipe.grpo.rollout_rows or rollouts
+        sampled = rolled(known, rollouts, side, RESTORING_TEXT, recipe.grpo.flow_steps)
+        # The reference's forward is one pass more beside three: forward, forward again, backward.
+        return sampled + 4 / 3 * trained(known, rollouts, rollouts, gpus) + exchange(gpus, size)
+    rows = recipe.loop.batch // gpus
+    seconds = trained(known, rows, most_of(rows, gpus, chance), gpus) + exchange(gpus, size)
+    if recipe.stage == "bridge":
+        drawn = most_of(rows, gpus, recipe.bridge.own)
+        seconds += drawn * (recipe.bridge.own_steps - 1) * known.guided
+    return seconds
+
+
+def plan(known: Figures) -> str:
+    """The table of what GPUs would take for the recipe, and the arithmetic's own check."""
+    recipes = [load_recipe("paper", (), stage) for stage in ("sft", "bridge", "grpo")]
+    size = adapter_bytes(recipes[0])
+    lines, alone = [], 0.0
+    for gpus in PLANNED:
+        cells, hours, held = [], 0.0, 0.0
+        for recipe in recipes:
+            busy = most_gpus(recipe, gpus)
+            spent = recipe.loop.steps * step_seconds(known, recipe, busy, size) / 3600
+            hours, held = hours + spent, held + spent * busy
+            cells.append(f"{spent:.1f} h" + (f" on {busy}" if busy < gpus else ""))
+        alone = alone or hours
+        lines.append([str(gpus), *cells, f"{hours:.1f} h", f"{held:,.0f}", f"{alone / hours:.1f}"])
+    direct, restoring = known.rows
+    total = recipes[0].loop.steps * recipes[0].loop.batch
+    tokens = total * (DIRECT * direct + RESTORING * restoring) / (DIRECT + RESTORING)
+    own = ", ".join(f"{s * 1e3:.1f} ms with {n}" for n, s in sorted(known.text.items()))
+    shares = ", ".join(f"{s:.0%} on {n}" for n, s in sorted(known.share.items()))
+    inputs = [
+        f"- supervised: {known.tokens:,.0f} tokens a second on one GPU; a row of {direct:,.0f} tokens, or {restoring:,.0f} where it "
+        f"restores; {total:,} rows in {recipes[0].loop.steps:,} steps are {tokens / 1e6:,.0f} million tokens, "
+        f"{tokens / known.tokens / 3600:.1f} GPU-hours",
+        f"- of as many single GPUs' rate: {shares}",
+        f"- a step of text: {own} rows side by side; a flow step of a row: {known.flow * 1e3:.0f} ms, guided "
+        f"{known.guided * 1e3:.0f} ms",
+        f"- gradients: {size / 1e9:.2f} GB a step, between hosts {exchange(512, size) * 1e3:.0f} ms",
+    ]
+    head = ["GPUs", "stage 1", "stage 2", "stage 3", "all", "GPU-hours", "times as fast as one"]
+    return "\n".join(inputs) + "\n\n" + table(head, lines)
+
+
+def check(files: Sequence[ResultFile], known: Figures) -> str:
+    """The arithmetic of stage 3 beside the step that was measured."""
+    row = Results(files, (*KINDS, "scaling")).find("grpo", kind="scaling", growth="weak", processes=1)
+    load = next((f.payload["load"] for f in files if f.kind == "scaling"), None)
+    if row is None or load is None:
+        return ""
+    count = load["group"]
+    told = rolled(known, count, count, 2 * load["text"], load["rollout_points"])
+    told += 4 / 3 * count * known.row / known.tokens
+    return (
+        f"\n\nThe same arithmetic gives {told:.1f} s for the measured step of stage 3 ({count} rollouts of {2 * load['text']} tokens, "
+        f"{load['rollout_points']} points), which took {row['seconds']:.1f} s."
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- measured
+
+WORK = (
+    ("stage 1, 4 rows a GPU", "sft", "weak"),
+    ("stage 1, 16 rows in all", "sft", "strong"),
+    ("stage 1 in shards, 4 rows a GPU", "shard", "weak"),
+    ("stage 3, a question a GPU", "grpo", "weak"),
+    ("stage 3, a question in all", "grpo", "strong"),
+)
+
+
+def rate(row: Row) -> float:
+    """Rollouts a second of stage 3, else tokens a second."""
+    return float(row.get("rollouts_per_second", row["tokens_per_second"]))
+
+
+def of_work(found: Results, part: str, growth: str) -> list[Row]:
+    """The rows of a kind of work, by number of GPUs; one GPU's is that of the other growth where both are the same."""
+    rows = {r["processes"]: r for r in found.each(part, kind="scaling", growth=growth)}
+    one = found.find("sft" if part == "shard" else part, kind="scaling", growth="weak", processes=1)
+    if one is not None and rows and 1 not in rows:
+        rows[1] = one
+    return [rows[n] for n in sorted(rows)]
+
+
+def measured(files: Sequence[ResultFile]) -> str:
+    """The table of what was measured."""
+    found = Results(files, (*KINDS, "scaling"))
+    lines = []
+    for name, part, growth in WORK:
+        rows = of_work(found, part, growth)
+        for row in rows:
+            unit = "rollouts/s" if part == "grpo" else "tokens/s"
+            shown = f"{rate(row):,.2f}" if part == "grpo" else f"{rate(row):,.0f}"
+            share = rate(row) / row["processes"] / rate(rows[0]) * rows[0]["processes"]
+            waiting = f"{row['waiting']:.1%}" if "waiting" in row else "–"
+            memory = f"{row['peak_gb']:.1f} GB" if row["peak_gb"] else "–"
+            cells = (f"{row['seconds']:.2f} s", f"{shown} {unit}", f"{share:.0%}", waiting, memory)
+            lines.append([name, str(row["processes"]), *cells])
+    if not lines:
+        return NOTHING
+    own = [f for f in files if f.kind == "scaling"]
+    devices = ", ".join(dict.fromkeys(f.device for f in own))
+    dates = ", ".join(dict.fromkeys(f.date[:10] for f in own))
+    head = ["work", "GPUs", "a step", "rate", "of as many single GPUs", "waiting", "memory a GPU"]
+    note = f"BAGEL-7B's shapes with random weights, bfloat16, LoRA of rank 16, {devices}, {dates}."
+    return (
+        f"{note}\n\n{table(head, lines)}\n\n![How cost grows with GPUs](../benchmarks/results/speed/{FIGURE})"
+    )
+
+
+def equal(files: Sequence[ResultFile]) -> str:
+    """The table of differences from one GPU."""
+    own = [f for f in files if f.kind == "equality"]
+    lines = []
+    for file in own:
+        for row in file.payload["rows"]:
+            limit = file.payload["tolerance"][row["dtype"]]
+            numbers = [f"{row[k]:.1e}" if row[k] <= limit else f"**{row[k]:.1e}**" for k in ("loss", "step")]
+            lines.append(
+                [row["stage"], str(row["processes"]), row["way"], row["dtype"], *numbers, f"{limit:g}"]
+            )
+    if not lines:
+        return NOTHING
+    head = ["stage", "GPUs", "base", "type", "loss", "step", "at most"]
+    devices = ", ".join(dict.fromkeys(f.device for f in own))
+    return f"The built-in model, {devices}, {own[-1].date[:10]}.\n\n{table(head, lines)}"
+
+
+def figure(files: Sequence[ResultFile], path: Path) -> None:
+    """Rates, cost, waiting and memory against the number of GPUs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = Results(files, (*KINDS, "scaling"))
+    drawn, axes = plt.subplots(1, 5, figsize=(17, 3), layout="constrained")
+    labels = ("tokens/s", "rollouts/s", "GPU-seconds a million tokens", "waiting, %", "GB a GPU")
+    for name, part, growth in WORK:
+        rows = of_work(found, part, growth)
+        counts = [r["processes"] for r in rows]
+        style: dict[str, Any] = {"marker": "o", "label": name, "linestyle": "-" if growth == "weak" else "--"}
+        axes[1 if part == "grpo" else 0].plot(counts, [rate(r) for r in rows], **style)
+        if part != "grpo":
+            cost = [r["processes"] * 1e6 / r["tokens_per_second"] for r in rows]
+            axes[2].plot(counts, cost, **style)
+        for axis, key, factor in ((axes[3], "waiting", 100), (axes[4], "peak_gb", 1)):
+            known = [r for r in rows if r.get(key) is not None]
+            axis.plot([r["processes"] for r in known], [factor * r[key] for r in known], **style)
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set(xlabel="GPUs", ylabel=label, ylim=(0, None))
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    drawn.legend(*axes[3].get_legend_handles_labels(), loc="outside lower center", ncols=len(WORK))
+    drawn.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(drawn)
+
+
+def sections(files: Sequence[ResultFile]) -> dict[tuple[str, str], str]:
+    """What stands between each pair of markers."""
+    known = figures(files)
+    shown = NOTHING if known is None else plan(known) + check(files, known)
+    return {MEASURED: measured(files), EQUAL: equal(files), PLAN: shown}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--print", action="store_true", help="show the tables and write nothing")
+    args = parser.parse_args(arguments)
+    files = [read_result(path) for path in args.results]
+    made = sections(files)
+    if args.print:
+        print("\n\n".join(made.values()))
+        return 0
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for where, content in made.items():
+        text = inserted(text, content, str(DOCUMENT), where)
+    if made[MEASURED] != NOTHING:
+        figure(files, args.results[0].with_name(FIGURE))
+    DOCUMENT.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
