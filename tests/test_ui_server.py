@@ -361,6 +361,19 @@ def test_what_is_noted_down_after_a_page_was_closed_is_forgotten(page):
     assert not traces(page, "late")
 
 
+def test_a_visit_that_stays_does_not_grow(page):
+    def sizes():
+        held = page.demo.state_holder.session_data["stays"]
+        return len(held.blocks_config.blocks), len(held.config_values)
+
+    for number in range(3):
+        call(page, "choose", [number], "stays")
+        assert "event: complete" in call(page, "ask", ["What?", "never", "", "", 0, 50, 0, 0], "stays")
+    page.demo.sessions.sweep()
+    assert max(sizes()) == len(page.demo.blocks)
+    assert "event: complete" in call(page, "ask", ["What?", "never", "", "", 0, 50, 0, 0], "stays")
+
+
 def test_forgetting_goes_on_while_the_page_is_served(page, monkeypatch):
     swept = threading.Event()
     monkeypatch.setattr(page.demo.sessions, "sweep", swept.set)

@@ -6,7 +6,6 @@ gives the last layer's states after the norm only. Its layers are used as they a
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any, Protocol
 
@@ -34,9 +33,8 @@ class _Update:
         return self._held.append(layer, keys, values)
 
 
-@functools.cache
-def _cache_name(layer: type) -> str:
-    """What the layers of a class call their cache: transformers renamed it after 5.23, and ignores a name it does not know."""
+def _cache_name(layer: torch.nn.Module) -> str:
+    """What a layer calls its cache: transformers renamed it after 5.23, and ignores a name it does not know."""
     return "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
 
 
@@ -66,7 +64,7 @@ def run_layers(
         mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
     kept: dict[int, Tensor] = {}
     rotary = decoder.rotary_emb(embeds, position_ids=positions)
-    states = embeds
+    states, name = embeds, _cache_name(decoder.layers[0])
     for i, layer in enumerate(decoder.layers):
         given = {"attention_mask": mask, "position_ids": positions, "position_embeddings": rotary}
         if cache is None:
@@ -74,7 +72,7 @@ def run_layers(
         else:
             # Past hooks and what `compile` made of it: each length is a shape of its own, and a layer that recomputes
             # activations would drop the cache.
-            states = layer.forward(states, **{_cache_name(type(layer)): _Update(cache)}, **given)
+            states = layer.forward(states, **{name: _Update(cache)}, **given)
         if i in hidden_layers:
             kept[i] = states
     return decoder.norm(states), kept

@@ -61,6 +61,21 @@ class Sessions:
         for session, at in list(self._left.items()):
             if now - at > 2 * _EVERY + _AFTERGLOW:
                 del self._left[session]
+        self._drop_copies()
+
+    def _drop_copies(self) -> None:
+        """Drops what Gradio (6.31) makes of components that an event leaves as they are.
+
+        It replaces each by a copy with another number, notes the copy down under that number as well at the next event, and
+        never comes back to it: pictures and all, half a megabyte a question.
+        """
+        holder = self._demo.state_holder
+        with holder.lock:
+            visits = list(holder.session_data.values())
+        for visit in visits:
+            for noted in (visit.blocks_config.blocks, visit.config_values):
+                for number in [n for n in list(noted) if n not in self._demo.blocks]:
+                    noted.pop(number, None)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
