@@ -7,6 +7,8 @@ gives the last layer's states after the norm only. Its layers are used as they a
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,9 +35,15 @@ class _Update:
         return self._held.append(layer, keys, values)
 
 
-def _cache_name(layer: torch.nn.Module) -> str:
-    """What a layer calls its cache: transformers renamed it after 5.23, and ignores a name it does not know."""
-    return "cache" if "cache" in inspect.signature(layer.forward).parameters else "past_key_values"
+def _forward_with(cache: KeyValues, layer: torch.nn.Module) -> Callable[..., Any]:
+    """A layer's own forward with our cache, past everything that transformers put around it.
+
+    Around it are hooks, what `compile` made (each length is a shape of its own), and the recomputing of activations, which would
+    drop the cache. Its name changed after transformers 5.23, and a name that is not known is ignored.
+    """
+    forward = inspect.unwrap(type(layer).forward)
+    name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+    return partial(forward, layer, **{name: _Update(cache)})
 
 
 @any_shape()
@@ -64,15 +72,10 @@ def run_layers(
         mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
     kept: dict[int, Tensor] = {}
     rotary = decoder.rotary_emb(embeds, position_ids=positions)
-    states, name = embeds, _cache_name(decoder.layers[0])
+    states = embeds
     for i, layer in enumerate(decoder.layers):
         given = {"attention_mask": mask, "position_ids": positions, "position_embeddings": rotary}
-        if cache is None:
-            states = layer(states, **given)
-        else:
-            # Past hooks and what `compile` made of it: each length is a shape of its own, and a layer that recomputes
-            # activations would drop the cache.
-            states = layer.forward(states, **{name: _Update(cache)}, **given)
+        states = (layer if cache is None else _forward_with(cache, layer))(states, **given)
         if i in hidden_layers:
             kept[i] = states
     return decoder.norm(states), kept
