@@ -1,14 +1,18 @@
 """Janus against transformers' own forward and sampling, its picture tokens, its checkpoints, and its training."""
 
+import functools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from clear_adapters.adapter import attach
+from clear_adapters.backbones.decoder import run_layers
 from clear_adapters.backbones.janus.tiny import build, small_processor
 from clear_adapters.backbones.packed import ImagePiece, TextPiece
 from clear_adapters.backbones.pixels import standardise
@@ -225,3 +229,31 @@ def test_a_prompt_that_does_not_fit_is_refused(backbone, monkeypatch):
     engine = Engine(backbone, protocol="tiny", text=TextSampling(max_new_tokens=20))
     with pytest.raises(ClearValueError, match="has 200"):
         engine.answer(picture(0), "x" * 60)
+
+
+def older(self, states, past_key_values=None, **more):
+    return past_key_values.update(states[:, None], states[:, None], 0)[0][:, 0]
+
+
+def newer(self, states, cache=None, **more):
+    return older(self, states, cache)
+
+
+@pytest.mark.parametrize("forward", [older, newer])
+def test_layers_get_the_cache_by_the_name_they_know(forward):
+    """transformers renamed it after 5.23, and what it puts around a layer's forward may drop it."""
+
+    @functools.wraps(forward)
+    def losing(self, states, **more):
+        return forward(self, states)
+
+    decoder = SimpleNamespace(
+        config=SimpleNamespace(_attn_implementation="sdpa"),
+        layers=[type("Layer", (nn.Module,), {"forward": losing})()],
+        norm=nn.Identity(),
+        rotary_emb=lambda embeds, position_ids: None,
+    )
+    held = SimpleNamespace(append=lambda layer, keys, values: (2 * keys, values))
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    states, _ = run_layers(decoder, torch.ones(1, 3, 4), torch.arange(3)[None], mask, held)
+    assert states.eq(2).all()

@@ -37,6 +37,7 @@ from clear_adapters.training.recipe import load_recipe
 from clear_adapters.training.rows import prepared_psnr
 from clear_adapters.training.run import train as train_stage
 from clear_adapters.training.sft import SftObjective, SftSettings
+from clear_adapters.training.shard import ddp_takes_shards
 from clear_adapters.training.trainer import ClearTrainer, last_checkpoint
 
 BASE = [
@@ -644,3 +645,15 @@ def test_the_rival_trains_the_understanding_group_alone(data, tmp_path):
         progress=False,
     )
     assert read_adapter(folder).config.lora.ranks == {"understanding": 2}
+
+
+def test_accelerate_lets_ddp_around_shards_and_refuses_again_afterwards():
+    from accelerate import Accelerator, accelerator
+
+    # What is replaced is what accelerate asks: GPUs alone take this way.
+    assert "model_has_dtensor" in Accelerator.prepare_model.__code__.co_names
+    check = accelerator.model_has_dtensor
+    with pytest.raises(RuntimeError), ddp_takes_shards():
+        assert not accelerator.model_has_dtensor(object())
+        raise RuntimeError
+    assert accelerator.model_has_dtensor is check

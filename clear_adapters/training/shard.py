@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate import accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -38,6 +39,20 @@ def shard_layers(module: nn.Module, layers: Iterable[nn.Module], adapter: Iterab
         fully_shard(layer, ignored_params=whole & set(layer.parameters()))
     shards = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, shards)
+
+
+@contextmanager
+def ddp_takes_shards() -> Iterator[None]:
+    """Lets accelerate put DDP around a module with shards inside a `with`.
+
+    It refuses every such module on GPUs (1.15), without a switch, though DDP leaves alone what `shard_layers` told it to.
+    """
+    check = accelerator.model_has_dtensor
+    accelerator.model_has_dtensor = lambda model: False
+    try:
+        yield
+    finally:
+        accelerator.model_has_dtensor = check
 
 
 @contextmanager

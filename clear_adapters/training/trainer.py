@@ -27,7 +27,7 @@ from clear_adapters import store
 from clear_adapters.attached import AttachedModel
 from clear_adapters.errors import AdapterError, ClearValueError
 from clear_adapters.training.objective import Objective, Order
-from clear_adapters.training.shard import gathered
+from clear_adapters.training.shard import ddp_takes_shards, gathered
 
 ADAPTER = "adapter"
 _STATE = "trainer_state.json"
@@ -261,7 +261,8 @@ class ClearTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
     ) -> Any:
-        made = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        with ddp_takes_shards():
+            made = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._begin = time.perf_counter()
         self._mark = (self._begin, self.state.global_step)
         return made
