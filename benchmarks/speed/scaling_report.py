@@ -235,12 +235,17 @@ def rate(row: Row) -> float:
     return float(row.get("rollouts_per_second", row["tokens_per_second"]))
 
 
+def single(found: Results, part: str) -> Row | None:
+    """What one GPU does of a kind of work; it has nobody to share a base or a question with."""
+    return found.find("sft" if part == "shard" else part, kind="scaling", growth="weak", processes=1)
+
+
 def of_work(found: Results, part: str, growth: str) -> list[Row]:
-    """The rows of a kind of work, by number of GPUs; one GPU's is that of the other growth where both are the same."""
+    """The rows of a kind of work, by number of GPUs; one GPU's is that of the other kind where both are the same."""
     rows = {r["processes"]: r for r in found.each(part, kind="scaling", growth=growth)}
-    one = found.find("sft" if part == "shard" else part, kind="scaling", growth="weak", processes=1)
-    if one is not None and rows and 1 not in rows:
-        rows[1] = one
+    one = single(found, part)
+    if one is not None and rows and (part, growth) != ("sft", "strong"):
+        rows.setdefault(1, one)
     return [rows[n] for n in sorted(rows)]
 
 
@@ -253,10 +258,11 @@ def measured(files: Sequence[ResultFile]) -> str:
         for row in rows:
             unit = "rollouts/s" if part == "grpo" else "tokens/s"
             shown = f"{rate(row):,.2f}" if part == "grpo" else f"{rate(row):,.0f}"
-            share = rate(row) / row["processes"] / rate(rows[0]) * rows[0]["processes"]
+            one = single(found, part)
+            share = "–" if one is None else f"{rate(row) / row['processes'] / rate(one):.0%}"
             waiting = f"{row['waiting']:.1%}" if "waiting" in row else "–"
             memory = f"{row['peak_gb']:.1f} GB" if row["peak_gb"] else "–"
-            cells = (f"{row['seconds']:.2f} s", f"{shown} {unit}", f"{share:.0%}", waiting, memory)
+            cells = (f"{row['seconds']:.2f} s", f"{shown} {unit}", share, waiting, memory)
             lines.append([name, str(row["processes"]), *cells])
     if not lines:
         return NOTHING
