@@ -133,6 +133,7 @@ def test_restorers_repair_what_they_are_made_for():
     )
 
 
+@pytest.mark.long
 def test_what_is_restored_and_degraded_again_gives_the_input():
     data = heldout.build(24, conditions=("clean", "high"))
     chosen = [
@@ -201,6 +202,7 @@ def test_a_run_goes_on_where_it_was(finished, toy, capsys, tmp_path):
     assert capsys.readouterr().out.count("is there already") == 1
 
 
+@pytest.mark.long
 def test_parts_measured_side_by_side_are_merged(finished, toy, tmp_path, capsys):
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     cache = ("--cache", str(finished.parent / "cache"), "--conditions", "high")

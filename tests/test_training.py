@@ -431,7 +431,9 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("family", list_backbones())
+@pytest.mark.parametrize(
+    "family", ["bagel", *(pytest.param(n, marks=pytest.mark.long) for n in list_backbones() if n != "bagel")]
+)
 def test_two_processes_equal_one(data, examples, tmp_path, family):
     # The second process has no restoration in its half of the first step.
     seed = seed_where(examples, [True, True, False, False])

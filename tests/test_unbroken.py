@@ -39,11 +39,6 @@ def data(tmp_path_factory):
     return build_world(tmp_path_factory.mktemp("world") / "data", 24, workers=1, progress=False)
 
 
-def only(stage):
-    """All stages, of which the others are for longer runs of the tests: each starts several processes."""
-    return [s if s == stage else pytest.param(s, marks=pytest.mark.long) for s in STAGES]
-
-
 def run_stage(*arguments, launch=(), **env):
     """A process that trains one stage, or a launcher of several; it is started and not waited for."""
     given = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1", **env}
@@ -132,8 +127,12 @@ def toy(tmp_path_factory):
 @pytest.mark.parametrize(
     ("stage", "shard"),
     [
-        *[("bridge", False), ("grpo", False), ("sft", True)],
-        *(pytest.param(stage, True, marks=pytest.mark.long) for stage in ("bridge", "grpo")),
+        ("sft", True),
+        *(
+            pytest.param(stage, shard, marks=pytest.mark.long)
+            for stage in ("bridge", "grpo")
+            for shard in (False, True)
+        ),
     ],
 )
 def test_two_processes_take_the_step_that_one_takes(stage, shard, data, before, toy, tmp_path):
@@ -266,7 +265,8 @@ def test_a_late_process_is_waited_for_unless_none_moves(late, data, tmp_path):
     assert any("goes on from checkpoint-1" in text for text in told)
 
 
-@pytest.mark.parametrize("stage", only("grpo"))
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_process_is_followed_by_the_same_curve(stage, data, before, tmp_path):
     options = [*COMMON, *STAGE[stage], "steps=5", "loop.batch=2", "save_every=2", "lr=0.01"]
     finish(run_stage(stage, data, tmp_path / "whole", before[stage], *options))
@@ -306,7 +306,8 @@ def test_a_log_that_is_rarer_than_checkpoints_goes_on_as_unbroken(data, before, 
     assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stage", only("sft"))
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_leaves_the_last_checkpoint_whole(stage, data, before, tmp_path):
     options = [*COMMON, *STAGE[stage], "steps=4", "loop.batch=2", "save_every=1", "lr=0.01"]
     told = run_stage(stage, data, tmp_path / "full", before[stage], *options, NO_ROOM_AFTER="2")
