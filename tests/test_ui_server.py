@@ -3,7 +3,9 @@
 import gc
 import io
 import json
+import os
 import re
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from clear_adapters import attach
 from clear_adapters.ui import build_demo, launch
 from clear_adapters.ui.pictures import degraded
 from clear_adapters.ui.samples import SEVERITY, draw_sample
+from clear_adapters.ui.sessions import give_back
 
 # Gradio's server and client leave sockets and event loops to the collector, whose warnings come at any moment.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -372,6 +375,21 @@ def test_a_visit_that_stays_does_not_grow(page):
     page.demo.sessions.sweep()
     assert max(sizes()) == len(page.demo.blocks)
     assert "event: complete" in call(page, "ask", ["What?", "never", "", "", 0, 50, 0, 0], "stays")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
+def test_memory_that_was_freed_is_given_back():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    # Small pieces below one that stays: freeing them alone gives nothing back.
+    pieces = [bytes(4000) for _ in range(20_000)]
+    last = bytes(4000)
+    before = resident()
+    pieces.clear()
+    give_back()
+    assert resident() < before - 40e6
+    assert len(last) == 4000
 
 
 def test_forgetting_goes_on_while_the_page_is_served(page, monkeypatch):

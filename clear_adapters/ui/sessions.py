@@ -6,6 +6,8 @@ and for an hour after the page was closed. Here it is forgotten when the page is
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -88,6 +90,7 @@ class Sessions:
                 started = started or self._demo.is_running
                 if started:
                     self.sweep()
+                    give_back()
 
         threading.Thread(target=run, name="clear-demo-forget", daemon=True).start()
         try:
@@ -101,6 +104,17 @@ class Sessions:
         with holder.lock:
             holder.session_data.pop(session, None)
             holder.time_last_used.pop(session, None)
+
+
+def give_back() -> None:
+    """Gives memory that was freed back to the system, where the C library (glibc) keeps it.
+
+    Each question has a thread of its own, and what threads free stays in pieces that later ones do not fill: a quarter of a
+    megabyte a question.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class RequestLimit:
