@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
 from clear_adapters.errors import ClearValueError
+from clear_adapters.results import ResultFile, read_result
 
 Markers = tuple[str, str]
 
@@ -10,6 +15,20 @@ Markers = tuple[str, str]
 def markers(name: str) -> Markers:
     """The lines before and behind a table."""
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def asked(words: str | None, arguments: Sequence[str] | None) -> tuple[list[Path], list[ResultFile], bool]:
+    """The command line of a report on several result files: their paths, what is in them, and whether it is only shown.
+
+    Args:
+        words: what `--help` says.
+        arguments: of the command line; None is this process's own.
+    """
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--print", action="store_true", help="show the tables and write nothing")
+    args = parser.parse_args(arguments)
+    return args.results, [read_result(path) for path in args.results], args.print
 
 
 def inserted(text: str, content: str, source: str, where: Markers) -> str:

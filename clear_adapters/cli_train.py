@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,9 +132,10 @@ def _train(stage: str, places: tuple[Any, ...], more: dict[str, Any]) -> None:
 
 
 def _report(stage: str, folder: Path) -> None:
+    from clear_adapters.training.group import rank
     from clear_adapters.training.run import summary
 
-    if int(os.environ.get("RANK", "0")):  # one of several processes tells
+    if rank():  # one of several processes tells
         return
     typer.echo(summary(folder))
 

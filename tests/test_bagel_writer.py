@@ -125,6 +125,24 @@ def test_pixels_of_restorations_stay_with_them(backbone):
         assert max(abs(a - b) for a, b in zip(image.tobytes(), own.tobytes(), strict=True)) <= 1
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 21])
+def test_the_room_of_a_turn_ends_at_a_multiple_of_eight(backbone, monkeypatch, tokens):
+    ends, opened = [], writer.Writer._open
+
+    def opening(self, context):
+        opened(self, context)
+        ends.append(self._mask.shape[-1])
+
+    monkeypatch.setattr(writer, "_PORTION", 8)
+    monkeypatch.setattr(writer.Writer, "_open", opening)
+    context = context_of(backbone)
+    assert context.length % 8
+    found = backbone.write_text(context.fork(), TextSampling(max_new_tokens=tokens, temperature=1.0))[1]
+    assert all(len(s.ids) <= tokens for s in found)
+    assert ends
+    assert not any(end % 8 for end in ends)
+
+
 def test_pictures_go_through_the_autoencoder_in_portions(backbone, monkeypatch):
     images = [backbone.prepare(picture(i)) for i in range(5)]
     whole = Restoration.joined(backbone.encode_images(images))
@@ -152,6 +170,6 @@ def test_a_captured_step_writes_what_an_uncaptured_one_does(rows, monkeypatch):
     graphs, capture = [], writer.Writer._captured
     monkeypatch.setattr(writer.Writer, "_captured", lambda self: graphs.append(capture(self)) or graphs[-1])
     found = backbone.write_text(context.fork(), WARM, rows=rows)[1]
-    assert len(graphs) > 1
+    assert len(graphs) == 2  # room for fifteen tokens behind 73, to a multiple of eight, then for eight more
     monkeypatch.setattr(writer.Writer, "_captured", lambda self: None)
     same(found, backbone.write_text(context.fork(), WARM, rows=rows)[1])

@@ -79,6 +79,25 @@ def test_a_fast_way_gives_what_the_plain_one_gives(attached, way, latent):
         assert_same(rollouts(attached, latent), expected)
 
 
+def test_flow_steps_alone_take_kernels_that_are_made_for_one_shape(attached, monkeypatch):
+    seen, attention = set(), torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, **more):
+        seen.add(
+            (
+                more.get("attn_mask") is None and k.shape[2] > q.shape[2],
+                torch.backends.cuda.cudnn_sdp_enabled(),
+            )
+        )
+        return attention(q, k, v, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with fast.switched("rows", on=True):
+        rollouts(attached)
+    # A block behind a context without a mask is one of a flow.
+    assert seen == {(True, True), (False, False)}
+
+
 def test_which_ways_a_device_takes():
     for way in fast.WAYS:
         assert fast.takes(way, torch.device("cuda")) == (way in fast.PROVEN)

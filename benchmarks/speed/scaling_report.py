@@ -9,7 +9,6 @@ committed files again.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,12 +20,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from readme import inserted, markers
+from readme import asked, inserted, markers
 from shapes import config_of
 from speed_report import KINDS, Results, Row
 
 from clear_adapters.mmd_bench.tables import table
-from clear_adapters.results import ResultFile, read_result
+from clear_adapters.results import ResultFile
 from clear_adapters.training.recipe import Recipe, load_recipe
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -332,22 +331,16 @@ def sections(files: Sequence[ResultFile]) -> dict[tuple[str, str], str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--print", action="store_true", help="show the tables and write nothing")
-    args = parser.parse_args(arguments)
-    files = [read_result(path) for path in args.results]
+    paths, files, only_shown = asked(__doc__, arguments)
     made = sections(files)
-    if args.print:
+    if only_shown:
         print("\n\n".join(made.values()))
         return 0
     text = DOCUMENT.read_text(encoding="utf-8")
     for where, content in made.items():
         text = inserted(text, content, str(DOCUMENT), where)
     if made[MEASURED] != NOTHING:
-        figure(files, args.results[0].with_name(FIGURE))
+        figure(files, paths[0].with_name(FIGURE))
     DOCUMENT.write_text(text, encoding="utf-8")
     return 0
 

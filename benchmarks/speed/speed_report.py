@@ -8,7 +8,6 @@ of the authors' code and the floors, which stand in DESIGN.md, section 9; a test
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from readme import inserted, markers
+from readme import asked, inserted, markers
 
 from clear_adapters.mmd_bench.tables import table
-from clear_adapters.results import ResultFile, read_result
+from clear_adapters.results import ResultFile
 
 MARKERS = markers("bagel-speed")
 README = Path(__file__).parents[1] / "README.md"
@@ -214,17 +213,11 @@ def insert(files: Sequence[ResultFile], drawn: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--print", action="store_true", help="show the tables and write nothing")
-    args = parser.parse_args(arguments)
-    files = [read_result(path) for path in args.results]
-    if args.print:
+    paths, files, only_shown = asked(__doc__, arguments)
+    if only_shown:
         print(render(files))
         return 0
-    insert(files, figure(files, args.results[0].with_name(FIGURE)))
+    insert(files, figure(files, paths[0].with_name(FIGURE)))
     return 0
 
 

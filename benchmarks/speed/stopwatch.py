@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from clear_adapters.results import ResultFile
-from clear_adapters.training.group import join_group, processes
+from clear_adapters.training.group import join_group, processes, rank
 
 _PATIENCE = 120.0
 """Seconds that processes wait for each other: a shape that is new to one of them is compiled or captured meanwhile."""
@@ -53,7 +53,7 @@ class Session:
     def __init__(self, kind: str, args: argparse.Namespace, parts: tuple[str, ...]) -> None:
         self.kind, self.args = kind, args
         self.device = torch.device(args.device)
-        self.processes, self._rank = processes(), int(os.environ.get("RANK", "0"))
+        self.processes, self._rank = processes(), rank()
         if self.processes > 1:
             join_group(self.device.type, timeout=_PATIENCE)
             if self.device.type == "cuda":

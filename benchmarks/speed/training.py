@@ -201,7 +201,7 @@ class Bench:
             raise RuntimeError("one step alone, and no time was left for another")
         middle = times[len(times) // 2]
         batch: PackedBatch = seen["batch"]
-        tokens = seen["tokens"] * trainer.args.gradient_accumulation_steps
+        tokens = (len(batch.und_index) + len(batch.gen_index)) * trainer.args.gradient_accumulation_steps
         products = forward_products(self.backbone, batch, RANK) * trainer.args.gradient_accumulation_steps
         row: dict[str, Any] = {
             "part": part,
@@ -244,8 +244,7 @@ class Bench:
         seen["began"] = time.perf_counter()
 
         def watched(module: Any, batch: dict[str, Any], counts: Any) -> Any:
-            packed = seen["batch"] = batch["batch"]
-            seen["tokens"] = len(packed.und_index) + len(packed.gen_index)
+            seen["batch"] = batch["batch"]
             return loss(module, batch, counts)
 
         def timed(batches: list[Any]) -> list[Any]:

@@ -35,15 +35,15 @@ class _Update:
         return self._held.append(layer, keys, values)
 
 
-def _forward_with(cache: KeyValues, layer: torch.nn.Module) -> Callable[..., Any]:
-    """A layer's own forward with our cache, past everything that transformers put around it.
+def _forward_with(cache: KeyValues, kind: type[torch.nn.Module]) -> Callable[..., Any]:
+    """The own forward of a kind of layer with our cache, past everything that transformers put around it.
 
     Around it are hooks, what `compile` made (each length is a shape of its own), and the recomputing of activations, which would
     drop the cache. Its name changed after transformers 5.23, and a name that is not known is ignored.
     """
-    forward = inspect.unwrap(type(layer).forward)
+    forward = inspect.unwrap(kind.forward)
     name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
-    return partial(forward, layer, **{name: _Update(cache)})
+    return partial(forward, **{name: _Update(cache)})
 
 
 @any_shape()
@@ -73,9 +73,10 @@ def run_layers(
     kept: dict[int, Tensor] = {}
     rotary = decoder.rotary_emb(embeds, position_ids=positions)
     states = embeds
+    own = None if cache is None else _forward_with(cache, type(decoder.layers[0]))
     for i, layer in enumerate(decoder.layers):
         given = {"attention_mask": mask, "position_ids": positions, "position_embeddings": rotary}
-        states = (layer if cache is None else _forward_with(cache, layer))(states, **given)
+        states = layer(states, **given) if own is None else own(layer, states, **given)
         if i in hidden_layers:
             kept[i] = states
     return decoder.norm(states), kept

@@ -27,7 +27,7 @@ _PORTIONS = {"cuda": 256}
 """Tokens for which room is made at once: a graph is captured for each portion."""
 _PORTION = 32
 _ALIGNED = 8
-
+"""Tokens of a multiple of which the room ends: a row of 16-bit scores is then one of 16-byte pieces."""
 _MODE = "thread_local"
 """A data loader's thread may pin memory while a step is captured."""
 
@@ -140,7 +140,7 @@ class Writer:
         """Room behind a context for the next portion of tokens."""
         portion = self._room or _PORTIONS.get(context.position.device.type, _PORTION)
         stop = context.length + min(portion, self._limit - self.steps)
-        # Products over a length that 16 bytes do not divide take kernels that are four to eight times as slow on a GPU.
+        # Products over other lengths take kernels that are several times as slow on a GPU.
         room = context.cache.reserve(context.length, -(-stop // _ALIGNED) * _ALIGNED - context.length)
         # The room is taken at once: what is appended to a fork of the context meanwhile goes elsewhere.
         room.commit()

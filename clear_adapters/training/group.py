@@ -14,6 +14,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Which of them this is; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def join_group(kind: str, timeout: float) -> None:
     """Begins this process's part in the group that `torchrun` or `accelerate launch` describes; does nothing without one.
 

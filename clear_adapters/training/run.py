@@ -30,7 +30,7 @@ from clear_adapters.prompts import get_protocol
 from clear_adapters.results import git_state, installed_versions
 from clear_adapters.store import CONFIG
 from clear_adapters.training.build import LOG, attach_for, trainer_for
-from clear_adapters.training.group import join_group
+from clear_adapters.training.group import join_group, rank
 from clear_adapters.training.publish import Publisher, check_access
 from clear_adapters.training.recipe import STAGES, Recipe, divide_overrides, load_recipe
 from clear_adapters.training.trainer import ClearTrainer, last_checkpoint, newest_checkpoint
@@ -115,7 +115,7 @@ def _run(
     work = work_of(output)
     examples = read_examples(data, clean_image_dir=clean_image_dir, corrupted_image_dir=corrupted_image_dir)
     facts = None
-    if int(os.environ.get("RANK", "0")) == 0:  # the process that checks the place and writes
+    if rank() == 0:  # the process that checks the place and writes
         before = None if adapter is None else store.read_adapter(store.resolve(adapter, "adapter")).config
         protocol = get_protocol(recipe.protocol) if before is None else before.protocol
         facts = {

@@ -24,7 +24,7 @@ from typing import Any
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # public, but not marked so
 
 from clear_adapters.errors import ClearError
-from clear_adapters.training.group import processes
+from clear_adapters.training.group import processes, rank
 
 STATUS = 3
 """Exit status of a process that the watch ends."""
@@ -91,11 +91,11 @@ class _Watch:
     def __init__(self, timeout: float, advice: Callable[[], str]) -> None:
         global _runs
         _runs += 1
-        self.rank, self.size = int(os.environ["RANK"]), processes()
+        self.rank, self.size = rank(), processes()
         self._timeout, self._advice = timeout, advice
         self._every = min(30.0, timeout / 20)
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._keys = [f"clear_adapters/{restart}/{_runs}/{rank}" for rank in range(self.size)]
+        self._keys = [f"clear_adapters/{restart}/{_runs}/{number}" for number in range(self.size)]
         # A connection of its own: another thread's waiting would hold up that of the group.
         self._store = TCPStore(
             os.environ["MASTER_ADDR"],
@@ -180,11 +180,11 @@ class _Watch:
                 )
                 return
             now = time.monotonic()
-            for rank, value in values.items():
-                if seen[rank][0] != value:
-                    if _moves(seen[rank][0]) != _moves(value):
+            for number, value in values.items():
+                if seen[number][0] != value:
+                    if _moves(seen[number][0]) != _moves(value):
                         moved = now
-                    seen[rank] = (value, now)
+                    seen[number] = (value, now)
             self._judge(seen, now, moved)
 
     def _look(self) -> None:

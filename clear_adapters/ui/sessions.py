@@ -69,7 +69,7 @@ class Sessions:
         """Drops what Gradio (6.31) makes of components that an event leaves as they are.
 
         It replaces each by a copy with another number, notes the copy down under that number as well at the next event, and
-        never comes back to it: pictures and all, half a megabyte a question.
+        never comes back to it, pictures and all.
         """
         holder = self._demo.state_holder
         with holder.lock:
@@ -109,8 +109,7 @@ class Sessions:
 def give_back() -> None:
     """Gives memory that was freed back to the system, where the C library (glibc) keeps it.
 
-    Each question has a thread of its own, and what threads free stays in pieces that later ones do not fill: a quarter of a
-    megabyte a question.
+    Each question has a thread of its own, and what threads free stays in pieces that later ones do not fill.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
