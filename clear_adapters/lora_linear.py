@@ -7,6 +7,7 @@ of the base layer, which is what the update costs then.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,12 +18,27 @@ from torch import Tensor, nn
 from clear_adapters.backbones import fast
 
 
+def add_low_rank(out: Tensor, low: Tensor, seconds: Sequence[Tensor], scales: Sequence[float]) -> None:
+    """Adds updates into the outputs of layers that stand side by side; for passes without gradients.
+
+    Args:
+        out: (N, outputs of all layers), changed in place.
+        low: (N, ranks of all layers), the products with the first factors.
+        seconds: (outputs, rank) of each layer.
+        scales: of each update.
+    """
+    parts = out.split([len(s) for s in seconds], -1)
+    lows = low.split([s.shape[1] for s in seconds], -1)
+    for part, own, second, scale in zip(parts, lows, seconds, scales, strict=True):
+        part.addmm_(own, second.t(), alpha=scale)
+
+
 class LeanLinear(Linear):
     """A `peft.tuners.lora.Linear` of one adapter; what is not plain LoRA goes PEFT's own way."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with the update."""
-        if args or kwargs or not fast.takes("lora", x.device) or not self._is_plain():
+        if args or kwargs or not fast.takes("lora", x.device) or not self.is_plain():
             return super().forward(x, *args, **kwargs)
         name = self.active_adapters[0]
         result: Tensor = self.base_layer(x)
@@ -31,12 +47,17 @@ class LeanLinear(Linear):
         if not torch.is_autocast_enabled(x.device.type):
             first = first.to(x.dtype)
         low = F.linear(x, first).to(result.dtype).reshape(-1, first.shape[0])
-        second, scale = second.to(result.dtype).t(), self.scaling[name]
+        second, scale = second.to(result.dtype), self.scaling[name]
+        flat = result.view(-1, result.shape[-1])
+        if not torch.is_grad_enabled():
+            add_low_rank(flat, low, [second], [scale])
+            return result
         if result.ndim == 2:
-            return result.addmm_(low, second, alpha=scale)
-        return torch.addmm(result.reshape(-1, result.shape[-1]), low, second, alpha=scale).view(result.shape)
+            return result.addmm_(low, second.t(), alpha=scale)
+        return torch.addmm(flat, low, second.t(), alpha=scale).view(result.shape)
 
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
+        """Whether there is nothing but one LoRA update, of all inputs, beside a plain layer."""
         active = self.active_adapters
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
             return False

@@ -171,5 +171,44 @@ def test_a_captured_step_writes_what_an_uncaptured_one_does(rows, monkeypatch):
     monkeypatch.setattr(writer.Writer, "_captured", lambda self: graphs.append(capture(self)) or graphs[-1])
     found = backbone.write_text(context.fork(), WARM, rows=rows)[1]
     assert len(graphs) == 2  # room for fifteen tokens behind 73, to a multiple of eight, then for eight more
+    assert backbone._warm == {3}
+    steps, step = [], writer.Writer._step
+    monkeypatch.setattr(writer.Writer, "_step", lambda self: steps.append(step(self)))
+    same(found, backbone.write_text(context.fork(), WARM, rows=rows)[1])
+    assert len(steps) == 2  # captured, and never run as it is
     monkeypatch.setattr(writer.Writer, "_captured", lambda self: None)
     same(found, backbone.write_text(context.fork(), WARM, rows=rows)[1])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_that_has_run_before_is_captured_at_once(backbone, monkeypatch, fails):
+    """And where that fails it runs first, as a new one does."""
+    context = context_of(backbone)
+    expected = backbone.write_text(context.fork(), WARM)[1]
+    events, step = [], writer.Writer._step
+
+    class Graph:
+        def __init__(self, owner):
+            self.owner = owner
+
+        def replay(self):
+            step(self.owner)
+
+    def captured(self):
+        events.append("capture")
+        if fails and len(self.feed) in self._warm:
+            self._warm.clear()
+            return None
+        return Graph(self)
+
+    monkeypatch.setattr("clear_adapters.backbones.bagel.backbone.can_capture", lambda model, device: True)
+    monkeypatch.setattr(writer.Writer, "_captured", captured)
+    monkeypatch.setattr(writer.Writer, "_step", lambda self: events.append("step") or step(self))
+    monkeypatch.setattr(backbone, "_warm", set())
+    same(backbone.write_text(context.fork(), WARM)[1], expected)
+    assert events == ["step", "capture"]
+    assert backbone._warm == {3}
+    events.clear()
+    same(backbone.write_text(context.fork(), WARM)[1], expected)
+    assert events == (["capture", "step", "step", "capture"] if fails else ["capture"])
+    assert backbone._warm == {3}

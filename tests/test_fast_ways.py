@@ -9,6 +9,7 @@ from clear_adapters import attach
 from clear_adapters.backbones import fast, writer
 from clear_adapters.backbones.bagel.model import attend_by_products
 from clear_adapters.backbones.bagel.tiny import build
+from clear_adapters.backbones.joined import Apart, join
 from clear_adapters.backbones.rows import Rows
 from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearValueError
@@ -266,6 +267,62 @@ def test_the_captured_step_reads_the_end_of_a_turn(attached, monkeypatch, portio
         torch.testing.assert_close(x.logprobs, y.logprobs, atol=1e-5, rtol=0)
 
 
+# -- layers of one input as one product
+
+
+def parts_of(attached, index=0):
+    layer = attached.backbone.model.language_model.model.layers[index]
+    return [getattr(layer.self_attn, f"{n}_proj") for n in "qkv"]
+
+
+def test_joined_layers_give_what_each_gives():
+    attached = attached_of()
+    layers = parts_of(attached)
+    held = [x.base_layer.weight for x in layers]
+    values = [w.clone() for w in held]
+    x = torch.randn(5, layers[0].in_features)
+    with torch.no_grad(), fast.switched("lora", on=True):
+        apart = [layer(x) for layer in layers]
+        joined = join(layers)
+        torch.testing.assert_close(joined(x), torch.cat(apart, -1))
+        with attached.disabled():
+            plain = join(layers)
+            assert plain.first is None
+            torch.testing.assert_close(plain(x), torch.cat([layer.base_layer(x) for layer in layers], -1))
+        # The same parameters with the same values, of which the joined tensor is no copy; joined again they stay in place.
+        assert all(layer.base_layer.weight is w for layer, w in zip(layers, held, strict=True))
+        assert all(torch.equal(w, v) for w, v in zip(held, values, strict=True))
+        assert join(layers).weight.data_ptr() == joined.weight.data_ptr() == held[0].data_ptr()
+        held[1].add_(1)
+        layers[2].lora_B[ADAPTER_NAME].weight.add_(1)
+        assert torch.equal(joined.weight[len(held[0]) :][: len(held[1])], held[1])
+        torch.testing.assert_close(join(layers)(x), torch.cat([layer(x) for layer in layers], -1))
+
+
+def test_layers_that_differ_stay_apart():
+    attached = attached_of()
+    layers = parts_of(attached)
+    held = [x.base_layer.weight for x in layers]
+    x = torch.randn(5, layers[0].in_features)
+
+    def apart(some):
+        joined = join(some)
+        assert isinstance(joined, Apart)
+        with torch.no_grad():
+            torch.testing.assert_close(joined(x), torch.cat([layer(x) for layer in some], -1))
+
+    apart([layers[0].base_layer, layers[1]])
+    apart([layers[0], torch.nn.Identity()])
+    layers[1].lora_dropout[ADAPTER_NAME] = torch.nn.Dropout(0.5)
+    layers[1].train()
+    assert isinstance(join(layers), Apart)
+    layers[1].eval()
+    layers[2].base_layer.weight = torch.nn.Parameter(held[2].detach().double())
+    assert isinstance(join(layers), Apart)
+    layers[2].base_layer.weight = held[2]
+    assert not isinstance(join(layers), Apart)
+
+
 # -- compiled
 
 
@@ -284,9 +341,14 @@ def test_a_compiled_model_answers_alike_and_is_compiled_a_few_times():
             assert_same(rollouts(attached), expected)
             assert_same(rollouts(attached, rows=1), alone)
             count = counter.frame_count
-            assert count <= 14  # two parts, for one row and for several, with latents and without
+            assert count <= 14  # five functions, for one row and for several, with latents and without
             rollouts(attached, rows=2)
             assert counter.frame_count <= count + 2
+            with attached.folded():
+                assert_same(rollouts(attached), expected)
+                assert_same(rollouts(attached, rows=1), alone)
+            assert counter.frame_count <= 2 * (count + 2)
+            assert_same(rollouts(attached), expected)
     finally:
         torch._dynamo.reset()
     attached.detach()

@@ -36,6 +36,7 @@ LAYERS = {
         *("backbones/codes", "backbones/code_writer", "backbones/codes_packing", "backbones/decoder"),
         *("backbones/pixels", "backbones/checkpoints", "backbones/facts", "backbones/state"),
         *("backbones/fast", "backbones/quantized", "backbones/rows", "backbones/spans", "lora_linear"),
+        "backbones/joined",
         *("lora", "bridge", "store"),
     ],
     1: [

@@ -154,3 +154,31 @@ def test_long_rows_on_a_gpu(monkeypatch, compiled):
         assert_same(outcome(attached, batch), expected, tolerance=1e-3)
     finally:
         torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@GPU
+def test_text_behind_other_blocks_takes_no_mask_on_a_gpu(monkeypatch):
+    generator = torch.Generator("cuda").manual_seed(0)
+    spans = [(Span(70, False, ()), Span(300, True, (0,)), Span(40, False, (0, 1)))]
+    q, k, v = (
+        torch.randn(1, heads, 420, 128, device="cuda", generator=generator).bfloat16() for heads in (8, 2, 2)
+    )
+    wide = [x.float() for x in (q, k, v)]
+    given = [x.requires_grad_() for x in (q, k, v)]
+    full = [x.requires_grad_() for x in wide]
+    expected = attend_spans(*full, spans)
+    masks, attention = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **m: masks.append(m.get("attn_mask")) or attention(*a, **m),
+    )
+    found = attend_spans(*given, spans)
+    assert not any(isinstance(m, torch.Tensor) and m.dtype == torch.bool for m in masks)
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0)
+    weight = torch.randn(expected.shape, device="cuda", generator=generator)
+    mine = torch.autograd.grad((found.float() * weight).sum(), given)
+    theirs = torch.autograd.grad((expected * weight).sum(), full)
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a.float() - b).norm() < 0.02 * b.norm()

@@ -315,6 +315,12 @@ class Bench:
             if rows <= self.load.large:
                 self._answer("batch", rows)
 
+    def _targets(self, part: str, **facts: Any) -> None:
+        """What targets are set for."""
+        self._three(part, **facts)
+        self._write(part, self.load.large, self.load.text, **facts, work="text")
+        self._group(part, self.load.group, **facts, work="group")
+
     def _three(self, part: str, **facts: Any) -> None:
         """A text, a restoration and a whole answer."""
         self._write(part, 1, self.load.text, **facts, work="text")
@@ -342,13 +348,11 @@ class Bench:
             self.backbone.restore(context.fork(), replace(self.latents(False), steps=2))
             self.s.sync()
             self.s.add({"part": "compiled", "work": "compiling", "seconds": time.perf_counter() - began})
-            self._three("compiled", state="attached")
-            self._write("compiled", self.load.large, self.load.text, state="attached", work="text")
-            self._group("compiled", self.load.group, state="attached", work="group")
+            self._targets("compiled", state="attached")
             # What is compiled of one state is of no use to the other, and the compiler keeps few of either.
             torch._dynamo.reset()
             with self.attached.folded():
-                self._three("compiled", state="folded")
+                self._targets("compiled", state="folded")
         finally:
             self.attached.compile(False)
             torch._dynamo.reset()
@@ -361,7 +365,7 @@ class Bench:
         with self.attached.folded():
             self.s.sync()
             self.s.add({"part": "states", "work": "folding", "seconds": time.perf_counter() - began})
-            self._three("states", state="folded")
+            self._targets("states", state="folded")
         for state in ("bare", "merged"):
             if state == "merged":
                 self.use("attached")

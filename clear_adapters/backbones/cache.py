@@ -107,9 +107,14 @@ class Slots:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes (B, H, 1, d) at the place and gives the whole room, (B, H, stop, d)."""
+        held, also = self.room(layer)
+        held.index_copy_(2, self.place, keys.to(held.dtype))
+        also.index_copy_(2, self.place, values.to(held.dtype))
+        return held, also
+
+    def room(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, (B, H, stop, d), to be written at the place."""
         held = self._data[layer]
-        held[0].index_copy_(2, self.place, keys.to(held.dtype))
-        held[1].index_copy_(2, self.place, values.to(held.dtype))
         return held[0], held[1]
 
     def commit(self, length: int) -> Cache:

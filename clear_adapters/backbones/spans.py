@@ -2,17 +2,19 @@
 
 A mask over a row of L tokens makes a kernel compute all L x L pairs, of which a row of text, pictures and noised copies needs
 about half, and takes the fastest kernels away. A block sees whole earlier blocks, so each is attended to on its own: a
-picture's fully, the first text's causally, and only the few queries of a later text take a mask.
+picture's fully, the first text's causally, and the few queries of a later text behind all that stands before them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 LONG = 1024
 """Rows from this length on are worth it: below, one call with a mask costs less than one for each block."""
@@ -78,15 +80,22 @@ def _attend(
     """(tokens, heads, d) of one block."""
     own = (*span.seen, number)
     key, value = (x[own[0]] if len(own) == 1 else torch.cat([x[i] for i in own], 1) for x in (keys, values))
-    shared, mask = query.shape[0] // key.shape[0], None
+    shared = query.shape[0] // key.shape[0]
+    mask: Tensor | None = None
     causal = not span.full and not span.seen
     if not span.full and not causal:
+        if query.is_cuda and query.element_size() == 2:
+            # The fastest kernels know a block at the end of its keys, as long as nobody writes its mask out for them.
+            ending = causal_lower_right(span.tokens, key.shape[1])
+            return _whole(query, key, value, attn_mask=ending, enable_gqa=shared > 1)
         before = key.shape[1] - span.tokens
         mask = torch.ones(span.tokens, key.shape[1], dtype=torch.bool, device=query.device).tril(before)
     if shared > 1 and (mask is not None or query.element_size() > 2):
         # Neither the kernel that takes masks nor that for 32-bit types takes grouped heads.
         key, value, shared = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0), 1
-    out = F.scaled_dot_product_attention(
-        query[None], key[None], value[None], attn_mask=mask, is_causal=causal, enable_gqa=shared > 1
-    )
+    return _whole(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=shared > 1)
+
+
+def _whole(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+    out = F.scaled_dot_product_attention(query[None], key[None], value[None], **more)
     return out[0].transpose(0, 1)

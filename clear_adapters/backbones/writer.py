@@ -101,6 +101,7 @@ class Writer:
         marks: tuple[int, int],
         *,
         captures: bool = False,
+        warm: set[int] | None = None,
         room: int | None = None,
     ) -> None:
         """Makes ready; nothing is read yet.
@@ -112,6 +113,8 @@ class Writer:
             rows: those that write.
             marks: ids of the token that is read first, and of the one that ends a turn.
             captures: whether the step may be captured, see `can_capture`.
+            warm: numbers of rows of which such a step has run, so that it is captured without running first; added to. None
+                is that every step has to.
             room: tokens to make room for at once; None is in portions.
         """
         self._read, self._context, self._sampling = step, context, sampling
@@ -132,6 +135,8 @@ class Writer:
         self._random = context.random.clone()
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
         self._captures = captures
+        # The casts of autocast are made by a step that runs.
+        self._warm = set() if warm is None or torch.is_autocast_enabled(device.type) else warm
         self._room = room
         self._graph: torch.cuda.CUDAGraph | None = None
         self._open(context)
@@ -180,13 +185,19 @@ class Writer:
     def _move(self) -> None:
         if self._length == self._stop:
             self._open(self.context)
+        rows = len(self.feed)
+        captures = self._graph is None and self._captures and self._length + 1 < self._stop
+        if captures and rows in self._warm:
+            self._graph, captures = self._captured(), False
         if self._graph is not None:
             self._graph.replay()
         else:
-            # The first step of a portion runs as it is: it makes the casts of autocast, which outlive a graph.
+            # The first step runs as it is: kernels are compiled and loaded, and the casts of autocast made, which outlive a graph.
             self._step()
-            if self._captures and self._length + 1 < self._stop:
+            if captures:
                 self._graph = self._captured()
+                if self._graph is not None:
+                    self._warm.add(rows)
         self._length += 1
 
     def _captured(self) -> torch.cuda.CUDAGraph | None:
@@ -201,10 +212,14 @@ class Writer:
                     self._step()
                     graph.capture_end()
             except RuntimeError as error:
-                self._captures = False
-                _tell(str(error))
                 with suppress(RuntimeError):  # a capture that has not ended by the error
                     graph.capture_end()
+                if len(self.feed) in self._warm:
+                    # Something is new to it after all: it runs first, and is captured then.
+                    self._warm.discard(len(self.feed))
+                else:
+                    self._captures = False
+                    _tell(str(error))
                 return None
             torch.cuda.current_stream().wait_stream(place.stream)
         return graph

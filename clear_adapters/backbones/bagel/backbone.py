@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ from transformers import AutoTokenizer
 from clear_adapters.backbones import fast
 from clear_adapters.backbones.bagel.autoencoder import decode_tokens, encode_pixels
 from clear_adapters.backbones.bagel.checkpoint import load_checkpoint, save_checkpoint
+from clear_adapters.backbones.bagel.compiled import Compiled, CompiledTraining, Products
 from clear_adapters.backbones.bagel.images import prepare_image
-from clear_adapters.backbones.bagel.model import BagelModel, Compiled, Frame
+from clear_adapters.backbones.bagel.model import BagelModel, Frame
 from clear_adapters.backbones.bagel.packing import Marks, Packer, grid_places, pad_patches
 from clear_adapters.backbones.bagel.spec import SPEC
 from clear_adapters.backbones.base import Backbone, Context, FlowTrace, Restoration, named_rows
@@ -65,6 +67,7 @@ class BagelBackbone(Backbone):
         self.config = model.config
         self.marks = marks or Marks(*(_mark_id(tokenizer, m) for m in _MARKS))
         self._packer = Packer(self.config, self.marks)
+        self._warm: set[int] = set()
 
     # -- facts
 
@@ -277,19 +280,29 @@ class BagelBackbone(Backbone):
     ) -> Generator[Tensor, None, tuple[Context, list[TextSegment]]]:
         names = named_rows(context, rows)
         marks = (self.marks.start, self.marks.end)
+        products = self.model.language_model.model.products(flow=False)
         writer = Writer(
-            self._token_step, context, sampling, names, marks, captures=can_capture(self.model, self.device)
+            partial(self._token_step, products=products),
+            *(context, sampling, names, marks),
+            captures=can_capture(self.model, self.device),
+            warm=self._warm,
         )
         return write_turn(writer, names, self._feed, self.marks.end, self.decode_text)
 
-    def _token_step(self, token: Tensor, positions: Tensor, mask: Tensor, slots: Slots) -> Tensor:
+    def _token_step(
+        self,
+        token: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        slots: Slots,
+        products: list[list[Products]] | None = None,
+    ) -> Tensor:
         """A step of `Writer`."""
         decoder = self.model.language_model.model
         und = decoder.embed_tokens(token)
         cos, sin = decoder.rotary(positions)
-        frame = Frame(
-            (len(token), 1), torch.arange(len(token), device=token.device), token[:0], cos, sin, mask
-        )
+        every = torch.arange(len(token), device=token.device)
+        frame = Frame((len(token), 1), every, token[:0], cos, sin, mask, products=products)
         und, _, _ = decoder(und, und.new_zeros(0, und.shape[-1]), frame, slots)
         return self.model.logits(und)
 
@@ -459,11 +472,11 @@ class BagelBackbone(Backbone):
 
     def set_compiled(self, enabled: bool, backend: Any = "inductor", training: bool = False) -> None:
         decoder = self.model.language_model.model
-        made = Compiled(backend, training) if enabled else None
         if training:
-            decoder.compiled_training = made
+            decoder.compiled_training = CompiledTraining(backend) if enabled else None
         else:
-            decoder.compiled = made
+            decoder.compiled = Compiled(backend) if enabled else None
+            self._warm.clear()
 
     # -- the uncached path
 
@@ -581,6 +594,7 @@ class FlowPasses:
         self._rows = Rows(contexts, tokens) if fast.takes("rows", backbone.device) else None
         self._joint: dict[int, Context] = {}
         self._frames: dict[int, tuple[Frame, Tensor]] = {}
+        self._products = backbone.model.language_model.model.products(flow=True)
         self._contexts = list(contexts)
 
     def velocities(self, x: Tensor, t: float, copies: int) -> list[Tensor]:
@@ -618,7 +632,10 @@ class FlowPasses:
             cos, sin = decoder.rotary(position[:, None].expand(b, length))
             ends = torch.tensor([marks.image_start, marks.image_end]).to(device)
             edges = decoder.embed_tokens(ends).repeat(b, 1)
-            self._frames[copies] = Frame((b, length), und, gen, cos, sin, None), edges
+            self._frames[copies] = (
+                Frame((b, length), und, gen, cos, sin, None, products=self._products),
+                edges,
+            )
         return self._frames[copies]
 
 

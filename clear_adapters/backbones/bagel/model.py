@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from clear_adapters.backbones.bagel.images import normalise
 from clear_adapters.backbones.cache import Slots
 from clear_adapters.backbones.rows import Rows
 from clear_adapters.backbones.spans import Span, attend_spans
+
+if TYPE_CHECKING:
+    from clear_adapters.backbones.bagel.compiled import Compiled, CompiledTraining, Products
 
 
 class KeyValues(Protocol):
@@ -120,17 +123,22 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
             q = q.to(k.dtype)  # norms under autocast give 32 bits
-        if self.kv_heads != self.heads and length == 1:
-            # Heads that share keys are queries of one head: no copy of the cache for each token that is written.
-            q = q.reshape(b, self.kv_heads, -1, self.head_dim)
-        if length == 1 and cache is not None and q.element_size() == 2 and fast.takes("products", q.device):
-            return attend_by_products(q, k, v, frame.bias).reshape(b, -1)
-        if self.kv_heads != self.heads and length > 1:
+        if length == 1 and cache is not None:
+            return self.attend_one(q, k, v, frame)
+        if self.kv_heads != self.heads:
             # Explicit, since SDPA's fused kernels take no mask together with grouped heads on every device.
             k = k.repeat_interleave(self.heads // self.kv_heads, 1)
             v = v.repeat_interleave(self.heads // self.kv_heads, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=frame.mask)
         return out.reshape(b, self.heads, length, -1).transpose(1, 2).reshape(b * length, -1)
+
+    def attend_one(self, q: Tensor, k: Tensor, v: Tensor, frame: Frame, weigh: Weigh | None = None) -> Tensor:
+        """(B, heads d) of one new token's queries (B, heads, 1, d) and all keys and values."""
+        # Heads that share keys are queries of one head: no copy of the cache for each token that is written.
+        q = q.reshape(len(q), self.kv_heads, -1, self.head_dim)
+        if q.element_size() == 2 and fast.takes("products", q.device):
+            return attend_by_products(q, k, v, frame.bias, weigh or weigh_scores).reshape(len(q), -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=frame.mask).reshape(len(q), -1)
 
     def leave(
         self,
@@ -150,7 +158,16 @@ class Attention(nn.Module):
         return u, self.o_proj_moe_gen(out.index_select(0, gen_index)) if gen.shape[0] else gen
 
 
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+Weigh = Callable[[Tensor, Tensor, float, torch.dtype], Tensor]
+"""`weigh_scores`, as it is or compiled."""
+
+
+def weigh_scores(scores: Tensor, bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Weights of attention (B, H, G, K) of products of queries and keys; the bias is (B, 1, 1, K)."""
+    return torch.add(bias, scores, alpha=scale).softmax(-1).to(dtype)
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, weigh: Weigh = weigh_scores) -> Tensor:
     """Attention of a few queries over a long context as two matrix products, with the scores in float32.
 
     A fused kernel gives each head of each row one block of the GPU, which then reads the whole context alone: with 4 heads
@@ -161,6 +178,7 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         k: (B, H, K, d).
         v: (B, H, K, d).
         bias: (B, 1, 1, K) float32, 0 where seen and minus infinity elsewhere.
+        weigh: how scores become weights.
 
     Returns:
         (B, H, G, d).
@@ -169,9 +187,8 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     flat, keys = q.reshape(b * heads, queries, width), k.reshape(b * heads, -1, width).transpose(1, 2)
     # A CPU has no product of 16-bit numbers with a result in 32.
     scores = torch.bmm(flat, keys, out_dtype=torch.float32) if q.is_cuda else flat.float() @ keys.float()
-    scores = torch.add(bias, scores.view(b, heads, queries, -1), alpha=width**-0.5)
-    weights = scores.softmax(-1).to(v.dtype).view(b * heads, queries, -1)
-    return torch.bmm(weights, v.reshape(b * heads, -1, width)).view(q.shape)
+    weights = weigh(scores.view(b, heads, queries, -1), bias, width**-0.5, v.dtype)
+    return torch.bmm(weights.view(b * heads, queries, -1), v.reshape(b * heads, -1, width)).view(q.shape)
 
 
 class Frame:
@@ -184,6 +201,7 @@ class Frame:
         cos, sin: (B, 1, L, d) rotary tables at the tokens' positions.
         mask: (B, 1, L, K) bool, True where seen, or additive; None where nothing is hidden, or `spans` say what is.
         spans: the blocks of each row, of a pass without a cache.
+        products: of each layer's experts, for compiled passes.
     """
 
     def __init__(
@@ -195,6 +213,7 @@ class Frame:
         sin: Tensor,
         mask: Tensor | None,
         spans: Sequence[Sequence[Span]] | None = None,
+        products: Sequence[Sequence[Products]] | None = None,
     ) -> None:
         self.shape = shape
         self.und_index = und_index
@@ -203,6 +222,7 @@ class Frame:
         self.sin = sin
         self.mask = mask
         self.spans = spans
+        self.products = products
         self._bias: Tensor | None = None
 
     @property
@@ -228,7 +248,8 @@ def _twice_any_shape() -> tuple[AbstractContextManager[None], AbstractContextMan
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split as in Qwen2."""
     a, b = x.chunk(2, dim=-1)
-    if not torch.is_grad_enabled() and fast.takes("place", x.device):
+    in_place = fast.takes("place", x.device) and not torch.compiler.is_compiling()
+    if in_place and not torch.is_grad_enabled():
         half = a.shape[-1]
         out = x * cos
         out[..., :half].addcmul_(b, sin[..., :half], value=-1)
@@ -258,62 +279,24 @@ class Layer(nn.Module):
         self, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows | None = None
     ) -> tuple[Tensor, Tensor]:
         """Args: und (U, D), gen (G, D). Returns: the same shapes."""
-        q, k, v = _enter(self, und, gen, *frame.layout)
+        q, k, v = self.enter(und, gen, *frame.layout)
         out = self.self_attn.attend(q, k, v, frame, cache)
-        return _leave(self, out, und, gen, *frame.layout[:4])
+        return self.leave(out, und, gen, *frame.layout[:4])
 
+    def enter(self, und: Tensor, gen: Tensor, *layout: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Up to the attention; `layout` is that of its frame."""
+        seen = self.input_layernorm_moe_gen(gen) if gen.shape[0] else gen
+        return self.self_attn.project(self.input_layernorm(und), seen, *layout)
 
-def _enter(layer: Layer, und: Tensor, gen: Tensor, *layout: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer up to its attention; `layout` is that of its frame."""
-    seen = layer.input_layernorm_moe_gen(gen) if gen.shape[0] else gen
-    return layer.self_attn.project(layer.input_layernorm(und), seen, *layout)
-
-
-def _leave(layer: Layer, out: Tensor, und: Tensor, gen: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
-    """A layer from its attention on; of the frame's layout, shape and places."""
-    x, y = layer.self_attn.leave(out, und, gen, *layout)
-    und = und + x
-    und = und + layer.mlp(layer.post_attention_layernorm(und))
-    if gen.shape[0]:
-        gen = gen + y
-        gen = gen + layer.mlp_moe_gen(layer.post_attention_layernorm_moe_gen(gen))
-    return und, gen
-
-
-def _enter_training(layer: Layer, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _enter(layer, *given)
-
-
-def _leave_training(layer: Layer, *given: Any) -> tuple[Tensor, Tensor]:
-    return _leave(layer, *given)
-
-
-class Compiled:
-    """A layer in two compiled parts, and its attention as it is between them.
-
-    Both are functions of the layer, so that all layers share what is compiled: with a cache once for text that is written by
-    one row, by several, and for latents; without one for batches with latents and for those without.
-    """
-
-    def __init__(self, backend: str | Any = "inductor", training: bool = False) -> None:
-        """Makes ready; compiling waits for the first pass.
-
-        Args:
-            backend: of `torch.compile`.
-            training: for passes without a cache. The compiler remembers a few forms of a function: those of answers
-                would leave too little room for these.
-        """
-        enter, leave = (_enter_training, _leave_training) if training else (_enter, _leave)
-        self._enter = torch.compile(enter, dynamic=True, backend=backend)
-        self._leave = torch.compile(leave, dynamic=True, backend=backend)
-
-    def __call__(
-        self, layer: Any, und: Tensor, gen: Tensor, frame: Frame, cache: KeyValues | Rows | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As `Layer.forward` of a layer."""
-        q, k, v = self._enter(layer, und, gen, *frame.layout)
-        out = layer.self_attn.attend(q, k, v, frame, cache)
-        return self._leave(layer, out, und, gen, *frame.layout[:4])
+    def leave(self, out: Tensor, und: Tensor, gen: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
+        """From the attention on; of the frame's layout, shape and places."""
+        x, y = self.self_attn.leave(out, und, gen, *layout)
+        und = und + x
+        und = und + self.mlp(self.post_attention_layernorm(und))
+        if gen.shape[0]:
+            gen = gen + y
+            gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
+        return und, gen
 
 
 class Decoder(nn.Module):
@@ -330,7 +313,14 @@ class Decoder(nn.Module):
         self.head_dim = config.head_dim
         self.checkpointing = False
         self.compiled: Compiled | None = None
-        self.compiled_training: Compiled | None = None
+        self.compiled_training: CompiledTraining | None = None
+
+    def products(self, flow: bool) -> list[list[Products]] | None:
+        """For the passes of a turn, or of a flow; None where they are not compiled."""
+        # Under autocast sums and products have types of their own.
+        if self.compiled is None or torch.is_autocast_enabled(self.embed_tokens.weight.device.type):
+            return None
+        return self.compiled.products(list(self.layers), flow)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, 1, L, d) at positions (B, L), computed in float32."""
@@ -353,6 +343,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """Runs all layers; returns the states before the final norms, and those after the layers asked for."""
         kept: dict[int, tuple[Tensor, Tensor]] = {}
+        if self.compiled is not None and frame.products is not None and isinstance(cache, Slots | Rows):
+            return *self.compiled.run(list(self.layers), und, gen, frame, cache), kept
         for i, layer in enumerate(self.layers):
             if cache is None:
                 run: Callable[..., tuple[Tensor, Tensor]] = layer
@@ -364,8 +356,6 @@ class Decoder(nn.Module):
                     )
                 else:
                     und, gen = run(und, gen, frame)
-            elif self.compiled is not None and isinstance(cache, Slots | Rows):
-                und, gen = self.compiled(layer, und, gen, frame, cache)
             else:
                 # Not what `compile` made of it: with a cache each layer is a shape of its own, and few of them would use up
                 # what the compiler remembers, so that training ran uncompiled.

@@ -1,0 +1,116 @@
+"""Linear layers that read the same input, as one product.
+
+A step of text waits for each product to begin: one over the weights of queries, keys and values takes little longer than that
+of the queries alone. The weights are laid one behind the other in memory, so that the joined tensor is no copy of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clear_adapters.lora_linear import LeanLinear, add_low_rank
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The layers as they were when they were joined; updates are copied, base weights are shared.
+
+    Attributes:
+        weight: (outputs of all layers, inputs).
+        bias: (outputs,), or None.
+        sizes: outputs of each layer.
+        first: (ranks of all layers, inputs), the first factors of their updates; None without LoRA.
+        seconds: (outputs, rank) of each layer.
+        scales: of each update.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    sizes: tuple[int, ...]
+    first: nn.Parameter | None = None
+    seconds: tuple[nn.Parameter, ...] = ()
+    scales: tuple[float, ...] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the layers give of x (N, inputs), side by side. For passes without gradients."""
+        out = F.linear(x, self.weight, self.bias)
+        if self.first is not None:
+            add_low_rank(out, F.linear(x, self.first), self.seconds, self.scales)
+        return out
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Layers that cannot be joined: their outputs are copied side by side."""
+
+    layers: tuple[nn.Module, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As `Joined`."""
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
+@torch.no_grad()
+def join(layers: Sequence[nn.Module]) -> Joined | Apart:
+    """Layers as one product, where they can be: not if they are quantized or sharded, or if some are adapted and others not.
+
+    Base weights that do not yet lie one behind the other are moved there; they keep their values and stay the same parameters.
+    """
+    plain: list[Any] = [getattr(layer, "base_layer", layer) for layer in layers]
+    adapted = [layer for layer in layers if isinstance(layer, LeanLinear) and not layer.disable_adapters]
+    if not _can_join(layers, plain, adapted):
+        return Apart(tuple(layers))
+    weights, biases = [layer.weight for layer in plain], [layer.bias for layer in plain]
+    bias = None if biases[0] is None else _fixed(_side_by_side(biases))
+    joined = Joined(_fixed(_side_by_side(weights)), bias, tuple(layer.out_features for layer in plain))
+    if not adapted:
+        return joined
+    dtype = weights[0].dtype
+    pairs = [(layer, layer.active_adapters[0]) for layer in adapted]
+    return replace(
+        joined,
+        first=_fixed(torch.cat([a.lora_A[n].weight.to(dtype) for a, n in pairs])),
+        seconds=tuple(_fixed(a.lora_B[n].weight.to(dtype)) for a, n in pairs),
+        scales=tuple(float(a.scaling[n]) for a, n in pairs),
+    )
+
+
+def _can_join(layers: Sequence[nn.Module], plain: Sequence[Any], adapted: Sequence[LeanLinear]) -> bool:
+    if len(adapted) not in (0, len(layers)) or not all(layer.is_plain() for layer in adapted):
+        return False
+    if any(type(layer) is not nn.Linear for layer in plain):
+        return False
+    first, alike = plain[0], {(layer.weight.dtype, layer.weight.device) for layer in plain}
+    if len(alike) > 1 or any((layer.bias is None) != (first.bias is None) for layer in plain):
+        return False
+    # Shards, and the hooks that gather them, are of other types.
+    return all(type(layer.weight) is nn.Parameter and type(layer.weight.data) is Tensor for layer in plain)
+
+
+def _fixed(x: Tensor) -> nn.Parameter:
+    """As a parameter: the compiler takes the shapes of those as given."""
+    return nn.Parameter(x.detach(), requires_grad=False)
+
+
+def _side_by_side(parts: Sequence[nn.Parameter]) -> Tensor:
+    """One tensor, of which the parts are views."""
+    first = parts[0]
+    shape = (sum(len(p) for p in parts), *first.shape[1:])
+    follow = all(
+        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and a.storage_offset() + a.numel() == b.storage_offset()
+        for a, b in pairwise(parts)
+    )
+    if follow and all(p.is_contiguous() for p in parts):
+        return first.data.as_strided(shape, first.stride(), first.storage_offset())
+    whole = torch.cat([p.data for p in parts])
+    for part, place in zip(parts, whole.split([len(p) for p in parts]), strict=True):
+        part.data = place
+    return whole
