@@ -170,9 +170,9 @@ def test_counted_products_are_those_that_are_run():
 # -- the report
 
 
-def made(rows, kind="inference", **facts):
+def made(rows, kind="inference", device="Some GPU", **facts):
     payload = {"rows": rows, "failed": [], "quantization": None, **facts}
-    return ResultFile.collect(kind, payload, device="Some GPU")
+    return ResultFile.collect(kind, payload, device=device)
 
 
 def test_the_table_shows_targets_that_are_met_in_bold():
@@ -188,12 +188,39 @@ def test_the_table_shows_targets_that_are_met_in_bold():
         "tokens_per_second": 9000.0,
         "share": 0.34,
         "share_run": 0.5,
+        "rows": 4,
+        "checkpointing": True,
+        "compile": False,
     }
     shown = speed_report.render([made(rows), made([step | {"peak_gb": 60.2}], "training")])
     assert "| text, batch 1 | 39 ms a token | 7 ms | 5 ms | **6.5 ms** | **6.0 ms** |" in shown
     assert "| text, batch 8 | 8 x 39 ms | 9 ms | 5 ms | 11.2 ms | – |" in shown
     assert "| 2.00 s, 9,000 tokens/s, 34% of the card's rate (50% with what is run twice), 60 GB |" in shown
     assert "Some GPU" in shown
+
+
+def test_cards_have_tables_of_their_own():
+    def text(seconds):
+        return [{"part": "text", "batch": 1, "text": 64, "seconds": seconds, "peak_gb": 30.0}]
+
+    shown = speed_report.render([made(text(0.006), device="Card B"), made(text(0.008), device="Card A")])
+    first, second = shown.split("**Card B**")
+    assert "**Card A**" in first
+    assert "| 8.0 ms |" in first
+    assert "| **6.0 ms** |" in second
+
+
+def test_restorations_and_steps_have_tables():
+    rows = [
+        {"part": "restoration", "side": side, "batch": 1, "guided": guided, "seconds": 2.0, "peak_gb": 31.0}
+        for side, guided in ((512, True), (512, False), (1024, True))
+    ]
+    step = {"seconds": 2.0, "tokens_per_second": 9000.0, "rows": 8, "peak_gb": 60.0}
+    steps = [step | {"part": "grid", "checkpointing": False, "compile": True}]
+    shown = speed_report.render([made(rows), made(steps, "training")])
+    assert "| 512 x 512 | 1 | 2.00 s | 2.00 s | 31 GB |" in shown
+    assert "| 1024 x 1024 | 1 | 2.00 s | – | 31 GB |" in shown
+    assert "| 8 rows, compiled, no checkpointing | 2.00 s, 9,000 tokens/s, 60 GB |" in shown
 
 
 def test_the_report_is_put_between_its_markers(tmp_path, monkeypatch):

@@ -112,6 +112,37 @@ def targets(found: Results) -> str:
     return table(["work", "authors' code", "ours at most", "floor", "attached", "folded"], lines)
 
 
+def restorations(found: Results) -> str:
+    """Restorations of two sizes, with guidance and without."""
+    rows = {(r["side"], r["batch"], r["guided"]): r for r in found.each("restoration")}
+    lines = []
+    for side, batch in sorted({k[:2] for k in rows}):
+        pair = [rows.get((side, batch, guided)) for guided in (True, False)]
+        peak = max(r["peak_gb"] or 0 for r in pair if r is not None)
+        lines.append(
+            [
+                f"{side} x {side}",
+                f"{batch}",
+                *("–" if r is None else seconds(r) for r in pair),
+                f"{peak:.0f} GB",
+            ]
+        )
+    return table(["restoration, attached", "batch", "guidance 4/2", "none", "peak"], lines) if lines else ""
+
+
+def trainings(found: Results) -> str:
+    """Supervised steps with other numbers of rows, without checkpointing, compiled."""
+    lines = []
+    for r in [*found.each("sft"), *found.each("grid")]:
+        how = [
+            w
+            for w, given in (("compiled", r["compile"]), ("no checkpointing", not r["checkpointing"]))
+            if given
+        ]
+        lines.append([f"{r['rows']} rows" + "".join(f", {w}" for w in how), training(r)])
+    return table(["SFT step", "rows of 5,120 tokens"], lines) if found.each("grid") else ""
+
+
 def ways(found: Results) -> str:
     """What each fast way is worth."""
     rows = found.each("ways")
@@ -124,7 +155,7 @@ def ways(found: Results) -> str:
         restored = [seconds(r) for r in own if r["work"] == "restoration"]
         lines.append([name, *(texts.get(b, "–") for b in (1, 8)), restored[-1] if restored else "–"])
     shown = table(["without", "text, batch 1", "text, batch 8", "restoration"], lines)
-    return f"\n\nWith one fast way left out at a time (`backbones/fast.py` says what they are):\n\n{shown}"
+    return f"With one fast way left out at a time (`backbones/fast.py` says what they are):\n\n{shown}"
 
 
 def memory(found: Results) -> str:
@@ -142,7 +173,11 @@ def memory(found: Results) -> str:
         ]
         shown = "–" if text is None else milliseconds(text)
         lines.append([kind or "bfloat16", peaks[0], shown, peaks[1]])
-    return "\n\n" + table(["base weights", "answer, peak", "text, batch 1", "SFT step, peak"], lines)
+    return (
+        table(["base weights", "answer, peak", "text, batch 1", "SFT step, peak"], lines)
+        if len(lines) > 1
+        else ""
+    )
 
 
 def changes(files: Sequence[ResultFile]) -> str:
@@ -158,21 +193,31 @@ def changes(files: Sequence[ResultFile]) -> str:
         difference, latent = (f"{n:.4f}" for n in numbers)
         lines.append([kind, f"{row['bytes'] / 1e6:.1f}", difference, same, latent])
     head = ["base weights", "MB", "difference of a token's log-probability", "same answers", "latent error"]
-    return f"\n\nThe built-in model with fewer bits, {own[-1].device}:\n\n{table(head, lines)}"
+    return f"The built-in model with fewer bits:\n\n{table(head, lines)}"
 
 
 def render(files: Sequence[ResultFile]) -> str:
-    """What stands between the markers."""
-    found = Results(files)
-    files = [f for f in files if f.kind in (*KINDS, "quantized")]
-    devices = ", ".join(dict.fromkeys(f.device for f in files))
-    dates = ", ".join(dict.fromkeys(f.date[:10] for f in files))
-    note = (
-        f"BAGEL-7B's shapes with random weights, bfloat16, {devices}, {dates}. Text is seconds a step (a token in every row) of a "
-        "64-token turn, all of the turn's cost included; bold is within the target. Both columns have the fastest of what was measured, "
-        "compiled or not."
-    )
-    return f"{note}\n\n{targets(found)}{ways(found)}{memory(found)}{changes(files)}"
+    """What stands between the markers: a table of the targets for each card, then the rest."""
+    own = [f for f in files if f.kind in (*KINDS, "quantized")]
+    shown = [
+        "BAGEL-7B's shapes with random weights, bfloat16. Text is seconds a step (a token in every row) of a 64-token turn, all "
+        "of the turn's cost included; bold is within the target, which is set for an H100. Both columns have the fastest of what "
+        "was measured, compiled or not."
+    ]
+    for device in sorted({f.device for f in own}):
+        there = [f for f in own if f.device == device]
+        found = Results(there)
+        dates = ", ".join(dict.fromkeys(f.date[:10] for f in there))
+        parts = (
+            targets(found),
+            restorations(found),
+            ways(found),
+            memory(found),
+            trainings(found),
+            changes(there),
+        )
+        shown.append(f"**{device}**, {dates}:\n\n" + "\n\n".join(p for p in parts if p))
+    return "\n\n".join(shown)
 
 
 def figure(files: Sequence[ResultFile], path: Path) -> bool:

@@ -38,7 +38,11 @@ def add_options(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None
     parser.add_argument("--each", type=float, default=20.0, help="seconds of repeats for one measurement")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quantization", choices=("int8", "nf4"), help="of the base; needs bitsandbytes")
-    parser.add_argument("--profile", action="store_true", help="tables of kernels beside the result")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="tables of kernels beside the result, one for each kind of work",
+    )
 
 
 class Session:
@@ -169,9 +173,10 @@ class Session:
         row = {"part": part, **facts, **{k: v / per for k, v in found.items() if k != "runs"}}
         row |= {"runs": found["runs"], "peak_gb": self.peak()}
         self.add(row)
-        if self.args.profile and part not in self._seen:
-            self._seen.add(part)
-            self._profile(part, facts, work)
+        kind = "-".join(str(x) for x in (part, facts.get("state"), facts.get("work")) if x)
+        if self.args.profile and kind not in self._seen:
+            self._seen.add(kind)
+            self._profile(kind, facts, work)
         return row
 
     def add(self, row: dict[str, Any]) -> None:
