@@ -173,7 +173,7 @@ class Session:
         row = {"part": part, **facts, **{k: v / per for k, v in found.items() if k != "runs"}}
         row |= {"runs": found["runs"], "peak_gb": self.peak()}
         self.add(row)
-        kind = "-".join(str(x) for x in (part, facts.get("state"), facts.get("work")) if x)
+        kind = "-".join(str(x) for x in (part, facts.get("work")) if x)
         if self.args.profile and kind not in self._seen:
             self._seen.add(kind)
             self._profile(kind, facts, work)
