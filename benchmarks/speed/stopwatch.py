@@ -174,7 +174,8 @@ class Session:
         row |= {"runs": found["runs"], "peak_gb": self.peak()}
         self.add(row)
         kind = "-".join(str(x) for x in (part, facts.get("work")) if x)
-        if self.args.profile and kind not in self._seen:
+        # Those of whole answers would show their parts once more.
+        if self.args.profile and kind not in self._seen and facts.get("work") not in ("answer", "group"):
             self._seen.add(kind)
             self._profile(kind, facts, work)
         return row
