@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from clear_adapters.backbones.bagel.tiny import build
-from clear_adapters.backbones.writer import can_capture
+from clear_adapters.backbones.graphs import can_capture
 from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearError
 from clear_adapters.rewards import register_reward

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from clear_adapters import attach
-from clear_adapters.backbones import fast, writer
+from clear_adapters.backbones import fast, graphs, writer
+from clear_adapters.backbones.bagel import backbone as bagel
 from clear_adapters.backbones.bagel.model import attend_by_products
 from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.backbones.joined import Apart, join
@@ -323,6 +324,92 @@ def test_layers_that_differ_stay_apart():
     assert not isinstance(join(layers), Apart)
 
 
+def test_joined_layers_are_kept_as_long_as_they_hold():
+    attached = attached_of()
+    decoder = attached.backbone.model.language_model.model
+    layer = decoder.layers[0]
+    attached.backbone.set_compiled(True, "eager")
+    first = decoder.products(flow=False)
+    assert decoder.products(flow=False) is not first  # updates are copied, and may be others now
+    with attached.folded():
+        folded = decoder.products(flow=False)
+        assert decoder.products(flow=False) is folded
+        assert decoder.products(flow=True) is not folded
+        layer.mlp.up_proj.base_layer.weight.data = layer.mlp.up_proj.base_layer.weight.data.clone()
+        other = decoder.products(flow=False)
+        assert other is not folded
+        bias = layer.self_attn.k_proj.base_layer.bias
+        bias.data = bias.data + 1
+        assert decoder.products(flow=False) is not other
+        x = torch.randn(2, layer.self_attn.k_proj.in_features)
+        found = decoder.products(flow=False)[0][0].heads(x)
+        expected = [layer.self_attn.get_submodule(f"{n}_proj")(x) for n in "qkv"]
+        torch.testing.assert_close(found, torch.cat(expected, -1))
+    assert decoder.products(flow=False)[0][0].heads.first is not None
+    base = attached.detach()
+    base.set_compiled(True, "eager")
+    bare = decoder.products(flow=False)
+    assert decoder.products(flow=False) is bare
+    again = attach(base)
+    assert decoder.products(flow=False) is not bare
+    again.detach()
+
+
+# -- work that is done again and again
+
+
+def test_repeated_work_is_captured_when_it_comes_again(monkeypatch, caplog):
+    done = []
+
+    class Graph:
+        def replay(self):
+            done.append("replayed")
+
+    monkeypatch.setattr(graphs, "capture", lambda work, device: done.append("captured") or Graph())
+    repeated = graphs.Repeated(lambda: done.append("done"), torch.device("cpu"), "a step")
+    for _ in range(3):
+        repeated()
+    assert done == ["done", "captured", "replayed", "replayed"]
+
+    def refuse(work, device):
+        done.append("refused")
+        raise RuntimeError("no graph of this kind")
+
+    done.clear()
+    monkeypatch.setattr(graphs, "capture", refuse)
+    graphs.tell.cache_clear()
+    repeated = graphs.Repeated(lambda: done.append("done"), torch.device("cpu"), "a step")
+    for _ in range(3):
+        repeated()
+    assert done == ["done", "refused", "done", "done"]
+    assert [r.getMessage().count("no graph of this kind") for r in caplog.records] == [1]
+
+
+@pytest.mark.parametrize("latent", [GUIDED, SDE], ids=["guided", "sde"])
+def test_captured_steps_of_a_flow_give_what_others_do(attached, monkeypatch, latent):
+    """As far as a CPU can tell: everything they read and write stays in place."""
+    with fast.switched("rows", on=True):
+        expected = rollouts(attached, latent)
+        replayed = []
+
+        class Graph:
+            def __init__(self, work):
+                self.work = work
+
+            def replay(self):
+                replayed.append(self.work())
+
+        monkeypatch.setattr(graphs, "capture", lambda work, device: Graph(work))
+        monkeypatch.setattr(bagel, "can_capture", lambda model, device: True)
+        monkeypatch.setattr(writer.Writer, "_captured", lambda self: None)
+        assert_same(rollouts(attached, latent), expected, tolerance=0)
+        assert len(replayed) == 3  # of four passes
+        monkeypatch.setattr(bagel, "_CAPTURED", 8)
+        replayed.clear()
+        rollouts(attached, latent)
+    assert not replayed
+
+
 # -- compiled
 
 
@@ -407,3 +494,20 @@ def test_a_compiled_model_on_a_gpu():
         assert_same(rollouts(attached), expected, tolerance=1e-3)
     finally:
         torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("latent", [GUIDED, SDE], ids=["guided", "sde"])
+def test_captured_steps_of_a_flow_on_a_gpu(monkeypatch, latent):
+    attached = attached_of("cuda")
+    captured, capture = [], graphs.capture
+    monkeypatch.setattr(graphs, "capture", lambda *given: captured.append(capture(*given)) or captured[-1])
+    found = rollouts(attached, latent)
+    assert len(captured) == 1
+    again = rollouts(attached, latent)
+    monkeypatch.setattr(bagel, "_CAPTURED", 0)
+    expected = rollouts(attached, latent)
+    assert_same(found, expected)
+    assert_same(again, expected)
+    assert len(captured) == 2

@@ -36,7 +36,7 @@ LAYERS = {
         *("backbones/codes", "backbones/code_writer", "backbones/codes_packing", "backbones/decoder"),
         *("backbones/pixels", "backbones/checkpoints", "backbones/facts", "backbones/state"),
         *("backbones/fast", "backbones/quantized", "backbones/rows", "backbones/spans", "lora_linear"),
-        "backbones/joined",
+        *("backbones/joined", "backbones/graphs"),
         *("lora", "bridge", "store"),
     ],
     1: [

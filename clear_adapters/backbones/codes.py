@@ -22,10 +22,11 @@ from clear_adapters.backbones.cache import Cache, Slots, stack
 from clear_adapters.backbones.code_writer import CodeWriter
 from clear_adapters.backbones.codes_packing import CodesPacker
 from clear_adapters.backbones.decoder import run_layers
+from clear_adapters.backbones.graphs import can_capture
 from clear_adapters.backbones.layout import SLOT, Frames
 from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
 from clear_adapters.backbones.pixels import to_pil
-from clear_adapters.backbones.writer import Writer, can_capture, write_turn
+from clear_adapters.backbones.writer import Writer, write_turn
 from clear_adapters.errors import ClearValueError
 from clear_adapters.sampling import LatentSampling, RowRandom, TextSampling, guide
 from clear_adapters.transcript import TextSegment

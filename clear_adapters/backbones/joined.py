@@ -38,6 +38,22 @@ class Joined:
     seconds: tuple[nn.Parameter, ...] = ()
     scales: tuple[float, ...] = ()
 
+    def holds(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether it is still what `join` gives of the same layers; never with LoRA, whose updates are copied."""
+        if self.first is not None:
+            return False
+        places = [self.weight.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()]
+        for layer in layers:
+            if isinstance(layer, LeanLinear) and not layer.disable_adapters:
+                return False
+            plain: Any = getattr(layer, "base_layer", layer)
+            for i, part in enumerate((plain.weight, plain.bias)):
+                if part is not None:
+                    if part.data_ptr() != places[i]:
+                        return False
+                    places[i] += part.numel() * part.element_size()
+        return True
+
     def __call__(self, x: Tensor) -> Tensor:
         """What the layers give of x (N, inputs), side by side. For passes without gradients."""
         out = F.linear(x, self.weight, self.bias)
@@ -51,6 +67,10 @@ class Apart:
     """Layers that cannot be joined: their outputs are copied side by side."""
 
     layers: tuple[nn.Module, ...]
+
+    def holds(self, layers: Sequence[nn.Module]) -> bool:
+        """As `Joined`."""
+        return False
 
     def __call__(self, x: Tensor) -> Tensor:
         """As `Joined`."""

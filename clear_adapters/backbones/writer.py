@@ -6,20 +6,17 @@ On other devices the same step runs as it is.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from functools import cache
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
 from clear_adapters.backbones import fast
 from clear_adapters.backbones.base import Context
 from clear_adapters.backbones.cache import Slots
+from clear_adapters.backbones.graphs import capture, tell
 from clear_adapters.sampling import RowRandom, TextSampling, choose_token
 from clear_adapters.transcript import Origin, TextSegment
 
@@ -28,56 +25,10 @@ _PORTIONS = {"cuda": 256}
 _PORTION = 32
 _ALIGNED = 8
 """Tokens of a multiple of which the room ends: a row of 16-bit scores is then one of 16-byte pieces."""
-_MODE = "thread_local"
-"""A data loader's thread may pin memory while a step is captured."""
-
-_LOG = logging.getLogger(__name__)
-
-
-class _Place:
-    """Where steps are captured on one GPU: a stream and a memory pool whose workspaces and blocks serve every capture.
-
-    Attributes:
-        stream: on which steps are captured; a workspace belongs to its stream.
-        keeper: a graph that stays, since a pool lives as long as one of its graphs does.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        with torch.cuda.device(device):
-            self.stream = torch.cuda.Stream()
-            self.keeper = torch.cuda.CUDAGraph()
-            self._anchor = torch.zeros(1, device=device)
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.keeper.capture_begin(capture_error_mode=_MODE)
-                self._anchor.fill_(1)
-                self.keeper.capture_end()
-
-
-_capturing = cache(_Place)
-
-
-@cache
-def _tell(reason: str) -> None:
-    """Once a reason."""
-    _LOG.warning(
-        "a step of writing cannot be captured (%s): text is written without, which is slower", reason
-    )
-
 
 Step = Callable[[Tensor, Tensor, Tensor, Slots], Tensor]
 """One token in every row: its ids (B,), positions (B, 1), mask (B, 1, 1, K) bool and the cache's room, to logits (B, V) of
 the next token. Nothing in it may wait for the device."""
-
-
-def can_capture(model: nn.Module, device: torch.device) -> bool:
-    """Whether a step can be replayed as a graph: on a GPU, and not where the host takes part in it.
-
-    It does where hooks gather shards of the base, and with 8-bit weights, whose outliers are looked for in every input. Shards are told by their modules: gathered ones are plain tensors.
-    """
-    if device.type != "cuda" or getattr(model, "is_loaded_in_8bit", False):
-        return False
-    return not any(isinstance(m, FSDPModule) for m in model.modules())
 
 
 class Writer:
@@ -202,27 +153,16 @@ class Writer:
 
     def _captured(self) -> torch.cuda.CUDAGraph | None:
         """The step as a graph; None where it cannot be captured, and the steps run as they are."""
-        device, graph = self.feed.device, torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            try:
-                place = _capturing(device)
-                place.stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(place.stream):
-                    graph.capture_begin(pool=place.keeper.pool(), capture_error_mode=_MODE)
-                    self._step()
-                    graph.capture_end()
-            except RuntimeError as error:
-                with suppress(RuntimeError):  # a capture that has not ended by the error
-                    graph.capture_end()
-                if len(self.feed) in self._warm:
-                    # Something is new to it after all: it runs first, and is captured then.
-                    self._warm.discard(len(self.feed))
-                else:
-                    self._captures = False
-                    _tell(str(error))
-                return None
-            torch.cuda.current_stream().wait_stream(place.stream)
-        return graph
+        try:
+            return capture(self._step, self.feed.device)
+        except RuntimeError as error:
+            if len(self.feed) in self._warm:
+                # Something is new to it after all: it runs first, and is captured then.
+                self._warm.discard(len(self.feed))
+            else:
+                self._captures = False
+                tell("a step of writing", str(error))
+            return None
 
     def _step(self) -> None:
         """One token in every row, all of it in place."""

@@ -26,12 +26,13 @@ from clear_adapters.backbones.bagel.packing import Marks, Packer, grid_places, p
 from clear_adapters.backbones.bagel.spec import SPEC
 from clear_adapters.backbones.base import Backbone, Context, FlowTrace, Restoration, named_rows
 from clear_adapters.backbones.cache import Cache, Slots, stack
+from clear_adapters.backbones.graphs import Repeated, can_capture
 from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
 from clear_adapters.backbones.pixels import to_pil
 from clear_adapters.backbones.quantized import check_quantization, is_quantized
 from clear_adapters.backbones.rows import Rows
 from clear_adapters.backbones.spans import LONG
-from clear_adapters.backbones.writer import Writer, can_capture, write_turn
+from clear_adapters.backbones.writer import Writer, write_turn
 from clear_adapters.errors import CheckpointError, ClearValueError
 from clear_adapters.sampling import (
     LatentSampling,
@@ -48,6 +49,9 @@ from clear_adapters.transcript import TextSegment
 if TYPE_CHECKING:
     from clear_adapters.bridge import LatentBridge
 
+_CAPTURED = 4096
+"""Tokens of a flow's pass up to which it is captured: with more, a GPU takes longer for a layer than the host, and a graph holds
+gigabytes."""
 _MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
@@ -596,29 +600,60 @@ class FlowPasses:
         self._frames: dict[int, tuple[Frame, Tensor]] = {}
         self._products = backbone.model.language_model.model.products(flow=True)
         self._contexts = list(contexts)
+        self._repeated: dict[int, tuple[Repeated, Tensor]] = {}
+        device = backbone.device
+        self._x = torch.zeros(*valid.shape, backbone.latent_width, device=device)
+        self._time = torch.zeros(1, device=device)
+        # The casts of autocast do not outlive the caller's step.
+        self._captures = can_capture(backbone.model, device) and not torch.is_autocast_enabled(device.type)
 
     def velocities(self, x: Tensor, t: float, copies: int) -> list[Tensor]:
-        """Velocities (R, N, C) float32 of latents behind each of the first `copies` contexts; nothing is read."""
+        """Velocities (R, N, C) float32 of latents behind each of the first `copies` contexts; nothing is read.
+
+        They stay until the next call.
+        """
+        if self._rows is None:
+            return list(self._masked(x, t, copies).chunk(copies))
+        self._x.copy_(x)
+        self._time.fill_(t)
+        tokens = copies * self._valid.shape[0] * (self._valid.shape[1] + 2)
+        if not self._captures or tokens > _CAPTURED:
+            return list(self._pass(copies).chunk(copies))
+        if copies not in self._repeated:
+            found = self._x.new_empty(copies * len(self._x), *self._x.shape[1:])
+            work = partial(self._pass_into, found, copies)
+            self._repeated[copies] = Repeated(work, x.device, "a step of a flow"), found
+        repeated, found = self._repeated[copies]
+        repeated()
+        return list(found.chunk(copies))
+
+    def _pass_into(self, found: Tensor, copies: int) -> None:
+        found.copy_(self._pass(copies))
+
+    def _pass(self, copies: int) -> Tensor:
+        """Velocities of the latents and the time that are in place, (copies R, N, C)."""
+        assert self._rows is not None
+        model = self._backbone.model
+        frame, edges = self._frame(copies)
+        every, places = self._x.repeat(copies, 1, 1), self._places.repeat(copies, 1)
+        # Not a view of (B, N, D): to the compiler those are another kind.
+        tokens = model.embed_latents(every.flatten(0, 1), places.flatten(), self._time)
+        _, gen, _ = model.language_model.model(edges, tokens, frame, self._rows.first(copies))
+        return model.velocity(gen).view(every.shape) * self._valid.repeat(copies, 1)[..., None]
+
+    def _masked(self, x: Tensor, t: float, copies: int) -> Tensor:
+        """The same behind contexts with holes."""
         model = self._backbone.model
         every, valid = x.repeat(copies, 1, 1), self._valid.repeat(copies, 1)
-        places = self._places.repeat(copies, 1)
+        if copies not in self._joint:
+            some = self._contexts[:copies]
+            self._joint[copies] = some[0] if copies == 1 else stack(some)
+        context = self._joint[copies]
         time = torch.full((1,), t, device=x.device)
-        if self._rows is not None:
-            frame, edges = self._frame(copies)
-            # Not a view of (B, N, D): to the compiler those are another kind.
-            tokens = model.embed_latents(every.flatten(0, 1), places.flatten(), time)
-            _, gen, _ = model.language_model.model(edges, tokens, frame, self._rows.first(copies))
-        else:
-            if copies not in self._joint:
-                some = self._contexts[:copies]
-                self._joint[copies] = some[0] if copies == 1 else stack(some)
-            context = self._joint[copies]
-            tokens = model.embed_latents(every, places, time)
-            step = self._backbone._image_pass(context, tokens, valid, generation=True)
-            self._joint[copies] = replace(context, cache=step.scratch)
-            gen = step.gen
-        velocity = model.velocity(gen).view(every.shape) * valid[..., None]
-        return list(velocity.chunk(copies))
+        tokens = model.embed_latents(every, self._places.repeat(copies, 1), time)
+        step = self._backbone._image_pass(context, tokens, valid, generation=True)
+        self._joint[copies] = replace(context, cache=step.scratch)
+        return model.velocity(step.gen).view(every.shape) * valid[..., None]
 
     def _frame(self, copies: int) -> tuple[Frame, Tensor]:
         """The layout of a pass, and the embeddings of its marks (2 copies R, D)."""

@@ -33,13 +33,22 @@ class Products:
     """
 
     def __init__(self, layer: Any, suffix: str) -> None:
-        attention, mlp = layer.self_attn, getattr(layer, f"mlp{suffix}")
-        self.heads = join([getattr(attention, f"{n}_proj{suffix}") for n in "qkv"])
-        self.out = getattr(attention, f"o_proj{suffix}")
-        self.rise = join([mlp.gate_proj, mlp.up_proj])
-        self.fall = mlp.down_proj
+        self._layer, self._suffix = layer, suffix
+        of_heads, self.out, of_rise, self.fall = self._modules()
+        self.heads, self.rise = join(of_heads), join(of_rise)
         self.norms = [getattr(layer, f"{n}_layernorm{suffix}") for n in ("input", "post_attention")]
-        self.head_norms = [getattr(attention, f"{n}_norm{suffix}").weight for n in "qk"]
+        self.head_norms = [getattr(layer.self_attn, f"{n}_norm{suffix}") for n in "qk"]
+
+    def _modules(self) -> tuple[list[Any], Any, list[Any], Any]:
+        attention, mlp = self._layer.self_attn, getattr(self._layer, f"mlp{self._suffix}")
+        heads = [getattr(attention, f"{n}_proj{self._suffix}") for n in "qkv"]
+        return heads, getattr(attention, f"o_proj{self._suffix}"), [mlp.gate_proj, mlp.up_proj], mlp.down_proj
+
+    def holds(self) -> bool:
+        """Whether the layer still has these modules, with the weights that were joined."""
+        heads, out, rise, fall = self._modules()
+        same = self.out is out and self.fall is fall
+        return same and self.heads.holds(heads) and self.rise.holds(rise)
 
 
 class Compiled:
@@ -54,14 +63,19 @@ class Compiled:
         make = partial(torch.compile, backend=backend)
         self._norm, self._gate, self._weights = make(_norm), make(_gate), make(weigh_scores)
         self._token_heads, self._block_heads = make(_token_heads), make(_block_heads)
+        self._kept: dict[bool, list[list[Products]]] = {}
 
     def _weigh(self, scores: Tensor, bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         return self._weights(_many(scores, 0, 3), _many(bias, 0, 3), scale, dtype)
 
     def products(self, layers: Sequence[nn.Module], flow: bool) -> list[list[Products]]:
         """Of each layer, for the passes of a turn or, with both experts, of a flow."""
-        suffixes = _SUFFIXES if flow else _SUFFIXES[:1]
-        return [[Products(layer, suffix) for suffix in suffixes] for layer in layers]
+        kept = self._kept.get(flow)
+        if kept is None or not all(p.holds() for experts in kept for p in experts):
+            suffixes = _SUFFIXES if flow else _SUFFIXES[:1]
+            kept = [[Products(layer, suffix) for suffix in suffixes] for layer in layers]
+            self._kept[flow] = kept
+        return kept
 
     def run(
         self, layers: Sequence[Any], und: Tensor, gen: Tensor, frame: Frame, cache: Slots | Rows
@@ -79,24 +93,24 @@ class Compiled:
         assert frame.products is not None
         states = [_many(x) for x in ((und, gen) if flow else (und,))]
         added: list[Tensor] = []
+        cos, sin = (_many(x, 0, 2) for x in (frame.cos, frame.sin))
         for layer, experts in zip(layers, frame.products, strict=True):
             attention = layer.self_attn
             eps = attention.q_norm.eps
             states, seen = self._norm(states, added, [e.norms[0].weight for e in experts], eps)
             parts = [_many(e.heads(x)) for e, x in zip(experts, seen, strict=True)]
-            norms = [w for e in experts for w in e.head_norms]
+            norms = [n.weight for e in experts for n in e.head_norms]
             if isinstance(cache, Rows):
                 b, length = frame.shape
                 u, g = (x.view(b, -1, x.shape[-1] // attention.head_dim, attention.head_dim) for x in parts)
-                rotary = (_many(x, 0, 2) for x in (frame.cos, frame.sin))
-                q, k, v = self._block_heads(_many(u), _many(g, 0, 1), norms, *rotary, eps, attention.kv_heads)
+                q, k, v = self._block_heads(
+                    _many(u), _many(g, 0, 1), norms, cos, sin, eps, attention.kv_heads
+                )
                 found = cache.attend(attention.layer, q, k, v).reshape(b, length, -1)
                 outs = [found[:, :: length - 1].flatten(0, 1), found[:, 1:-1].flatten(0, 1)]
             else:
                 keys, values = (_many(x, 0, 2) for x in cache.room(attention.layer))
-                q = self._token_heads(
-                    parts[0], norms, _many(frame.cos), _many(frame.sin), eps, keys, values, cache.place
-                )
+                q = self._token_heads(parts[0], norms, cos, sin, eps, keys, values, cache.place)
                 outs = [attention.attend_one(q, keys, values, frame, self._weigh)]
             added = [_many(e.out(x)) for e, x in zip(experts, outs, strict=True)]
             states, seen = self._norm(states, added, [e.norms[1].weight for e in experts], eps)

@@ -1,0 +1,112 @@
+"""Work that is captured once as a CUDA graph and then replayed, with one launch for hundreds of kernels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+_MODE = "thread_local"
+"""A data loader's thread may pin memory while something is captured."""
+
+_LOG = logging.getLogger(__name__)
+
+
+class _Place:
+    """Where work is captured on one GPU: a stream and a memory pool whose workspaces and blocks serve every capture.
+
+    Attributes:
+        stream: on which work is captured; a workspace belongs to its stream.
+        keeper: a graph that stays, since a pool lives as long as one of its graphs does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream()
+            self.keeper = torch.cuda.CUDAGraph()
+            self._anchor = torch.zeros(1, device=device)
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.keeper.capture_begin(capture_error_mode=_MODE)
+                self._anchor.fill_(1)
+                self.keeper.capture_end()
+
+
+_capturing = cache(_Place)
+
+
+def can_capture(model: nn.Module, device: torch.device) -> bool:
+    """Whether a model's passes can be replayed as a graph: on a GPU, and not where the host takes part in them.
+
+    It does where hooks gather shards of the base, and with 8-bit weights, whose outliers are looked for in every input. Shards are
+    told by their modules: gathered ones are plain tensors.
+    """
+    if device.type != "cuda" or getattr(model, "is_loaded_in_8bit", False):
+        return False
+    return not any(isinstance(m, FSDPModule) for m in model.modules())
+
+
+def capture(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Work as a graph; it is not done meanwhile.
+
+    What it reads and writes has to stay in place as long as the graph is replayed, and nothing in it may wait for the device.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        place = _capturing(device)
+        place.stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(place.stream):
+                graph.capture_begin(pool=place.keeper.pool(), capture_error_mode=_MODE)
+                work()
+                graph.capture_end()
+        except RuntimeError:
+            with suppress(RuntimeError):  # a capture that has not ended by the error
+                graph.capture_end()
+            raise
+        torch.cuda.current_stream().wait_stream(place.stream)
+    return graph
+
+
+@cache
+def tell(what: str, reason: str) -> None:
+    """That something is slower than it could be, once a reason."""
+    _LOG.warning("%s cannot be captured (%s): it runs without, which is slower", what, reason)
+
+
+class Repeated:
+    """Work that is done again and again over the same tensors: first as it is, then captured, then replayed."""
+
+    def __init__(self, work: Callable[[], None], device: torch.device, what: str) -> None:
+        """Makes ready.
+
+        Args:
+            work: as for `capture`.
+            device: where it is done.
+            what: its name in a warning.
+        """
+        self._work, self._device, self._what = work, device, what
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._done = 0
+
+    def __call__(self) -> None:
+        """Does it."""
+        if self._done == 1:
+            # What is done once would be captured for nothing, and kernels are compiled and loaded by then.
+            try:
+                self._graph = capture(self._work, self._device)
+            except RuntimeError as error:
+                tell(self._what, str(error))
+        self._done += 1
+        if self._graph is None:
+            self._work()
+        else:
+            self._graph.replay()
