@@ -283,7 +283,7 @@ class AttachedModel:
     def compile(self, enabled: bool = True) -> AttachedModel:
         """Compiles the network as answers and rollouts use it; the first of each kind then waits for the compiler.
 
-        Worth it for many answers on a GPU. Goes with `detach()`.
+        Worth it for many answers on a GPU. Goes with `detach()`. Not while an answer is written: weights move in memory.
 
         Args:
             enabled: False takes it back.
@@ -334,6 +334,15 @@ class AttachedModel:
         ATTACHED.discard(self.backbone.model)
         self._engine = None
         return self._base
+
+    def adopt_base(self) -> None:
+        """Lets `detach()` put back the base's parameters that are there now: those from before are let go of.
+
+        For what takes the base apart for good, as shards over several processes do.
+        """
+        self._require()
+        assert self._snapshot is not None
+        self._snapshot.adopt({p for _, p in self.named_parameters()})
 
     def merge(self, *, keep_bridge: bool = False) -> Any:
         """Folds LoRA into the base weights and gives back the model, which has no adapter afterwards.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +125,16 @@ class Snapshot:
             (vars(m), dict(vars(m)), dict(m._modules), dict(m._parameters)) for m in model.modules()
         ]
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
+
+    def adopt(self, but: Set[nn.Parameter]) -> None:
+        """Takes the parameters that the modules have now, but some, for those of the same names from before."""
+        now: dict[nn.Parameter, nn.Parameter] = {}
+        for held, _, _, parameters in self._modules:
+            for name, before in parameters.items():
+                found = held["_parameters"].get(name)
+                if before is not None and found is not None and found not in but:
+                    now[before] = parameters[name] = found
+        self._flags = [(now.get(p, p), flag) for p, flag in self._flags]
 
     def restore(self) -> None:
         """Puts back the very same objects."""

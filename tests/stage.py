@@ -6,11 +6,13 @@ computes for s seconds before its second step, and with STUCK=1 it stands still 
 number there, by rank.
 """
 
+import gc
 import os
 import resource
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from clear_adapters.backbones.graphs import can_capture
 from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearError
 from clear_adapters.rewards import register_reward
+from clear_adapters.training import build as training_build
 from clear_adapters.training.group import leave_group
 from clear_adapters.training.run import train
 from clear_adapters.training.trainer import ClearTrainer
@@ -76,18 +79,34 @@ def be_late(seconds: float | None) -> None:
 
 
 def check_shards(wanted: bool) -> None:
-    """Fails where the base is not in shards and should be, or is and should not."""
-    real = ClearTrainer.train
+    """Fails where the base is not in shards and should be, or is and should not; with shards nothing else may hold its weights."""
+    real, shard, loss = ClearTrainer.train, training_build.shard_layers, ClearTrainer.compute_loss
+    whole: list[weakref.ref[torch.Tensor]] = []
+
+    def layers(attached):
+        named = attached.module.named_parameters()
+        return [p for n, p in named if "language_model.model.layers." in n and ".lora_" not in n]
+
+    def sharded(attached, some):
+        whole.extend(map(weakref.ref, layers(attached)))
+        return shard(attached, some)
 
     def checked(self, *args, **kwargs):
-        named = self.attached.module.named_parameters()
-        layers = [p for n, p in named if "language_model.model.layers." in n and ".lora_" not in n]
-        assert layers
-        assert all(isinstance(p, DTensor) == wanted for p in layers)
+        assert layers(self.attached)
+        assert all(isinstance(p, DTensor) == wanted for p in layers(self.attached))
         assert not any(isinstance(p, DTensor) for _, p in self.attached.named_parameters())
+        gc.collect()
+        assert bool(whole) == wanted
+        assert not any(kept() is not None for kept in whole)
         return real(self, *args, **kwargs)
 
-    ClearTrainer.train = checked
+    def compute(self, *args, **kwargs):
+        found = loss(self, *args, **kwargs)
+        # What a layer gathered for its forward is given back when the next one computes.
+        assert all(isinstance(p, DTensor) == wanted for p in layers(self.attached))
+        return found
+
+    ClearTrainer.train, training_build.shard_layers, ClearTrainer.compute_loss = checked, sharded, compute
 
 
 def main() -> int:

@@ -1,9 +1,12 @@
 """Writing token by token in place: portions, forks, and on a GPU the captured step."""
 
+import contextlib
+import types
+
 import pytest
 import torch
 
-from clear_adapters.backbones import writer
+from clear_adapters.backbones import graphs, writer
 from clear_adapters.backbones.bagel import autoencoder
 from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.backbones.base import Restoration
@@ -212,3 +215,54 @@ def test_a_step_that_has_run_before_is_captured_at_once(backbone, monkeypatch, f
     same(backbone.write_text(context.fork(), WARM)[1], expected)
     assert events == (["capture", "step", "step", "capture"] if fails else ["capture"])
     assert backbone._warm == {3}
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(backbone, monkeypatch, caplog):
+    context = context_of(backbone)
+    expected = backbone.write_text(context.fork(), WARM)[1]
+    tries = []
+
+    def refuse(work, device):
+        tries.append(device)
+        raise RuntimeError("no graph of this step")
+
+    monkeypatch.setattr("clear_adapters.backbones.bagel.backbone.can_capture", lambda model, device: True)
+    monkeypatch.setattr(writer, "capture", refuse)
+    graphs.tell.cache_clear()
+    monkeypatch.setattr(backbone, "_warm", {3})
+    same(backbone.write_text(context.fork(), WARM)[1], expected)
+    # At once, since such a step has run; then behind one that runs; then no more.
+    assert len(tries) == 2
+    assert backbone._warm == set()
+    assert [r.getMessage().count("no graph of this step") for r in caplog.records] == [1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_capture_ends_by_whatever_error(monkeypatch, error):
+    calls = []
+
+    class Graph:
+        def capture_begin(self, **more):
+            calls.append("begin")
+
+        def capture_end(self):
+            calls.append("end")
+
+        def pool(self):
+            return None
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(
+        graphs, "_capturing", lambda device: types.SimpleNamespace(stream=stream, keeper=Graph())
+    )
+
+    def work():
+        raise error
+
+    with pytest.raises(error):
+        graphs.capture(work, torch.device("cuda"))
+    assert calls == ["begin", "end"]

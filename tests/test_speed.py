@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "speed"))
@@ -392,7 +393,13 @@ def test_the_document_shows_several_gpus(tmp_path, monkeypatch):
     assert "| stage 3, a question in all | 2 | 1.00 s | 3.00 rollouts/s | 75% | 5.0% | 40.0 GB |" in text
     assert "| sft | 2 | ddp | bfloat16 | 1.0e-03 | **3.0e-02** | 0.02 |" in text
     assert "stale" not in text
-    assert (tmp_path / scaling_report.FIGURE).is_file()
+    picture = tmp_path / scaling_report.FIGURE
+    with Image.open(picture) as drawn:
+        wide = drawn.width
+    # Without rollouts there is no panel for them.
+    scaling_report.figure([of_scaling(n, step("sft", "weak", 9_000.0)) for n in (1, 2)], picture)
+    with Image.open(picture) as drawn:
+        assert drawn.width < wide
 
 
 def test_the_document_shows_the_committed_results():

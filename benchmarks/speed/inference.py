@@ -351,8 +351,6 @@ class Bench:
             self.s.sync()
             self.s.add({"part": "compiled", "work": "compiling", "seconds": time.perf_counter() - began})
             self._targets("compiled", state="attached")
-            # What is compiled of one state is of no use to the other, and the compiler keeps few of either.
-            torch._dynamo.reset()
             with self.attached.folded():
                 self._targets("compiled", state="folded")
         finally:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -293,6 +293,10 @@ def equal(files: Sequence[ResultFile]) -> str:
     return f"The built-in model, {devices}, {own[-1].date[:10]}.\n\n{table(head, lines)}"
 
 
+PANELS = ("tokens/s", "rollouts/s", "GPU-seconds a million tokens", "waiting, %", "GB a GPU")
+"""Of the figure; those of which nothing was measured are left out."""
+
+
 def figure(files: Sequence[ResultFile], path: Path) -> None:
     """Rates, cost, waiting and memory against the number of GPUs."""
     import matplotlib
@@ -301,26 +305,47 @@ def figure(files: Sequence[ResultFile], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = Results(files, (*KINDS, "scaling"))
-    drawn, axes = plt.subplots(1, 5, figsize=(17, 3), layout="constrained")
-    labels = ("tokens/s", "rollouts/s", "GPU-seconds a million tokens", "waiting, %", "GB a GPU")
+    series: dict[str, list[tuple[str, str, list[int], list[float]]]] = {}
     for name, part, growth in WORK:
         rows = of_work(found, part, growth)
-        counts = [r["processes"] for r in rows]
-        style: dict[str, Any] = {"marker": "o", "label": name, "linestyle": "-" if growth == "weak" else "--"}
-        axes[1 if part == "grpo" else 0].plot(counts, [rate(r) for r in rows], **style)
-        if part != "grpo":
-            cost = [r["processes"] * 1e6 / r["tokens_per_second"] for r in rows]
-            axes[2].plot(counts, cost, **style)
-        for axis, key, factor in ((axes[3], "waiting", 100), (axes[4], "peak_gb", 1)):
-            known = [r for r in rows if r.get(key) is not None]
-            axis.plot([r["processes"] for r in known], [factor * r[key] for r in known], **style)
-    for axis, label in zip(axes, labels, strict=True):
-        axis.set(xlabel="GPUs", ylabel=label, ylim=(0, None))
-        axis.set_xscale("log", base=2)
+        values: dict[str, Callable[[Row], float | None]] = {
+            "waiting, %": _waiting,
+            "GB a GPU": lambda r: r["peak_gb"],
+        }
+        if part == "grpo":
+            values["rollouts/s"] = rate
+        else:
+            values |= {
+                "tokens/s": rate,
+                "GPU-seconds a million tokens": lambda r: 1e6 * r["processes"] / rate(r),
+            }
+        for label, value in values.items():
+            known = [(r["processes"], v) for r in rows if (v := value(r)) is not None]
+            if known:
+                counts, heights = (list(x) for x in zip(*known, strict=True))
+                series.setdefault(label, []).append((name, growth, counts, heights))
+    shown = [label for label in PANELS if label in series]
+    drawn, axes = plt.subplots(
+        1, len(shown), figsize=(3.4 * len(shown), 3), layout="constrained", squeeze=False
+    )
+    colours = {name: f"C{i}" for i, (name, _, _) in enumerate(WORK)}
+    handles: dict[str, Any] = {}
+    for axis, label in zip(axes[0], shown, strict=True):
+        for name, growth, counts, heights in series[label]:
+            style = "-" if growth == "weak" else "--"
+            (handles[name],) = axis.plot(counts, heights, style, marker="o", color=colours[name])
+        ticks = sorted({n for _, _, counts, _ in series[label] for n in counts})
+        axis.set(xlabel="GPUs", ylabel=label, ylim=(0, None), xscale="log")
+        axis.set_xticks(ticks, [str(n) for n in ticks], minor=False)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-    drawn.legend(*axes[3].get_legend_handles_labels(), loc="outside lower center", ncols=len(WORK))
+    drawn.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles))
     drawn.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(drawn)
+
+
+def _waiting(row: Row) -> float | None:
+    return 100 * row["waiting"] if "waiting" in row else None
 
 
 def sections(files: Sequence[ResultFile]) -> dict[tuple[str, str], str]:

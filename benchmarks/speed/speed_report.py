@@ -100,16 +100,19 @@ def best(found: Results, part: str, facts: dict[str, Any], state: str) -> Row | 
 
 
 def targets(found: Results) -> str:
-    """The targets beside what was measured."""
+    """The targets beside what was measured; those of which nothing was are left out."""
     lines = []
     for work, part, facts, show, authors, limit, most, floor in TARGETS:
+        rows = [best(found, part, facts, state) for state in ("attached", "folded")]
+        if rows == [None, None]:
+            continue
         cells = []
-        for state in ("attached", "folded"):
-            row = best(found, part, facts, state)
+        for row in rows:
             met = row is not None and most is not None and row["seconds"] <= most
             cells.append("–" if row is None else f"**{show(row)}**" if met else show(row))
         lines.append([work, authors, limit, floor or "–", *cells])
-    return table(["work", "authors' code", "ours at most", "floor", "attached", "folded"], lines)
+    head = ["work", "authors' code", "ours at most", "floor", "attached", "folded"]
+    return table(head, lines) if lines else ""
 
 
 def restorations(found: Results) -> str:

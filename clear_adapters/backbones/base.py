@@ -219,7 +219,10 @@ class Backbone(ABC):
     def write_text_steps(
         self, context: Context, sampling: TextSampling, rows: Sequence[int] | None = None
     ) -> Generator[Tensor, None, tuple[Context, list[TextSegment]]]:
-        """Samples a turn, yielding (R,) token ids on the device after each step, -1 in finished rows."""
+        """Samples a turn, yielding (R,) token ids on the device after each step, -1 in finished rows.
+
+        Weights and adapter must stay between the steps what they are at the first.
+        """
 
     @abstractmethod
     def restore_steps(
@@ -232,7 +235,8 @@ class Backbone(ABC):
         """Samples restorations for some rows, yielding the estimates of the clean latents after each step.
 
         `guidance` holds the contexts without thought and without picture. Returns the context with advanced
-        random streams (nothing is read) and one restoration a row.
+        random streams (nothing is read) and one restoration a row. Weights and adapter must stay between the steps what they
+        are at the first.
         """
 
     @abstractmethod

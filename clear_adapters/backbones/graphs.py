@@ -68,8 +68,8 @@ def capture(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGr
                 graph.capture_begin(pool=place.keeper.pool(), capture_error_mode=_MODE)
                 work()
                 graph.capture_end()
-        except RuntimeError:
-            with suppress(RuntimeError):  # a capture that has not ended by the error
+        except BaseException:  # an interrupt too: whatever came afterwards would be captured, or fail
+            with suppress(RuntimeError):  # a capture that has ended by the error
                 graph.capture_end()
             raise
         torch.cuda.current_stream().wait_stream(place.stream)
@@ -85,28 +85,27 @@ def tell(what: str, reason: str) -> None:
 class Repeated:
     """Work that is done again and again over the same tensors: first as it is, then captured, then replayed."""
 
-    def __init__(self, work: Callable[[], None], device: torch.device, what: str) -> None:
+    def __init__(self, device: torch.device, what: str) -> None:
         """Makes ready.
 
         Args:
-            work: as for `capture`.
             device: where it is done.
             what: its name in a warning.
         """
-        self._work, self._device, self._what = work, device, what
+        self._device, self._what = device, what
         self._graph: torch.cuda.CUDAGraph | None = None
         self._done = 0
 
-    def __call__(self) -> None:
-        """Does it."""
+    def __call__(self, work: Callable[[], None]) -> None:
+        """Does the work, which is always the same: as for `capture`. It is not kept, since its owner keeps this."""
         if self._done == 1:
             # What is done once would be captured for nothing, and kernels are compiled and loaded by then.
             try:
-                self._graph = capture(self._work, self._device)
+                self._graph = capture(work, self._device)
             except RuntimeError as error:
                 tell(self._what, str(error))
-        self._done += 1
         if self._graph is None:
-            self._work()
+            work()
         else:
             self._graph.replay()
+        self._done += 1

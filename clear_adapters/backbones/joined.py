@@ -20,7 +20,9 @@ from clear_adapters.lora_linear import LeanLinear, add_low_rank
 
 @dataclass(frozen=True)
 class Joined:
-    """The layers as they were when they were joined; updates are copied, base weights are shared.
+    """The layers as they were when they were joined, for as long as neither they nor their updates change.
+
+    Base weights are shared; of updates the first factors are copied, and what is of another type.
 
     Attributes:
         weight: (outputs of all layers, inputs).
@@ -38,22 +40,6 @@ class Joined:
     seconds: tuple[nn.Parameter, ...] = ()
     scales: tuple[float, ...] = ()
 
-    def holds(self, layers: Sequence[nn.Module]) -> bool:
-        """Whether it is still what `join` gives of the same layers; never with LoRA, whose updates are copied."""
-        if self.first is not None:
-            return False
-        places = [self.weight.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()]
-        for layer in layers:
-            if isinstance(layer, LeanLinear) and not layer.disable_adapters:
-                return False
-            plain: Any = getattr(layer, "base_layer", layer)
-            for i, part in enumerate((plain.weight, plain.bias)):
-                if part is not None:
-                    if part.data_ptr() != places[i]:
-                        return False
-                    places[i] += part.numel() * part.element_size()
-        return True
-
     def __call__(self, x: Tensor) -> Tensor:
         """What the layers give of x (N, inputs), side by side. For passes without gradients."""
         out = F.linear(x, self.weight, self.bias)
@@ -68,23 +54,22 @@ class Apart:
 
     layers: tuple[nn.Module, ...]
 
-    def holds(self, layers: Sequence[nn.Module]) -> bool:
-        """As `Joined`."""
-        return False
-
     def __call__(self, x: Tensor) -> Tensor:
         """As `Joined`."""
         return torch.cat([layer(x) for layer in self.layers], -1)
 
 
+@torch.inference_mode(
+    False
+)  # the weights outlive the caller's mode, in which they would become of no use to training
 @torch.no_grad()
 def join(layers: Sequence[nn.Module]) -> Joined | Apart:
     """Layers as one product, where they can be: not if they are quantized or sharded, or if some are adapted and others not.
 
     Base weights that do not yet lie one behind the other are moved there; they keep their values and stay the same parameters.
     """
-    plain: list[Any] = [getattr(layer, "base_layer", layer) for layer in layers]
     adapted = [layer for layer in layers if isinstance(layer, LeanLinear) and not layer.disable_adapters]
+    plain: list[Any] = [layer.base_layer if isinstance(layer, LeanLinear) else layer for layer in layers]
     if not _can_join(layers, plain, adapted):
         return Apart(tuple(layers))
     weights, biases = [layer.weight for layer in plain], [layer.bias for layer in plain]
@@ -105,12 +90,14 @@ def join(layers: Sequence[nn.Module]) -> Joined | Apart:
 def _can_join(layers: Sequence[nn.Module], plain: Sequence[Any], adapted: Sequence[LeanLinear]) -> bool:
     if len(adapted) not in (0, len(layers)) or not all(layer.is_plain() for layer in adapted):
         return False
+    if any(isinstance(layer, LeanLinear) and layer.merged for layer in layers):
+        return False  # PEFT takes such an update out before it computes
     if any(type(layer) is not nn.Linear for layer in plain):
         return False
     first, alike = plain[0], {(layer.weight.dtype, layer.weight.device) for layer in plain}
     if len(alike) > 1 or any((layer.bias is None) != (first.bias is None) for layer in plain):
         return False
-    # Shards, and the hooks that gather them, are of other types.
+    # Shards are of another type.
     return all(type(layer.weight) is nn.Parameter and type(layer.weight.data) is Tensor for layer in plain)
 
 

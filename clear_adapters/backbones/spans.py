@@ -84,7 +84,7 @@ def _attend(
     mask: Tensor | None = None
     causal = not span.full and not span.seen
     if not span.full and not causal:
-        if query.is_cuda and query.element_size() == 2:
+        if query.element_size() == 2 and _has_flash(query.device):
             # The fastest kernels know a block at the end of its keys, as long as nobody writes its mask out for them.
             ending = causal_lower_right(span.tokens, key.shape[1])
             return _whole(query, key, value, attn_mask=ending, enable_gqa=shared > 1)
@@ -94,6 +94,12 @@ def _attend(
         # Neither the kernel that takes masks nor that for 32-bit types takes grouped heads.
         key, value, shared = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0), 1
     return _whole(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=shared > 1)
+
+
+def _has_flash(device: torch.device) -> bool:
+    if device.type != "cuda" or not torch.backends.cuda.flash_sdp_enabled():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _whole(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:

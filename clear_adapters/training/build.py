@@ -172,8 +172,7 @@ def trainer_for(
             "several by torchrun"
         )
     if loop.shard:
-        adapter = [p for _, p in attached.named_parameters()]
-        shard_layers(attached.module, decoder_layers(attached), adapter)
+        shard_layers(attached, decoder_layers(attached))
     order = Order(
         *(examples, loop.steps * loop.batch, loop.seed),
         batch=loop.batch,

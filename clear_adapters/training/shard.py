@@ -16,16 +16,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from clear_adapters.attached import AttachedModel
 from clear_adapters.errors import ClearValueError
 
 
-def shard_layers(module: nn.Module, layers: Iterable[nn.Module], adapter: Iterable[nn.Parameter]) -> None:
-    """Spreads the weights of layers over all processes; the group has to exist.
+def shard_layers(attached: AttachedModel, layers: Iterable[nn.Module]) -> None:
+    """Spreads the base's weights of some layers over all processes, for good; the group has to exist.
 
     Args:
-        module: what DDP will wrap; it is told to leave the shards alone.
+        attached: the model; what the adapter adds stays whole, and DDP, which will wrap its module, is told to leave the
+            shards alone.
         layers: each is gathered while it computes, forward and backward.
-        adapter: parameters that stay whole.
 
     Raises:
         ClearValueError: there is one process only.
@@ -34,11 +35,14 @@ def shard_layers(module: nn.Module, layers: Iterable[nn.Module], adapter: Iterab
         raise ClearValueError(
             "loop.shard=True spreads the base over processes, and this is one: use torchrun"
         )
-    whole = set(adapter)
+    whole = {p for _, p in attached.named_parameters()}
     for layer in layers:
-        fully_shard(layer, ignored_params=whole & set(layer.parameters()))
-    shards = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, shards)
+        # Told, since a layer that stands in no other sharded module would stay gathered after its forward.
+        fully_shard(layer, ignored_params=whole & set(layer.parameters()), reshard_after_forward=True)
+    # What detaching puts back would keep the whole weights in memory beside the shards.
+    attached.adopt_base()
+    shards = [name for name, p in attached.module.named_parameters() if isinstance(p, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(attached.module, shards)
 
 
 @contextmanager

@@ -598,10 +598,12 @@ class FlowPasses:
         self._rows = Rows(contexts, tokens) if fast.takes("rows", backbone.device) else None
         self._joint: dict[int, Context] = {}
         self._frames: dict[int, tuple[Frame, Tensor]] = {}
-        self._products = backbone.model.language_model.model.products(flow=True)
         self._contexts = list(contexts)
         self._repeated: dict[int, tuple[Repeated, Tensor]] = {}
+        if self._rows is None:
+            return
         device = backbone.device
+        self._products = backbone.model.language_model.model.products(flow=True)
         self._x = torch.zeros(*valid.shape, backbone.latent_width, device=device)
         self._time = torch.zeros(1, device=device)
         # The casts of autocast do not outlive the caller's step.
@@ -621,10 +623,9 @@ class FlowPasses:
             return list(self._pass(copies).chunk(copies))
         if copies not in self._repeated:
             found = self._x.new_empty(copies * len(self._x), *self._x.shape[1:])
-            work = partial(self._pass_into, found, copies)
-            self._repeated[copies] = Repeated(work, x.device, "a step of a flow"), found
+            self._repeated[copies] = Repeated(x.device, "a step of a flow"), found
         repeated, found = self._repeated[copies]
-        repeated()
+        repeated(partial(self._pass_into, found, copies))
         return list(found.chunk(copies))
 
     def _pass_into(self, found: Tensor, copies: int) -> None:

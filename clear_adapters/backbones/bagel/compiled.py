@@ -33,22 +33,13 @@ class Products:
     """
 
     def __init__(self, layer: Any, suffix: str) -> None:
-        self._layer, self._suffix = layer, suffix
-        of_heads, self.out, of_rise, self.fall = self._modules()
-        self.heads, self.rise = join(of_heads), join(of_rise)
+        attention, mlp = layer.self_attn, getattr(layer, f"mlp{suffix}")
+        self.heads = join([getattr(attention, f"{n}_proj{suffix}") for n in "qkv"])
+        self.out = getattr(attention, f"o_proj{suffix}")
+        self.rise = join([mlp.gate_proj, mlp.up_proj])
+        self.fall = mlp.down_proj
         self.norms = [getattr(layer, f"{n}_layernorm{suffix}") for n in ("input", "post_attention")]
-        self.head_norms = [getattr(layer.self_attn, f"{n}_norm{suffix}") for n in "qk"]
-
-    def _modules(self) -> tuple[list[Any], Any, list[Any], Any]:
-        attention, mlp = self._layer.self_attn, getattr(self._layer, f"mlp{self._suffix}")
-        heads = [getattr(attention, f"{n}_proj{self._suffix}") for n in "qkv"]
-        return heads, getattr(attention, f"o_proj{self._suffix}"), [mlp.gate_proj, mlp.up_proj], mlp.down_proj
-
-    def holds(self) -> bool:
-        """Whether the layer still has these modules, with the weights that were joined."""
-        heads, out, rise, fall = self._modules()
-        same = self.out is out and self.fall is fall
-        return same and self.heads.holds(heads) and self.rise.holds(rise)
+        self.head_norms = [getattr(attention, f"{n}_norm{suffix}") for n in "qk"]
 
 
 class Compiled:
@@ -61,21 +52,17 @@ class Compiled:
             backend: of `torch.compile`.
         """
         make = partial(torch.compile, backend=backend)
-        self._norm, self._gate, self._weights = make(_norm), make(_gate), make(weigh_scores)
+        self._norm, self._add_norm = make(_norm), make(_add_norm)
+        self._gate, self._weights = make(_gate), make(weigh_scores)
         self._token_heads, self._block_heads = make(_token_heads), make(_block_heads)
-        self._kept: dict[bool, list[list[Products]]] = {}
 
     def _weigh(self, scores: Tensor, bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         return self._weights(_many(scores, 0, 3), _many(bias, 0, 3), scale, dtype)
 
     def products(self, layers: Sequence[nn.Module], flow: bool) -> list[list[Products]]:
         """Of each layer, for the passes of a turn or, with both experts, of a flow."""
-        kept = self._kept.get(flow)
-        if kept is None or not all(p.holds() for experts in kept for p in experts):
-            suffixes = _SUFFIXES if flow else _SUFFIXES[:1]
-            kept = [[Products(layer, suffix) for suffix in suffixes] for layer in layers]
-            self._kept[flow] = kept
-        return kept
+        suffixes = _SUFFIXES if flow else _SUFFIXES[:1]
+        return [[Products(layer, suffix) for suffix in suffixes] for layer in layers]
 
     def run(
         self, layers: Sequence[Any], und: Tensor, gen: Tensor, frame: Frame, cache: Slots | Rows
@@ -97,7 +84,11 @@ class Compiled:
         for layer, experts in zip(layers, frame.products, strict=True):
             attention = layer.self_attn
             eps = attention.q_norm.eps
-            states, seen = self._norm(states, added, [e.norms[0].weight for e in experts], eps)
+            weights = [e.norms[0].weight for e in experts]
+            if added:
+                states, seen = self._add_norm(states, added, weights, eps)
+            else:
+                seen = self._norm(states, weights, eps)
             parts = [_many(e.heads(x)) for e, x in zip(experts, seen, strict=True)]
             norms = [n.weight for e in experts for n in e.head_norms]
             if isinstance(cache, Rows):
@@ -113,7 +104,7 @@ class Compiled:
                 q = self._token_heads(parts[0], norms, cos, sin, eps, keys, values, cache.place)
                 outs = [attention.attend_one(q, keys, values, frame, self._weigh)]
             added = [_many(e.out(x)) for e, x in zip(experts, outs, strict=True)]
-            states, seen = self._norm(states, added, [e.norms[1].weight for e in experts], eps)
+            states, seen = self._add_norm(states, added, [e.norms[1].weight for e in experts], eps)
             rises = [_many(e.rise(x)) for e, x in zip(experts, seen, strict=True)]
             added = [_many(e.fall(x)) for e, x in zip(experts, self._gate(rises), strict=True)]
         states = [x + y for x, y in zip(states, added, strict=True)]
@@ -130,13 +121,17 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def _norm(
+def _norm(states: list[Tensor], weights: list[Tensor], eps: float) -> list[Tensor]:
+    """Of each expert."""
+    return [_rms(x, w, eps) for x, w in zip(states, weights, strict=True)]
+
+
+def _add_norm(
     states: list[Tensor], added: list[Tensor], weights: list[Tensor], eps: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """States with what was added to them, and both normalised."""
-    if added:
-        states = [x + y for x, y in zip(states, added, strict=True)]
-    return states, [_rms(x, w, eps) for x, w in zip(states, weights, strict=True)]
+    """The states of each expert with what is added to them, and those normalised."""
+    states = [x + y for x, y in zip(states, added, strict=True)]
+    return states, _norm(states, weights, eps)
 
 
 def _gate(rises: list[Tensor]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import SiglipVisionConfig
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
@@ -316,9 +317,8 @@ class Decoder(nn.Module):
         self.compiled_training: CompiledTraining | None = None
 
     def products(self, flow: bool) -> list[list[Products]] | None:
-        """For the passes of a turn, or of a flow; None where they are not compiled."""
-        # Under autocast sums and products have types of their own.
-        if self.compiled is None or torch.is_autocast_enabled(self.embed_tokens.weight.device.type):
+        """For the passes of a turn, or of a flow, as the layers are now; None where they are not compiled, or in shards."""
+        if self.compiled is None or any(isinstance(m, FSDPModule) for m in self.modules()):
             return None
         return self.compiled.products(list(self.layers), flow)
 
@@ -343,7 +343,9 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """Runs all layers; returns the states before the final norms, and those after the layers asked for."""
         kept: dict[int, tuple[Tensor, Tensor]] = {}
-        if self.compiled is not None and frame.products is not None and isinstance(cache, Slots | Rows):
+        # Under autocast sums and products have types of their own.
+        plain = frame.products is None or torch.is_autocast_enabled(und.device.type)
+        if self.compiled is not None and not plain and isinstance(cache, Slots | Rows):
             return *self.compiled.run(list(self.layers), und, gen, frame, cache), kept
         for i, layer in enumerate(self.layers):
             if cache is None:
