@@ -392,11 +392,15 @@ def test_autocast_that_begins_within_a_turn_takes_the_plain_way(attached):
     with torch.autocast("cpu", torch.bfloat16):
         expected = b.write_text(context.fork(), sampling)[1]
     b.set_compiled(True, "eager")
-    steps = b.write_text_steps(context.fork(), sampling)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(StopIteration) as ended:
-        while True:
-            next(steps)
-    assert ended.value.value[1][0].ids.tolist() == expected[0].ids.tolist()
+    ends, begun = [], b.write_text_steps(context.fork(), sampling)
+
+    def watched():
+        ends.append((yield from begun))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in watched():
+            pass
+    assert ends[0][1][0].ids.tolist() == expected[0].ids.tolist()
     b.set_compiled(False)
 
 

@@ -59,9 +59,7 @@ class Apart:
         return torch.cat([layer(x) for layer in self.layers], -1)
 
 
-@torch.inference_mode(
-    False
-)  # the weights outlive the caller's mode, in which they would become of no use to training
+@torch.inference_mode(False)  # the weights outlive the caller's mode, and may be trained
 @torch.no_grad()
 def join(layers: Sequence[nn.Module]) -> Joined | Apart:
     """Layers as one product, where they can be: not if they are quantized or sharded, or if some are adapted and others not.
