@@ -162,7 +162,7 @@ def main() -> int:
     # Without arguments, which are places on a disk.
     result = ResultFile.collect("builder_speed", payload, device="CPU", seeds=[0], command="builder.py")
     result.write(args.output)
-    print(table(payload))
+    print(render(result))
     return 0
 
 
