@@ -1,6 +1,7 @@
 """Adapters on the Hub: pushed by the real client to a server on this machine, and loaded from it."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from clear_adapters.cli import main
 from clear_adapters.config import LoraSettings
 from clear_adapters.errors import AdapterError, ClearValueError
 from clear_adapters.hub.push import push_folder
-from tests.hub_client import DEPRECATED, ROOT, answer_elsewhere, turn_to
+from tests.hub_client import ANSWER, DEPRECATED, ROOT, answer_elsewhere, turn_to
 from tests.local_hub import COMMIT, card_of, git_oid, local_hub, serve
 
 pytestmark = pytest.mark.filterwarnings(DEPRECATED)
@@ -53,11 +54,13 @@ def same(files, folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_pushed_and_loaded_in_a_new_process(hub, model, tmp_path):
+def test_pushed_and_loaded_in_a_new_process(hub, model, tmp_path, capsys, monkeypatch):
     pushed = model.push_to_hub("user/mine", private=True)
     assert set(hub.repo("user/mine").files()) == FILES | {".gitattributes", "README.md"}
     assert [message for _, message in hub.repo("user/mine").log] == ["initial commit", "Upload CLEAR adapter"]
-    local = answer_elsewhere(hub, tmp_path / "hf1", {"adapter": "builtin:clear-bagel-tiny"})
+    monkeypatch.setattr("sys.argv", ["", json.dumps({"adapter": "builtin:clear-bagel-tiny"})])
+    exec(compile(ANSWER, "answer", "exec"), {})
+    local = json.loads(capsys.readouterr().out.splitlines()[-1])
     found = answer_elsewhere(hub, tmp_path / "hf2", {"adapter": "user/mine", "token": "hf_test"})
     assert found == {**local, "commit": pushed.commit}
     # From the cache alone, with no server to ask.
