@@ -95,6 +95,11 @@ def check_shards(wanted: bool) -> None:
         assert layers(self.attached)
         assert all(isinstance(p, DTensor) == wanted for p in layers(self.attached))
         assert not any(isinstance(p, DTensor) for _, p in self.attached.named_parameters())
+        # Compiled answers would read gathered layers, which look like any others.
+        backbone = self.attached.backbone
+        backbone.set_compiled(True, "eager")
+        assert (backbone.model.language_model.model.products(flow=True) is None) == wanted
+        backbone.set_compiled(False)
         gc.collect()
         assert bool(whole) == wanted
         assert not any(kept() is not None for kept in whole)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from clear_adapters.backbones import fast
 from clear_adapters.backbones.bagel.autoencoder import decode_tokens
-from clear_adapters.backbones.bagel.backbone import BagelBackbone, FlowPasses
+from clear_adapters.backbones.bagel.backbone import BagelBackbone
 from clear_adapters.backbones.bagel.checkpoint import load_checkpoint
+from clear_adapters.backbones.bagel.flow import flow_passes
 from clear_adapters.backbones.bagel.images import to_patches
 from clear_adapters.backbones.bagel.packing import Marks
 from clear_adapters.backbones.base import Context, Restoration
@@ -113,7 +114,7 @@ def velocities(backbone, contexts, expected, t):
     x = expected["in.noise"][None]
     with torch.no_grad():
         own = [contexts[k] for k in ("think", "question", "no_image")]
-        return FlowPasses(backbone, own, places, valid, [14]).velocities(x, t, 3)
+        return flow_passes(backbone, own, places, valid, [14]).velocities(x, t, 3)
 
 
 @pytest.mark.parametrize("on", [False, True], ids=["plain", "fast"])

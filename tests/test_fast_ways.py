@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import Linear
 from clear_adapters import attach
 from clear_adapters.backbones import fast, graphs, writer
 from clear_adapters.backbones.bagel import backbone as bagel
+from clear_adapters.backbones.bagel import flow
 from clear_adapters.backbones.bagel.model import attend_by_products
 from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.backbones.joined import Apart, join
@@ -368,18 +369,18 @@ def test_nothing_of_folded_weights_stays():
 
 
 def test_a_flow_that_is_done_leaves_nothing(attached, monkeypatch):
-    made, passes = [], bagel.FlowPasses
+    made, passes = [], bagel.flow_passes
     monkeypatch.setattr(
-        bagel, "FlowPasses", lambda *given: made.append(weakref.ref(flow := passes(*given))) or flow
+        bagel, "flow_passes", lambda *given: made.append(weakref.ref(own := passes(*given))) or own
     )
-    monkeypatch.setattr(bagel, "can_capture", lambda model, device: True)
+    monkeypatch.setattr(flow, "can_capture", lambda model, device: True)
     monkeypatch.setattr(writer.Writer, "_captured", lambda self: None)
     monkeypatch.setattr(graphs, "capture", lambda work, device: types.SimpleNamespace(replay=lambda: None))
     gc.disable()
     try:
         with fast.switched("rows", on=True):
             rollouts(attached, rows=1)
-        assert [flow() for flow in made] == [None]
+        assert [own() for own in made] == [None]
     finally:
         gc.enable()
 
@@ -455,11 +456,11 @@ def test_captured_steps_of_a_flow_give_what_others_do(attached, monkeypatch, lat
                 replayed.append(self.work())
 
         monkeypatch.setattr(graphs, "capture", lambda work, device: Graph(work))
-        monkeypatch.setattr(bagel, "can_capture", lambda model, device: True)
+        monkeypatch.setattr(flow, "can_capture", lambda model, device: True)
         monkeypatch.setattr(writer.Writer, "_captured", lambda self: None)
         assert_same(rollouts(attached, latent), expected, tolerance=0)
         assert len(replayed) == 3  # of four passes
-        monkeypatch.setattr(bagel, "_CAPTURED", 8)
+        monkeypatch.setattr(flow, "_CAPTURED", 8)
         replayed.clear()
         rollouts(attached, latent)
     assert not replayed
@@ -580,7 +581,7 @@ def test_captured_steps_of_a_flow_on_a_gpu(monkeypatch, latent):
     found = rollouts(attached, latent)
     assert len(captured) == 1
     again = rollouts(attached, latent)
-    monkeypatch.setattr(bagel, "_CAPTURED", 0)
+    monkeypatch.setattr(flow, "_CAPTURED", 0)
     expected = rollouts(attached, latent)
     assert_same(found, expected)
     assert_same(again, expected)

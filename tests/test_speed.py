@@ -216,12 +216,12 @@ def test_restorations_and_steps_have_tables():
         {"part": "restoration", "side": side, "batch": 1, "guided": guided, "seconds": 2.0, "peak_gb": 31.0}
         for side, guided in ((512, True), (512, False), (1024, True))
     ]
-    step = {"seconds": 2.0, "tokens_per_second": 9000.0, "rows": 8, "peak_gb": 60.0}
+    step = {"seconds": 2.0, "tokens_per_second": 9000.0, "rows": 8, "row_tokens": 5120, "peak_gb": 60.0}
     steps = [step | {"part": "grid", "checkpointing": False, "compile": True}]
     shown = speed_report.render([made(rows), made(steps, "training")])
     assert "| 512 x 512 | 1 | 2.00 s | 2.00 s | 31 GB |" in shown
     assert "| 1024 x 1024 | 1 | 2.00 s | – | 31 GB |" in shown
-    assert "| 8 rows, compiled, no checkpointing | 2.00 s, 9,000 tokens/s, 60 GB |" in shown
+    assert "| 8 x 5,120 tokens, compiled, no checkpointing | 2.00 s, 9,000 tokens/s, 60 GB |" in shown
 
 
 def test_the_report_is_put_between_its_markers(tmp_path, monkeypatch):

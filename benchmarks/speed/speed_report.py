@@ -135,15 +135,19 @@ def restorations(found: Results) -> str:
 
 def trainings(found: Results) -> str:
     """Supervised steps with other numbers of rows, without checkpointing, compiled."""
+    grid = found.each("grid")
+    if not grid:
+        return ""
     lines = []
-    for r in [*found.each("sft"), *found.each("grid")]:
+    for r in [*found.each("sft"), *grid]:
         how = [
             w
             for w, given in (("compiled", r["compile"]), ("no checkpointing", not r["checkpointing"]))
             if given
         ]
-        lines.append([f"{r['rows']} rows" + "".join(f", {w}" for w in how), training(r)])
-    return table(["SFT step", "rows of 5,120 tokens"], lines) if found.each("grid") else ""
+        size = f"{r['rows']} x {r['row_tokens']:,} tokens"
+        lines.append([", ".join((size, *how)), training(r)])
+    return table(["SFT step", "measured"], lines)
 
 
 def ways(found: Results) -> str:

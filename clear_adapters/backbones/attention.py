@@ -28,8 +28,7 @@ _FASTEST = [SDPBackend.CUDNN_ATTENTION, *_KERNELS]
 def one_shape() -> Iterator[None]:
     """Attention with cuDNN's kernels where there are any, for a shape that comes again and again.
 
-    They are the fastest for a block of a thousand tokens, and the steps of one flow, through all layers, win more than the plan
-    costs.
+    They build a plan for the shape, which then serves every layer and step of a flow.
     """
     with sdpa_kernel(_FASTEST, set_priority=True):
         yield

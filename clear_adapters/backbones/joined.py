@@ -1,7 +1,6 @@
 """Linear layers that read the same input, as one product.
 
-A step of text waits for each product to begin: one over the weights of queries, keys and values takes little longer than that
-of the queries alone. The weights are laid one behind the other in memory, so that the joined tensor is no copy of them.
+A step of text is bound by reading weights, and each small product leaves a GPU idle before the next begins. The weights are laid one behind the other in memory, so that the joined tensor is no copy of them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ class Joined:
     Attributes:
         weight: (outputs of all layers, inputs).
         bias: (outputs,), or None.
-        sizes: outputs of each layer.
         first: (ranks of all layers, inputs), the first factors of their updates; None without LoRA.
         seconds: (outputs, rank) of each layer.
         scales: of each update.
@@ -35,7 +33,6 @@ class Joined:
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    sizes: tuple[int, ...]
     first: nn.Parameter | None = None
     seconds: tuple[nn.Parameter, ...] = ()
     scales: tuple[float, ...] = ()
@@ -72,7 +69,7 @@ def join(layers: Sequence[nn.Module]) -> Joined | Apart:
         return Apart(tuple(layers))
     weights, biases = [layer.weight for layer in plain], [layer.bias for layer in plain]
     bias = None if biases[0] is None else _fixed(_side_by_side(biases))
-    joined = Joined(_fixed(_side_by_side(weights)), bias, tuple(layer.out_features for layer in plain))
+    joined = Joined(_fixed(_side_by_side(weights)), bias)
     if not adapted:
         return joined
     dtype = weights[0].dtype

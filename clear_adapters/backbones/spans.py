@@ -85,7 +85,7 @@ def _attend(
     causal = not span.full and not span.seen
     if not span.full and not causal:
         if query.element_size() == 2 and _has_flash(query.device):
-            # The fastest kernels know a block at the end of its keys, as long as nobody writes its mask out for them.
+            # Flash attention takes no mask, and knows a block at the end of its keys without.
             ending = causal_lower_right(span.tokens, key.shape[1])
             return _whole(query, key, value, attn_mask=ending, enable_gqa=shared > 1)
         before = key.shape[1] - span.tokens

@@ -96,7 +96,7 @@ class Writer:
         """Room behind a context for the next portion of tokens."""
         portion = self._room or _PORTIONS.get(context.position.device.type, _PORTION)
         stop = context.length + min(portion, self._limit - self.steps)
-        # Products over other lengths take kernels that are several times as slow on a GPU.
+        # Products over other lengths take kernels without loads of 16 bytes.
         room = context.cache.reserve(context.length, -(-stop // _ALIGNED) * _ALIGNED - context.length)
         # The room is taken at once: what is appended to a fork of the context meanwhile goes elsewhere.
         room.commit()

@@ -20,17 +20,17 @@ from clear_adapters.backbones import fast
 from clear_adapters.backbones.bagel.autoencoder import decode_tokens, encode_pixels
 from clear_adapters.backbones.bagel.checkpoint import load_checkpoint, save_checkpoint
 from clear_adapters.backbones.bagel.compiled import Compiled, CompiledTraining, Products
+from clear_adapters.backbones.bagel.flow import flow_passes
 from clear_adapters.backbones.bagel.images import prepare_image
 from clear_adapters.backbones.bagel.model import BagelModel, Frame
 from clear_adapters.backbones.bagel.packing import Marks, Packer, grid_places, pad_patches
 from clear_adapters.backbones.bagel.spec import SPEC
 from clear_adapters.backbones.base import Backbone, Context, FlowTrace, Restoration, named_rows
-from clear_adapters.backbones.cache import Cache, Slots, stack
-from clear_adapters.backbones.graphs import Repeated, can_capture
+from clear_adapters.backbones.cache import Cache, Slots
+from clear_adapters.backbones.graphs import can_capture
 from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
 from clear_adapters.backbones.pixels import to_pil
 from clear_adapters.backbones.quantized import check_quantization, is_quantized
-from clear_adapters.backbones.rows import Rows
 from clear_adapters.backbones.spans import LONG
 from clear_adapters.backbones.writer import Writer, write_turn
 from clear_adapters.errors import CheckpointError, ClearValueError
@@ -49,9 +49,6 @@ from clear_adapters.transcript import TextSegment
 if TYPE_CHECKING:
     from clear_adapters.bridge import LatentBridge
 
-_CAPTURED = 4096
-"""Tokens of a flow's pass up to which it is captured: with more, a GPU takes longer for a layer than the host, and a graph holds
-gigabytes."""
 _MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
@@ -344,7 +341,7 @@ class BagelBackbone(Backbone):
         present = [
             i < len(guidance) and guidance[i] is not None and scale > 1 for i, scale in enumerate(scales)
         ]
-        flow = FlowPasses(self, [own, *branches], places, valid, [int(c) + 2 for c in counts])
+        flow = flow_passes(self, [own, *branches], places, valid, [int(c) + 2 for c in counts])
         random = own.random.clone()
         shape = (own.rows, int(counts.max()), self.latent_width)
         x = random.normal(shape[1] * shape[2]).view(shape) * valid[..., None]
@@ -412,12 +409,12 @@ class BagelBackbone(Backbone):
             seen = valid.new_zeros(context.rows, valid.shape[1])
             wide[list(names)], seen[list(names)] = tokens, valid
             tokens, valid = wide, seen
-        step = self._image_pass(context, tokens, valid, generation, names)
+        step = self.image_pass(context, tokens, valid, generation, names)
         moved = torch.zeros_like(context.position)
         moved[list(names)] = 1
         return replace(step.context, position=context.position + moved)
 
-    def _image_pass(
+    def image_pass(
         self,
         context: Context,
         tokens: Tensor,
@@ -569,110 +566,6 @@ class _Step:
     def scratch(self) -> Cache:
         """The cache without the block, where the next pass finds room."""
         return self._room.again()
-
-
-class FlowPasses:
-    """The passes of one flow: the same block of latent tokens, with other latents in it, behind contexts that stay.
-
-    With the fast way `rows`, what does not change from step to step is laid out once, and nothing waits for the device.
-    """
-
-    def __init__(
-        self,
-        backbone: BagelBackbone,
-        contexts: Sequence[Context],
-        places: Tensor,
-        valid: Tensor,
-        tokens: Sequence[int],
-    ) -> None:
-        """Makes ready.
-
-        Args:
-            backbone: the model.
-            contexts: of R rows each; the guidance branches come behind the first.
-            places: (R, N) int64, grid places of the latent tokens.
-            valid: (R, N) bool, False at padding.
-            tokens: of each row's block, its two marks included.
-        """
-        self._backbone, self._places, self._valid = backbone, places, valid
-        self._rows = Rows(contexts, tokens) if fast.takes("rows", backbone.device) else None
-        self._joint: dict[int, Context] = {}
-        self._frames: dict[int, tuple[Frame, Tensor]] = {}
-        self._contexts = list(contexts)
-        self._repeated: dict[int, tuple[Repeated, Tensor]] = {}
-        if self._rows is None:
-            return
-        device = backbone.device
-        self._products = backbone.model.language_model.model.products(flow=True)
-        self._x = torch.zeros(*valid.shape, backbone.latent_width, device=device)
-        self._time = torch.zeros(1, device=device)
-        # The casts of autocast do not outlive the caller's step.
-        self._captures = can_capture(backbone.model, device) and not torch.is_autocast_enabled(device.type)
-
-    def velocities(self, x: Tensor, t: float, copies: int) -> list[Tensor]:
-        """Velocities (R, N, C) float32 of latents behind each of the first `copies` contexts; nothing is read.
-
-        They stay until the next call.
-        """
-        if self._rows is None:
-            return list(self._masked(x, t, copies).chunk(copies))
-        self._x.copy_(x)
-        self._time.fill_(t)
-        tokens = copies * self._valid.shape[0] * (self._valid.shape[1] + 2)
-        if not self._captures or tokens > _CAPTURED:
-            return list(self._pass(copies).chunk(copies))
-        if copies not in self._repeated:
-            found = self._x.new_empty(copies * len(self._x), *self._x.shape[1:])
-            self._repeated[copies] = Repeated(x.device, "a step of a flow"), found
-        repeated, found = self._repeated[copies]
-        repeated(partial(self._pass_into, found, copies))
-        return list(found.chunk(copies))
-
-    def _pass_into(self, found: Tensor, copies: int) -> None:
-        found.copy_(self._pass(copies))
-
-    def _pass(self, copies: int) -> Tensor:
-        """Velocities of the latents and the time that are in place, (copies R, N, C)."""
-        assert self._rows is not None
-        model = self._backbone.model
-        frame, edges = self._frame(copies)
-        every, places = self._x.repeat(copies, 1, 1), self._places.repeat(copies, 1)
-        # Not a view of (B, N, D): to the compiler those are another kind.
-        tokens = model.embed_latents(every.flatten(0, 1), places.flatten(), self._time)
-        _, gen, _ = model.language_model.model(edges, tokens, frame, self._rows.first(copies))
-        return model.velocity(gen).view(every.shape) * self._valid.repeat(copies, 1)[..., None]
-
-    def _masked(self, x: Tensor, t: float, copies: int) -> Tensor:
-        """The same behind contexts with holes."""
-        model = self._backbone.model
-        every, valid = x.repeat(copies, 1, 1), self._valid.repeat(copies, 1)
-        if copies not in self._joint:
-            some = self._contexts[:copies]
-            self._joint[copies] = some[0] if copies == 1 else stack(some)
-        context = self._joint[copies]
-        time = torch.full((1,), t, device=x.device)
-        tokens = model.embed_latents(every, self._places.repeat(copies, 1), time)
-        step = self._backbone._image_pass(context, tokens, valid, generation=True)
-        self._joint[copies] = replace(context, cache=step.scratch)
-        return model.velocity(step.gen).view(every.shape) * valid[..., None]
-
-    def _frame(self, copies: int) -> tuple[Frame, Tensor]:
-        """The layout of a pass, and the embeddings of its marks (2 copies R, D)."""
-        if copies not in self._frames:
-            model, marks = self._backbone.model, self._backbone.marks
-            decoder, device = model.language_model.model, self._places.device
-            b, length = copies * self._places.shape[0], self._places.shape[1] + 2
-            table = torch.arange(b * length).view(b, length)
-            und, gen = table[:, [0, -1]].flatten().to(device), table[:, 1:-1].flatten().to(device)
-            position = torch.cat([c.position for c in self._contexts[:copies]])
-            cos, sin = decoder.rotary(position[:, None].expand(b, length))
-            ends = torch.tensor([marks.image_start, marks.image_end]).to(device)
-            edges = decoder.embed_tokens(ends).repeat(b, 1)
-            self._frames[copies] = (
-                Frame((b, length), und, gen, cos, sin, None, products=self._products),
-                edges,
-            )
-        return self._frames[copies]
 
 
 def _split(x: Tensor, grids: list[tuple[int, int]], sizes: list[tuple[int, int]]) -> list[Restoration]:

@@ -1,7 +1,7 @@
 """BAGEL's layers with what stands between the matrix products compiled into few kernels.
 
-What is compiled are functions of tensors alone. A compiled function of a layer would have the host look through the layer's
-modules at every call, which takes longer than a GPU needs for it.
+What is compiled are functions of tensors alone: of a compiled function of a layer the host looks through all of the layer's modules
+at every call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear_adapters.backbones.bagel.model import Frame, rotate, weigh_scores
+from clear_adapters.backbones.bagel.model import Frame, Layer, rotate, weigh_scores
 from clear_adapters.backbones.cache import Slots
 from clear_adapters.backbones.joined import join
 from clear_adapters.backbones.rows import Rows
@@ -30,6 +30,8 @@ class Products:
         out: of attention.
         rise: (N, D) to both halves of the MLP, (N, 2 F).
         fall: (N, F) to (N, D).
+        norms: before attention and behind it.
+        head_norms: of queries and of keys.
     """
 
     def __init__(self, layer: Any, suffix: str) -> None:
@@ -187,14 +189,6 @@ def _split(x: Tensor, shared: int, dim: int) -> tuple[Tensor, ...]:
     return x.split([x.shape[dim] - 2 * shared, shared, shared], dim)
 
 
-def _enter(layer: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return layer.enter(*given)
-
-
-def _leave(layer: Any, *given: Any) -> tuple[Tensor, Tensor]:
-    return layer.leave(*given)
-
-
 class CompiledTraining:
     """A layer of training in two compiled parts, and its attention as it is between them.
 
@@ -208,8 +202,8 @@ class CompiledTraining:
         Args:
             backend: of `torch.compile`.
         """
-        self._enter = torch.compile(_enter, dynamic=True, backend=backend)
-        self._leave = torch.compile(_leave, dynamic=True, backend=backend)
+        self._enter = torch.compile(Layer.enter, dynamic=True, backend=backend)
+        self._leave = torch.compile(Layer.leave, dynamic=True, backend=backend)
 
     def __call__(self, layer: Any, und: Tensor, gen: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
         """As `Layer.forward` of a layer."""

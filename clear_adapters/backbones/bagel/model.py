@@ -318,7 +318,7 @@ class Decoder(nn.Module):
 
     def products(self, flow: bool) -> list[list[Products]] | None:
         """For the passes of a turn, or of a flow, as the layers are now; None where they are not compiled, or in shards."""
-        if self.compiled is None or any(isinstance(m, FSDPModule) for m in self.modules()):
+        if self.compiled is None or any(isinstance(layer, FSDPModule) for layer in self.layers):
             return None
         return self.compiled.products(list(self.layers), flow)
 
