@@ -33,6 +33,35 @@ def add_low_rank(out: Tensor, low: Tensor, seconds: Sequence[Tensor], scales: Se
         part.addmm_(own, second.t(), alpha=scale)
 
 
+def _adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    first: Tensor,
+    seconds: Sequence[Tensor],
+    scales: Sequence[float],
+) -> Tensor:
+    out = F.linear(x, weight, bias)
+    add_low_rank(out, F.linear(x, first), seconds, scales)
+    return out
+
+
+adapted_linear = torch.library.custom_op(
+    "clear_adapters::adapted_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor first, Tensor[] seconds, float[] scales) -> Tensor",
+)(_adapted_linear)
+"""Layers of one input with their updates, (N, inputs) to (N, outputs of all layers); for passes without gradients.
+
+The compiler does not look into it: it would take the sums out of place, and copy the widest tensors of a network for each.
+"""
+
+
+@adapted_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *update: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 class LeanLinear(Linear):
     """A `peft.tuners.lora.Linear` of one adapter; what is not plain LoRA goes PEFT's own way."""
 

@@ -6,19 +6,17 @@ A step of text is bound by reading weights, and each small product leaves a GPU 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear_adapters.lora_linear import LeanLinear, add_low_rank
+from clear_adapters.lora_linear import LeanLinear, adapted_linear
 
 
-@dataclass(frozen=True)
-class Joined:
+class Joined(NamedTuple):
     """The layers as they were when they were joined, for as long as neither they nor their updates change.
 
     Base weights are shared; of updates the first factors are copied, and what is of another type.
@@ -39,34 +37,22 @@ class Joined:
 
     def __call__(self, x: Tensor) -> Tensor:
         """What the layers give of x (N, inputs), side by side. For passes without gradients."""
-        out = F.linear(x, self.weight, self.bias)
-        if self.first is not None:
-            add_low_rank(out, F.linear(x, self.first), self.seconds, self.scales)
-        return out
-
-
-@dataclass(frozen=True)
-class Apart:
-    """Layers that cannot be joined: their outputs are copied side by side."""
-
-    layers: tuple[nn.Module, ...]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """As `Joined`."""
-        return torch.cat([layer(x) for layer in self.layers], -1)
+        if self.first is None:
+            return F.linear(x, self.weight, self.bias)
+        return adapted_linear(x, self.weight, self.bias, self.first, list(self.seconds), list(self.scales))
 
 
 @torch.inference_mode(False)  # the weights outlive the caller's mode, and may be trained
 @torch.no_grad()
-def join(layers: Sequence[nn.Module]) -> Joined | Apart:
-    """Layers as one product, where they can be: not if they are quantized or sharded, or if some are adapted and others not.
+def join(layers: Sequence[nn.Module]) -> Joined | None:
+    """Layers as one product; None where they cannot be: quantized or sharded, or some adapted and others not.
 
     Base weights that do not yet lie one behind the other are moved there; they keep their values and stay the same parameters.
     """
     adapted = [layer for layer in layers if isinstance(layer, LeanLinear) and not layer.disable_adapters]
     plain: list[Any] = [layer.base_layer if isinstance(layer, LeanLinear) else layer for layer in layers]
     if not _can_join(layers, plain, adapted):
-        return Apart(tuple(layers))
+        return None
     weights, biases = [layer.weight for layer in plain], [layer.bias for layer in plain]
     bias = None if biases[0] is None else _fixed(_side_by_side(biases))
     joined = Joined(_fixed(_side_by_side(weights)), bias)
@@ -74,8 +60,7 @@ def join(layers: Sequence[nn.Module]) -> Joined | Apart:
         return joined
     dtype = weights[0].dtype
     pairs = [(layer, layer.active_adapters[0]) for layer in adapted]
-    return replace(
-        joined,
+    return joined._replace(
         first=_fixed(torch.cat([a.lora_A[n].weight.to(dtype) for a, n in pairs])),
         seconds=tuple(_fixed(a.lora_B[n].weight.to(dtype)) for a, n in pairs),
         scales=tuple(float(a.scaling[n]) for a, n in pairs),

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from clear_adapters.backbones import fast
 from clear_adapters.backbones.bagel.autoencoder import decode_tokens, encode_pixels
 from clear_adapters.backbones.bagel.checkpoint import load_checkpoint, save_checkpoint
-from clear_adapters.backbones.bagel.compiled import Compiled, CompiledTraining, Products
+from clear_adapters.backbones.bagel.compiled import Compiled, CompiledTraining, Expert
 from clear_adapters.backbones.bagel.flow import flow_passes
 from clear_adapters.backbones.bagel.images import prepare_image
 from clear_adapters.backbones.bagel.model import BagelModel, Frame
@@ -281,9 +281,9 @@ class BagelBackbone(Backbone):
     ) -> Generator[Tensor, None, tuple[Context, list[TextSegment]]]:
         names = named_rows(context, rows)
         marks = (self.marks.start, self.marks.end)
-        products = self.model.language_model.model.products(flow=False)
+        experts = self.model.language_model.model.experts(flow=False)
         writer = Writer(
-            partial(self._token_step, products=products),
+            partial(self._token_step, experts=experts),
             *(context, sampling, names, marks),
             captures=can_capture(self.model, self.device),
             warm=self._warm,
@@ -296,14 +296,14 @@ class BagelBackbone(Backbone):
         positions: Tensor,
         mask: Tensor,
         slots: Slots,
-        products: list[list[Products]] | None = None,
+        experts: list[list[Expert]] | None = None,
     ) -> Tensor:
         """A step of `Writer`."""
         decoder = self.model.language_model.model
         und = decoder.embed_tokens(token)
         cos, sin = decoder.rotary(positions)
         every = torch.arange(len(token), device=token.device)
-        frame = Frame((len(token), 1), every, token[:0], cos, sin, mask, products=products)
+        frame = Frame((len(token), 1), every, token[:0], cos, sin, mask, experts=experts)
         und, _, _ = decoder(und, und.new_zeros(0, und.shape[-1]), frame, slots)
         return self.model.logits(und)
 

@@ -1,4 +1,4 @@
-"""BAGEL's layers with what stands between the matrix products compiled into few kernels.
+"""BAGEL's layers compiled in two parts, before their attention and behind it.
 
 What is compiled are functions of tensors alone: of a compiled function of a layer the host looks through all of the layer's modules
 at every call.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,32 +16,47 @@ from torch import Tensor, nn
 
 from clear_adapters.backbones.bagel.model import Frame, Layer, rotate, weigh_scores
 from clear_adapters.backbones.cache import Slots
-from clear_adapters.backbones.joined import join
+from clear_adapters.backbones.joined import Joined, join
 from clear_adapters.backbones.rows import Rows
 
 _SUFFIXES = ("", "_moe_gen")
 
 
-class Products:
-    """The matrix products of one expert of a layer, those of one input joined.
+class Expert(NamedTuple):
+    """One expert of a layer as tensors, its products of one input joined.
 
     Attributes:
+        before: weight of the norm before attention.
         heads: (N, D) to queries, keys and values, (N, (heads + 2 kv_heads) d).
+        queries: weight of their norm.
+        keys: weight of theirs.
         out: of attention.
+        behind: weight of the norm behind it.
         rise: (N, D) to both halves of the MLP, (N, 2 F).
         fall: (N, F) to (N, D).
-        norms: before attention and behind it.
-        head_norms: of queries and of keys.
     """
 
-    def __init__(self, layer: Any, suffix: str) -> None:
-        attention, mlp = layer.self_attn, getattr(layer, f"mlp{suffix}")
-        self.heads = join([getattr(attention, f"{n}_proj{suffix}") for n in "qkv"])
-        self.out = getattr(attention, f"o_proj{suffix}")
-        self.rise = join([mlp.gate_proj, mlp.up_proj])
-        self.fall = mlp.down_proj
-        self.norms = [getattr(layer, f"{n}_layernorm{suffix}") for n in ("input", "post_attention")]
-        self.head_norms = [getattr(attention, f"{n}_norm{suffix}") for n in "qk"]
+    before: Tensor
+    heads: Joined
+    queries: Tensor
+    keys: Tensor
+    out: Joined
+    behind: Tensor
+    rise: Joined
+    fall: Joined
+
+
+def expert_of(layer: Any, suffix: str) -> Expert | None:
+    """An expert of a layer as it is now; None where its products are not plain ones."""
+    attention, mlp = layer.self_attn, getattr(layer, f"mlp{suffix}")
+    heads = join([getattr(attention, f"{n}_proj{suffix}") for n in "qkv"])
+    out, rise = join([getattr(attention, f"o_proj{suffix}")]), join([mlp.gate_proj, mlp.up_proj])
+    fall = join([mlp.down_proj])
+    if heads is None or out is None or rise is None or fall is None:
+        return None
+    before, behind = (getattr(layer, f"{n}_layernorm{suffix}").weight for n in ("input", "post_attention"))
+    queries, keys = (getattr(attention, f"{n}_norm{suffix}").weight for n in "qk")
+    return Expert(before, heads, queries, keys, out, behind, rise, fall)
 
 
 class Compiled:
@@ -54,17 +69,23 @@ class Compiled:
             backend: of `torch.compile`.
         """
         make = partial(torch.compile, backend=backend)
-        self._norm, self._add_norm = make(_norm), make(_add_norm)
-        self._gate, self._weights = make(_gate), make(weigh_scores)
-        self._token_heads, self._block_heads = make(_token_heads), make(_block_heads)
+        self._enter_token, self._enter_block = make(_enter_token), make(_enter_block)
+        self._leave_token, self._leave_block = make(_leave_token), make(_leave_block)
+        self._weights = make(weigh_scores)
 
     def _weigh(self, scores: Tensor, bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         return self._weights(_many(scores, 0, 3), _many(bias, 0, 3), scale, dtype)
 
-    def products(self, layers: Sequence[nn.Module], flow: bool) -> list[list[Products]]:
-        """Of each layer, for the passes of a turn or, with both experts, of a flow."""
-        suffixes = _SUFFIXES if flow else _SUFFIXES[:1]
-        return [[Products(layer, suffix) for suffix in suffixes] for layer in layers]
+    def experts(self, layers: Sequence[nn.Module], flow: bool) -> list[list[Expert]] | None:
+        """Of each layer, for the passes of a turn or, both of them, of a flow; None where one is not made of plain products."""
+        found = []
+        for layer in layers:
+            own = [expert_of(layer, suffix) for suffix in (_SUFFIXES if flow else _SUFFIXES[:1])]
+            whole = [e for e in own if e is not None]
+            if len(whole) < len(own):
+                return None
+            found.append(whole)
+        return found
 
     def run(
         self, layers: Sequence[Any], und: Tensor, gen: Tensor, frame: Frame, cache: Slots | Rows
@@ -75,40 +96,32 @@ class Compiled:
             layers: the decoder's.
             und: (U, D), of text one token a row; of a flow each row's first and last token.
             gen: (G, D), of a flow all tokens between.
-            frame: with the products.
+            frame: with the experts.
             cache: the room of a turn, or the contexts of a flow.
         """
         flow = isinstance(cache, Rows)
-        assert frame.products is not None
+        leave = self._leave_block if flow else self._leave_token
+        assert frame.experts is not None
         states = [_many(x) for x in ((und, gen) if flow else (und,))]
-        added: list[Tensor] = []
+        # Nothing, but not of a form of its own.
+        added = [_many(torch.zeros_like(x)) for x in states]
         cos, sin = (_many(x, 0, 2) for x in (frame.cos, frame.sin))
-        for layer, experts in zip(layers, frame.products, strict=True):
+        for layer, experts in zip(layers, frame.experts, strict=True):
             attention = layer.self_attn
             eps = attention.q_norm.eps
-            weights = [e.norms[0].weight for e in experts]
-            if added:
-                states, seen = self._add_norm(states, added, weights, eps)
-            else:
-                seen = self._norm(states, weights, eps)
-            parts = [_many(e.heads(x)) for e, x in zip(experts, seen, strict=True)]
-            norms = [n.weight for e in experts for n in e.head_norms]
             if isinstance(cache, Rows):
                 b, length = frame.shape
-                u, g = (x.view(b, -1, x.shape[-1] // attention.head_dim, attention.head_dim) for x in parts)
-                q, k, v = self._block_heads(
-                    _many(u), _many(g, 0, 1), norms, cos, sin, eps, attention.kv_heads
-                )
+                states, q, k, v = self._enter_block(states, added, experts, cos, sin, eps, attention.kv_heads)
                 found = cache.attend(attention.layer, q, k, v).reshape(b, length, -1)
                 outs = [found[:, :: length - 1].flatten(0, 1), found[:, 1:-1].flatten(0, 1)]
             else:
                 keys, values = (_many(x, 0, 2) for x in cache.room(attention.layer))
-                q = self._token_heads(parts[0], norms, cos, sin, eps, keys, values, cache.place)
+                states, q = self._enter_token(
+                    states, added, experts, cos, sin, eps, keys, values, cache.place
+                )
                 outs = [attention.attend_one(q, keys, values, frame, self._weigh)]
-            added = [_many(e.out(x)) for e, x in zip(experts, outs, strict=True)]
-            states, seen = self._add_norm(states, added, [e.norms[1].weight for e in experts], eps)
-            rises = [_many(e.rise(x)) for e, x in zip(experts, seen, strict=True)]
-            added = [_many(e.fall(x)) for e, x in zip(experts, self._gate(rises), strict=True)]
+            states, added = leave([_many(x) for x in outs], [_many(x) for x in states], experts, eps)
+            added = [_many(x) for x in added]
         states = [x + y for x, y in zip(states, added, strict=True)]
         return states[0], states[1] if flow else gen
 
@@ -123,65 +136,86 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def _norm(states: list[Tensor], weights: list[Tensor], eps: float) -> list[Tensor]:
-    """Of each expert."""
-    return [_rms(x, w, eps) for x, w in zip(states, weights, strict=True)]
-
-
-def _add_norm(
-    states: list[Tensor], added: list[Tensor], weights: list[Tensor], eps: float
+def _enter_heads(
+    states: list[Tensor], added: list[Tensor], experts: list[Expert], eps: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The states of each expert with what is added to them, and those normalised."""
+    """The states of each expert with what the layer before adds to them, and queries, keys and values (N, all heads, d)."""
     states = [x + y for x, y in zip(states, added, strict=True)]
-    return states, _norm(states, weights, eps)
+    parts = [e.heads(_rms(x, e.before, eps)) for e, x in zip(experts, states, strict=True)]
+    return states, [x.view(len(x), -1, len(e.queries)) for e, x in zip(experts, parts, strict=True)]
 
 
-def _gate(rises: list[Tensor]) -> list[Tensor]:
-    """(N, 2 F) of each expert to (N, F)."""
-    halves = [x.chunk(2, -1) for x in rises]
-    return [F.silu(gate) * up for gate, up in halves]
-
-
-def _token_heads(
-    x: Tensor,
-    norms: list[Tensor],
+def _enter_token(
+    states: list[Tensor],
+    added: list[Tensor],
+    experts: list[Expert],
     cos: Tensor,
     sin: Tensor,
     eps: float,
     keys: Tensor,
     values: Tensor,
     place: Tensor,
-) -> Tensor:
-    """Queries (B, heads, 1, d) of (B, (heads + 2 kv_heads) d); keys and values go to their place in (B, kv_heads, K, d)."""
-    shared, width = keys.shape[1], keys.shape[3]
-    q, k, v = _split(x.view(len(x), -1, 1, width), shared, 1)
-    keys.index_copy_(2, place, rotate(_rms(k, norms[1], eps), cos, sin).to(keys.dtype))
-    values.index_copy_(2, place, v.to(values.dtype))
-    return rotate(_rms(q, norms[0], eps), cos, sin).to(keys.dtype)
+) -> tuple[list[Tensor], Tensor]:
+    """A layer before its attention for one token of each row: the states, and queries (B, heads, 1, d).
 
-
-def _block_heads(
-    und: Tensor, gen: Tensor, norms: list[Tensor], cos: Tensor, sin: Tensor, eps: float, shared: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, H, L, d) of blocks whose first and last tokens are `und`.
-
-    The blocks' first and last tokens are in `und` (B, 2, heads + 2 kv_heads, d), the others in `gen` (B, L - 2, ...). The norms
-    are weights for queries and keys of the one expert, then of the other; the rotary tables are (B, 1, L, d).
+    New keys and values go to a place (1,) of the room, (B, kv_heads, K, d).
     """
+    states, (x,) = _enter_heads(states, added, experts, eps)
+    q, k, v = _split(x[:, :, None], keys.shape[1], 1)
+    k = rotate(_rms(k, experts[0].keys, eps), cos, sin)
+    keys.index_copy_(2, place, k.to(keys.dtype))
+    values.index_copy_(2, place, v.to(values.dtype))
+    return states, rotate(_rms(q, experts[0].queries, eps), cos, sin).to(keys.dtype)
+
+
+def _enter_block(
+    states: list[Tensor],
+    added: list[Tensor],
+    experts: list[Expert],
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    shared: int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """A layer before its attention for blocks: the states, and queries, keys and values (B, H, L, d).
+
+    The blocks' first and last tokens are the first expert's; the rotary tables are (B, 1, L, d).
+    """
+    states, parts = _enter_heads(states, added, experts, eps)
+    und, gen = (x.view(cos.shape[0], -1, *x.shape[1:]) for x in parts)
     cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
     pieces: list[list[Tensor]] = [[], [], []]
-    for x, (q_norm, k_norm), places in (
-        (und[:, :1], norms[:2], slice(None, 1)),
-        (gen, norms[2:], slice(1, -1)),
-        (und[:, 1:], norms[:2], slice(-1, None)),
+    for x, expert, places in (
+        (und[:, :1], experts[0], slice(None, 1)),
+        (gen, experts[1], slice(1, -1)),
+        (und[:, 1:], experts[0], slice(-1, None)),
     ):
         q, k, v = _split(x, shared, 2)
         c, s = cos[:, places], sin[:, places]
-        new = (rotate(_rms(q, q_norm, eps), c, s), rotate(_rms(k, k_norm, eps), c, s), v)
+        new = (rotate(_rms(q, expert.queries, eps), c, s), rotate(_rms(k, expert.keys, eps), c, s), v)
         for piece, part in zip(pieces, new, strict=True):
             piece.append(part)
     q, k, v = (torch.cat(piece, 1).transpose(1, 2) for piece in pieces)
-    return q, k, v
+    return states, q, k, v
+
+
+def _leave_token(
+    outs: list[Tensor], states: list[Tensor], experts: list[Expert], eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A layer behind its attention: the states of each expert, and what its MLP adds to them."""
+    states = [x + e.out(y) for x, y, e in zip(states, outs, experts, strict=True)]
+    added = []
+    for x, e in zip(states, experts, strict=True):
+        gate, up = e.rise(_rms(x, e.behind, eps)).chunk(2, -1)
+        added.append(e.fall(F.silu(gate) * up))
+    return states, added
+
+
+def _leave_block(
+    outs: list[Tensor], states: list[Tensor], experts: list[Expert], eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same for blocks, whose forms the compiler so counts apart: it keeps few of each function."""
+    return _leave_token(outs, states, experts, eps)
 
 
 def _split(x: Tensor, shared: int, dim: int) -> tuple[Tensor, ...]:

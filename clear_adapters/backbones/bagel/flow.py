@@ -96,7 +96,7 @@ class RowPasses:
         self._frames: dict[int, tuple[Frame, Tensor]] = {}
         self._repeated: dict[int, tuple[Repeated, Tensor]] = {}
         device = backbone.device
-        self._products = backbone.model.language_model.model.products(flow=True)
+        self._experts = backbone.model.language_model.model.experts(flow=True)
         self._x = torch.zeros(*valid.shape, backbone.latent_width, device=device)
         self._time = torch.zeros(1, device=device)
         # The casts of autocast do not outlive the caller's step.
@@ -142,7 +142,7 @@ class RowPasses:
             ends = torch.tensor([marks.image_start, marks.image_end]).to(device)
             edges = decoder.embed_tokens(ends).repeat(b, 1)
             self._frames[copies] = (
-                Frame((b, length), und, gen, cos, sin, None, products=self._products),
+                Frame((b, length), und, gen, cos, sin, None, experts=self._experts),
                 edges,
             )
         return self._frames[copies]

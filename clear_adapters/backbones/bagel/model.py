@@ -31,7 +31,7 @@ from clear_adapters.backbones.rows import Rows
 from clear_adapters.backbones.spans import Span, attend_spans
 
 if TYPE_CHECKING:
-    from clear_adapters.backbones.bagel.compiled import Compiled, CompiledTraining, Products
+    from clear_adapters.backbones.bagel.compiled import Compiled, CompiledTraining, Expert
 
 
 class KeyValues(Protocol):
@@ -202,7 +202,7 @@ class Frame:
         cos, sin: (B, 1, L, d) rotary tables at the tokens' positions.
         mask: (B, 1, L, K) bool, True where seen, or additive; None where nothing is hidden, or `spans` say what is.
         spans: the blocks of each row, of a pass without a cache.
-        products: of each layer's experts, for compiled passes.
+        experts: of each layer, for compiled passes.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class Frame:
         sin: Tensor,
         mask: Tensor | None,
         spans: Sequence[Sequence[Span]] | None = None,
-        products: Sequence[Sequence[Products]] | None = None,
+        experts: Sequence[Sequence[Expert]] | None = None,
     ) -> None:
         self.shape = shape
         self.und_index = und_index
@@ -223,7 +223,7 @@ class Frame:
         self.sin = sin
         self.mask = mask
         self.spans = spans
-        self.products = products
+        self.experts = experts
         self._bias: Tensor | None = None
 
     @property
@@ -316,11 +316,11 @@ class Decoder(nn.Module):
         self.compiled: Compiled | None = None
         self.compiled_training: CompiledTraining | None = None
 
-    def products(self, flow: bool) -> list[list[Products]] | None:
+    def experts(self, flow: bool) -> list[list[Expert]] | None:
         """For the passes of a turn, or of a flow, as the layers are now; None where they are not compiled, or in shards."""
         if self.compiled is None or any(isinstance(layer, FSDPModule) for layer in self.layers):
             return None
-        return self.compiled.products(list(self.layers), flow)
+        return self.compiled.experts(list(self.layers), flow)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, 1, L, d) at positions (B, L), computed in float32."""
@@ -344,7 +344,7 @@ class Decoder(nn.Module):
         """Runs all layers; returns the states before the final norms, and those after the layers asked for."""
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         # Under autocast sums and products have types of their own.
-        plain = frame.products is None or torch.is_autocast_enabled(und.device.type)
+        plain = frame.experts is None or torch.is_autocast_enabled(und.device.type)
         if self.compiled is not None and not plain and isinstance(cache, Slots | Rows):
             return *self.compiled.run(list(self.layers), und, gen, frame, cache), kept
         for i, layer in enumerate(self.layers):
