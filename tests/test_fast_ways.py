@@ -530,6 +530,19 @@ def test_a_family_that_compiles_nothing_says_so():
     attached.detach()
 
 
+def test_nothing_is_compiled_in_a_capture():
+    try:
+        double = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
+        assert double(torch.ones(2)).sum() == 4
+        with graphs.without_compiling():
+            assert double(torch.ones(2)).sum() == 4
+            with pytest.raises(RuntimeError, match="recompile"):
+                double(torch.ones(3))
+        assert double(torch.ones(3)).sum() == 6
+    finally:
+        torch._dynamo.reset()
+
+
 # -- on a GPU
 
 
@@ -569,9 +582,31 @@ def test_a_compiled_model_on_a_gpu():
     expected = rollouts(attached)
     attached.compile()
     try:
+        for _ in range(2):  # the second time what was compiled is captured at once
+            assert_same(rollouts(attached), expected, tolerance=1e-3)
+        with attached.folded():  # what is compiled now is another form, and it is met in a capture
+            for _ in range(2):
+                assert_same(rollouts(attached), expected, tolerance=1e-3)
         assert_same(rollouts(attached), expected, tolerance=1e-3)
     finally:
         torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_capture_that_fails_leaves_the_device_as_it_was(error):
+    x = torch.zeros(3, device="cuda")
+
+    def fail():
+        x.add_(1)
+        raise error
+
+    with pytest.raises(error):
+        graphs.capture(fail, x.device)
+    assert float(x.sum()) == 0
+    graphs.capture(lambda: x.add_(1), x.device).replay()
+    assert float(x.sum()) == 3
 
 
 @pytest.mark.gpu

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,23 +59,33 @@ def capture(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGr
     What it reads and writes has to stay in place as long as the graph is replayed, and nothing in it may wait for the device.
 
     Raises:
-        RuntimeError: it cannot be captured.
+        RuntimeError: it cannot be captured, or has to be compiled first.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
         place = _capturing(device)
         place.stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(place.stream):
-                graph.capture_begin(pool=place.keeper.pool(), capture_error_mode=_MODE)
-                work()
-                graph.capture_end()
-        except BaseException:  # an interrupt too: whatever came afterwards would be captured, or fail
-            with suppress(RuntimeError):  # a capture that has ended by the error
-                graph.capture_end()
-            raise
+        with torch.cuda.stream(place.stream):
+            graph.capture_begin(pool=place.keeper.pool(), capture_error_mode=_MODE)
+            try:
+                with without_compiling():
+                    work()
+            except BaseException:  # an interrupt too: whatever came afterwards would be captured, or fail
+                with suppress(RuntimeError):  # a capture that has ended by the error
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         torch.cuda.current_stream().wait_stream(place.stream)
     return graph
+
+
+def without_compiling() -> AbstractContextManager[Any]:
+    """What would have to be compiled raises a RuntimeError: a compiler tries kernels, which a capture does not survive."""
+    if (
+        "torch._dynamo" not in sys.modules
+    ):  # nothing is compiled in this process, and its import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("fail_on_recompile")
 
 
 @cache
