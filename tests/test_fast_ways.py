@@ -212,20 +212,43 @@ def test_text_in_16_bits_takes_products_and_is_close():
         torch.testing.assert_close(a.logprobs, b.logprobs, atol=0.05, rtol=0)
 
 
-def test_contexts_with_holes_are_kept_without_them(attached):
+def seen_by(context, row, tokens, k, v):
+    """Keys and values (2, kv_heads, entries, d) of the second layer that a row's block attends to."""
+    held = context.cache.read(context.length)[1, :, row, :, context.valid[row]]
+    return torch.cat([held, torch.stack([k, v])[:, :, :tokens]], 2)
+
+
+def test_a_block_attends_to_its_rows_context_and_to_itself(attached):
     b = attached.backbone
     context = b.read_text(b.start(3, [1, 2, 3]), [b.encode_text("abcdefg"[:n]) for n in (3, 7, 3)])
-    rows = Rows([context, context], [6, 6, 4])
-    (own, *_), _ = rows._parts
-    assert {(tuple(g.rows), g.context, g.tokens) for part in rows._parts for g in part} == {
-        *(((0,), 5, 6), ((1,), 9, 6), ((2,), 5, 4)),
-        *(((3,), 5, 6), ((4,), 9, 6), ((5,), 5, 4)),
-    }
-    assert torch.equal(own.data[:, :, 0, :, :5], context.cache.read(5)[:, :, 0])
-    hidden = context.hide([1], 5)
-    later = b.read_text(hidden, [b.encode_text("xy")] * 3)
-    group = Rows([later], [6] * 3)._parts[0]
-    assert [(g.rows, g.context) for g in group] == [([0, 1, 2], 9)]
+    holes = b.read_text(context.hide([1], 5), [b.encode_text("xy")] * 3)
+    contexts, tokens = [context, holes], [4, 6, 5]
+    rows = Rows(contexts, tokens)
+    decoder = b.model.language_model.model.layers[1].self_attn
+    q = torch.randn(6, decoder.heads, 6, decoder.head_dim)
+    k, v = torch.randn(2, 6, decoder.kv_heads, 6, decoder.head_dim)
+    for some, count in ((rows, 6), (rows.first(3), 3), (rows, 6)):
+        found = some.attend(1, *(x[:count] for x in (q, k, v)))
+        assert sum(len(x) for x in found) == count
+        for row, out in enumerate(torch.cat(found)):
+            own, length = contexts[row // 3], tokens[row % 3]
+            keys, values = (
+                x.repeat_interleave(decoder.heads // decoder.kv_heads, 0)
+                for x in seen_by(own, row % 3, length, k[row], v[row])
+            )
+            expected = torch.nn.functional.scaled_dot_product_attention(q[row], keys, values)
+            torch.testing.assert_close(out[:length].transpose(0, 1), expected[:, :length])
+
+
+def test_rows_that_see_the_same_places_attend_together(attached):
+    b = attached.backbone
+    context = b.read_text(b.start(4, range(4)), [b.encode_text("abcdefg"[:n]) for n in (3, 3, 5, 5)])
+    found = [
+        [(run.first, run.stop) for run in Rows([context, context], tokens)._runs]
+        for tokens in ([6] * 4, [6, 6, 6, 4])
+    ]
+    assert found[0] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert found[1] == [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7), (7, 8)]
 
 
 # -- the end of a turn

@@ -50,7 +50,9 @@ def can_capture(model: nn.Module, device: torch.device) -> bool:
     """
     if device.type != "cuda" or getattr(model, "is_loaded_in_8bit", False):
         return False
-    return not any(isinstance(m, FSDPModule) for m in model.modules())
+    # Thousands of modules are looked through only where there can be shards.
+    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not (spread and any(isinstance(m, FSDPModule) for m in model.modules()))
 
 
 def capture(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:

@@ -94,8 +94,8 @@ class Compiled:
 
         Args:
             layers: the decoder's.
-            und: (U, D), of text one token a row; of a flow each row's first and last token.
-            gen: (G, D), of a flow all tokens between.
+            und: (U, D), of text one token a row; of a flow each block's first two tokens.
+            gen: (G, D), of a flow all others.
             frame: with the experts.
             cache: the room of a turn, or the contexts of a flow.
         """
@@ -105,15 +105,16 @@ class Compiled:
         states = [_many(x) for x in ((und, gen) if flow else (und,))]
         # Nothing, but not of a form of its own.
         added = [_many(torch.zeros_like(x)) for x in states]
-        cos, sin = (_many(x, 0, 2) for x in (frame.cos, frame.sin))
+        cos, sin = (_many(x) for x in (frame.cos, frame.sin))
         for layer, experts in zip(layers, frame.experts, strict=True):
             attention = layer.self_attn
             eps = attention.q_norm.eps
             if isinstance(cache, Rows):
-                b, length = frame.shape
-                states, q, k, v = self._enter_block(states, added, experts, cos, sin, eps, attention.kv_heads)
-                found = cache.attend(attention.layer, q, k, v).reshape(b, length, -1)
-                outs = [found[:, :: length - 1].flatten(0, 1), found[:, 1:-1].flatten(0, 1)]
+                given = (states, added, experts, cos, sin, eps, attention.kv_heads)
+                states, *heads = self._enter_block(*given)
+                found = cache.attend(attention.layer, *(x.transpose(1, 2) for x in heads))
+                marks, latents = [x[:, :2] for x in found], [x[:, 2:] for x in found]
+                outs = [torch.cat(x).flatten(0, 1).flatten(1) for x in (marks, latents)]
             else:
                 keys, values = (_many(x, 0, 2) for x in cache.room(attention.layer))
                 states, q = self._enter_token(
@@ -177,25 +178,19 @@ def _enter_block(
     eps: float,
     shared: int,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """A layer before its attention for blocks: the states, and queries, keys and values (B, H, L, d).
+    """A layer before its attention for blocks: the states, and queries, keys and values (B, L, H, d).
 
-    The blocks' first and last tokens are the first expert's; the rotary tables are (B, 1, L, d).
+    The blocks' first two tokens are the first expert's; the rotary tables are (B, 1, 1, d). Not transposed, which would be a
+    copy.
     """
     states, parts = _enter_heads(states, added, experts, eps)
-    und, gen = (x.view(cos.shape[0], -1, *x.shape[1:]) for x in parts)
-    cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
     pieces: list[list[Tensor]] = [[], [], []]
-    for x, expert, places in (
-        (und[:, :1], experts[0], slice(None, 1)),
-        (gen, experts[1], slice(1, -1)),
-        (und[:, 1:], experts[0], slice(-1, None)),
-    ):
-        q, k, v = _split(x, shared, 2)
-        c, s = cos[:, places], sin[:, places]
-        new = (rotate(_rms(q, expert.queries, eps), c, s), rotate(_rms(k, expert.keys, eps), c, s), v)
+    for x, expert in zip(parts, experts, strict=True):
+        q, k, v = _split(x.view(cos.shape[0], -1, *x.shape[1:]), shared, 2)
+        new = (rotate(_rms(q, expert.queries, eps), cos, sin), rotate(_rms(k, expert.keys, eps), cos, sin), v)
         for piece, part in zip(pieces, new, strict=True):
             piece.append(part)
-    q, k, v = (torch.cat(piece, 1).transpose(1, 2) for piece in pieces)
+    q, k, v = (torch.cat(piece, 1) for piece in pieces)
     return states, q, k, v
 
 

@@ -126,19 +126,22 @@ class RowPasses:
         every, places = self._x.repeat(copies, 1, 1), self._places.repeat(copies, 1)
         # Not a view of (B, N, D): to the compiler those are another kind.
         tokens = model.embed_latents(every.flatten(0, 1), places.flatten(), self._time)
-        _, gen, _ = model.language_model.model(edges, tokens, frame, self._rows.first(copies))
+        _, gen, _ = model.language_model.model(edges, tokens, frame, self._rows.first(len(every)))
         return model.velocity(gen).view(every.shape) * self._valid.repeat(copies, 1)[..., None]
 
     def _frame(self, copies: int) -> tuple[Frame, Tensor]:
-        """The layout of a pass, and the embeddings of its marks (2 copies R, D)."""
+        """The layout of a pass, and the embeddings of its marks (2 copies R, D).
+
+        The marks stand before the latents: all tokens of a block see each other and share a position, so their order is free.
+        """
         if copies not in self._frames:
             model, marks = self._backbone.model, self._backbone.marks
             decoder, device = model.language_model.model, self._places.device
             b, length = copies * self._places.shape[0], self._places.shape[1] + 2
             table = torch.arange(b * length).view(b, length)
-            und, gen = table[:, [0, -1]].flatten().to(device), table[:, 1:-1].flatten().to(device)
+            und, gen = table[:, :2].flatten().to(device), table[:, 2:].flatten().to(device)
             position = torch.cat([c.position for c in self._contexts[:copies]])
-            cos, sin = decoder.rotary(position[:, None].expand(b, length))
+            cos, sin = decoder.rotary(position[:, None])
             ends = torch.tensor([marks.image_start, marks.image_end]).to(device)
             edges = decoder.embed_tokens(ends).repeat(b, 1)
             self._frames[copies] = (

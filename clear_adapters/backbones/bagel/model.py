@@ -118,7 +118,7 @@ class Attention(nn.Module):
         """(B L, heads d) of queries, keys and values of the new tokens, behind what the cache holds."""
         b, length = frame.shape
         if isinstance(cache, Rows):
-            return cache.attend(self.layer, q, k, v).reshape(b * length, -1)
+            return torch.cat(cache.attend(self.layer, q, k, v)).view(b * length, -1)
         if frame.spans is not None:
             return attend_spans(q, k, v, frame.spans).reshape(b * length, -1)
         if cache is not None:
@@ -199,7 +199,7 @@ class Frame:
         shape: (B, L).
         und_index: (U,) flat places of the understanding tokens.
         gen_index: (G,) flat places of the generation tokens.
-        cos, sin: (B, 1, L, d) rotary tables at the tokens' positions.
+        cos, sin: (B, 1, L, d) rotary tables at the tokens' positions; (B, 1, 1, d) where those of a row share one.
         mask: (B, 1, L, K) bool, True where seen, or additive; None where nothing is hidden, or `spans` say what is.
         spans: the blocks of each row, of a pass without a cache.
         experts: of each layer, for compiled passes.
