@@ -198,6 +198,7 @@ class Rollout:
         self._bridge = bridge
         self._task = task
         self._prepared: list[PreparedImage] = []
+        self._opening: Context  # one row that has read the system prompt, if there is one
         self.clock = _Clock(backbone.device)
         self.transcripts: list[Transcript] = []
 
@@ -266,6 +267,7 @@ class Rollout:
             context = backbone.read_text(context, [system.ids])
             for own in prompt:
                 own.append(system)
+        self._opening = context
         context = context.expand(count) if count > 1 else context
         self._prepared = [backbone.prepare(image) for image in task.images]
         context = backbone.read_image(context, self._prepared, as_condition=not task.plain)
@@ -356,8 +358,8 @@ class Rollout:
             return text, None
         # Only built for rows that restore, so it costs nothing where none does. All rows have the same blocks.
         blocks = [[s for s in self.transcripts[row] if isinstance(s, TextSegment)] for row in batch.rows]
-        image = backbone.start(len(batch.rows), [0] * len(batch.rows))
-        for block in zip(*blocks, strict=True):
+        image = self._opening if len(batch.rows) == 1 else self._opening.expand(len(batch.rows))
+        for block in list(zip(*blocks, strict=True))[1 if image.length else 0 :]:
             own = block[0].origin is not Origin.PROMPT
             image = backbone.read_text(image, [s.ids for s in block], own=own)
         return text, image

@@ -98,7 +98,7 @@ def check_shards(wanted: bool) -> None:
         # Compiled answers would read gathered layers, which look like any others.
         backbone = self.attached.backbone
         backbone.set_compiled(True, "eager")
-        assert (backbone.model.language_model.model.experts(flow=True) is None) == wanted
+        assert (backbone.model.language_model.model.experts(both=True) is None) == wanted
         backbone.set_compiled(False)
         gc.collect()
         assert bool(whole) == wanted

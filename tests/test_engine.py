@@ -214,19 +214,27 @@ def test_answer_by_chunks(backbone, script):
 
 def test_guidance_contexts(backbone, script, monkeypatch):
     """Both branches equal contexts that are built on their own, at the first restoration and at the second."""
-    seen = []
-    original = type(backbone).restore_steps
+    seen, read_ids = [], []
+    original, read_text = type(backbone).restore_steps, type(backbone).read_text
+
+    def spy_text(self, context, ids, *given, **named):
+        read_ids.append([x.tolist() for x in ids])
+        return read_text(self, context, ids, *given, **named)
 
     def spy(self, context, sampling, guidance=(), rows=None):
         seen.append((context, guidance))
         return original(self, context, sampling, guidance, rows)
 
     monkeypatch.setattr(type(backbone), "restore_steps", spy)
+    monkeypatch.setattr(type(backbone), "read_text", spy_text)
     turns = {1: [[3, ASK], [2, ASK], ANSWER], 2: [ANSWER], 3: [[6, ASK], [4, ASK], [ANSWER]]}
     script(turns)
     own = make_engine(backbone, text=WARM, latent=LatentSampling(steps=3))
     transcripts = own.rollout(IMAGES, QUESTIONS, seeds=[1, 2, 3])
     assert [kinds(t) for t in transcripts] == ["PiPSrSrS", "PiPS", "PiPSrSrS"]
+    assert (
+        read_ids.count([transcripts[0].segments[0].ids.tolist()]) == 1
+    )  # the system prompt, for all rows and branches
 
     def read(segments):
         context = backbone.start(1, [0])

@@ -281,7 +281,7 @@ class BagelBackbone(Backbone):
     ) -> Generator[Tensor, None, tuple[Context, list[TextSegment]]]:
         names = named_rows(context, rows)
         marks = (self.marks.start, self.marks.end)
-        experts = self.model.language_model.model.experts(flow=False)
+        experts = self.model.language_model.model.experts(both=False)
         writer = Writer(
             partial(self._token_step, experts=experts),
             *(context, sampling, names, marks),
@@ -422,21 +422,23 @@ class BagelBackbone(Backbone):
         generation: bool,
         names: Sequence[int] | None = None,
     ) -> _Step:
-        """Tokens (B, N, D) between image marks, behind a context, all at one position a row."""
-        b, n, _ = tokens.shape
+        """Tokens (B, N, D) with image marks, behind a context, all at one position a row.
+
+        The marks stand before latents: all tokens of a block see each other and share a position, so their order is free.
+        """
+        b = len(tokens)
         marks = torch.tensor([self.marks.image_start, self.marks.image_end], device=self.device)
         edges = self.model.language_model.model.embed_tokens(marks).expand(b, 2, -1)
         known = torch.ones(b, 1, dtype=torch.bool, device=self.device)
         if names is not None and len(names) != b:
             known = torch.zeros_like(known)
             known[list(names)] = True
-        valid = torch.cat((known, valid, known), 1)
-        positions = context.position[:, None].expand(b, n + 2)
+        valid, positions = torch.cat((known, known, valid), 1), context.position[:, None]
         if generation:
             return self._pass(
                 context, valid, positions, edges.reshape(2 * b, -1), tokens.flatten(0, 1), full=True
             )
-        und = torch.cat((edges[:, :1], tokens, edges[:, 1:]), 1).flatten(0, 1)
+        und = torch.cat((edges, tokens), 1).flatten(0, 1)
         return self._pass(context, valid, positions, und, None, full=True)
 
     def _pass(
@@ -448,16 +450,16 @@ class BagelBackbone(Backbone):
         gen: Tensor | None,
         full: bool,
     ) -> _Step:
-        """One cached forward of a block of L tokens a row.
+        """One cached forward of a block of L tokens a row, at positions (B, L), or (B, 1) where they share one.
 
-        Without `gen`, `und` holds all (B L, D) tokens; with it, each row's first and last token are `und`.
+        Without `gen`, `und` holds all (B L, D) tokens; with it, each row's first two tokens.
         """
         b, length = valid.shape
         flat = torch.arange(b * length, device=self.device)
         gen_index = flat[:0]
         if gen is not None:
             table = flat.view(b, length)
-            flat, gen_index = table[:, [0, -1]].flatten(), table[:, 1:-1].flatten()
+            flat, gen_index = table[:, :2].flatten(), table[:, 2:].flatten()
         new = valid[:, None, :].expand(b, length, length)
         if not full:
             new = new & torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
@@ -465,7 +467,9 @@ class BagelBackbone(Backbone):
         mask = torch.cat((context.valid[:, None, :].expand(b, length, context.length), new), -1)[:, None]
         decoder = self.model.language_model.model
         cos, sin = decoder.rotary(positions)
-        frame = Frame((b, length), flat, gen_index, cos, sin, mask)
+        # What one token needs is small: it is not worth the experts.
+        experts = decoder.experts(both=gen is not None) if length > 1 else None
+        frame = Frame((b, length), flat, gen_index, cos, sin, mask, experts=experts)
         room = context.cache.reserve(context.length, length)
         gen = und.new_zeros(0, und.shape[-1]) if gen is None else gen
         und, gen, _ = decoder(und, gen, frame, room)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clear_adapters.backbones.bagel.model import Frame, Layer, rotate, weigh_scores
-from clear_adapters.backbones.cache import Slots
+from clear_adapters.backbones.cache import Pass, Slots
 from clear_adapters.backbones.joined import Joined, join
 from clear_adapters.backbones.rows import Rows
 
@@ -69,18 +69,19 @@ class Compiled:
             backend: of `torch.compile`.
         """
         make = partial(torch.compile, backend=backend)
-        self._enter_token, self._enter_block = make(_enter_token), make(_enter_block)
-        self._leave_token, self._leave_block = make(_leave_token), make(_leave_block)
+        self._enter_token, self._leave_token = make(_enter_token), make(_leave_token)
+        self._enter_text, self._enter_block = make(_enter_text), make(_enter_block)
+        self._leave_block = make(_leave_block)
         self._weights = make(weigh_scores)
 
     def _weigh(self, scores: Tensor, bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         return self._weights(_many(scores, 0, 3), _many(bias, 0, 3), scale, dtype)
 
-    def experts(self, layers: Sequence[nn.Module], flow: bool) -> list[list[Expert]] | None:
-        """Of each layer, for the passes of a turn or, both of them, of a flow; None where one is not made of plain products."""
+    def experts(self, layers: Sequence[nn.Module], both: bool) -> list[list[Expert]] | None:
+        """Of each layer, the first or both of them; None where one is not made of plain products."""
         found = []
         for layer in layers:
-            own = [expert_of(layer, suffix) for suffix in (_SUFFIXES if flow else _SUFFIXES[:1])]
+            own = [expert_of(layer, suffix) for suffix in (_SUFFIXES if both else _SUFFIXES[:1])]
             whole = [e for e in own if e is not None]
             if len(whole) < len(own):
                 return None
@@ -88,43 +89,60 @@ class Compiled:
         return found
 
     def run(
-        self, layers: Sequence[Any], und: Tensor, gen: Tensor, frame: Frame, cache: Slots | Rows
+        self, layers: Sequence[Any], und: Tensor, gen: Tensor, frame: Frame, cache: Slots | Rows | Pass
     ) -> tuple[Tensor, Tensor]:
         """All layers: the states (U, D) and (G, D) after the last one.
 
         Args:
             layers: the decoder's.
-            und: (U, D), of text one token a row; of a flow each block's first two tokens.
-            gen: (G, D), of a flow all others.
+            und: (U, D), all tokens or, of blocks with latents, the first two of each.
+            gen: (G, D), the others, or none.
             frame: with the experts.
-            cache: the room of a turn, or the contexts of a flow.
+            cache: the room of a turn, the contexts of a flow, or those behind which a block is read.
         """
-        flow = isinstance(cache, Rows)
-        leave = self._leave_block if flow else self._leave_token
         assert frame.experts is not None
-        states = [_many(x) for x in ((und, gen) if flow else (und,))]
+        both = gen.shape[0] > 0
+        # Copies, here and of what attention gives: views are of a form of their own.
+        states = [_many(x.clone()) for x in ((und, gen) if both else (und,))]
         # Nothing, but not of a form of its own.
         added = [_many(torch.zeros_like(x)) for x in states]
-        cos, sin = (_many(x) for x in (frame.cos, frame.sin))
+        cos, sin = frame.cos, frame.sin
+        if isinstance(cache, Pass) and not both:
+            # To the compiler one row is not as many: it sees tokens.
+            wide = (x.expand(-1, -1, frame.shape[1], -1) for x in (cos, sin))
+            cos, sin = (x.reshape(len(und), 1, -1).contiguous() for x in wide)
+        cos, sin = _many(cos), _many(sin)
         for layer, experts in zip(layers, frame.experts, strict=True):
             attention = layer.self_attn
-            eps = attention.q_norm.eps
-            if isinstance(cache, Rows):
-                given = (states, added, experts, cos, sin, eps, attention.kv_heads)
-                states, *heads = self._enter_block(*given)
-                found = cache.attend(attention.layer, *(x.transpose(1, 2) for x in heads))
-                marks, latents = [x[:, :2] for x in found], [x[:, 2:] for x in found]
-                outs = [torch.cat(x).flatten(0, 1).flatten(1) for x in (marks, latents)]
-            else:
+            given = (states, added, experts, cos, sin, attention.q_norm.eps)
+            if isinstance(cache, Slots):
                 keys, values = (_many(x, 0, 2) for x in cache.room(attention.layer))
-                states, q = self._enter_token(
-                    states, added, experts, cos, sin, eps, keys, values, cache.place
-                )
+                states, q = self._enter_token(*given, keys, values, cache.place)
                 outs = [attention.attend_one(q, keys, values, frame, self._weigh)]
-            states, added = leave([_many(x) for x in outs], [_many(x) for x in states], experts, eps)
+                leave = self._leave_token
+            else:
+                states, *heads = (self._enter_block if both else self._enter_text)(*given, attention.kv_heads)
+                outs = _attend(attention, heads, frame, cache, both)
+                leave = self._leave_block
+            states = [_many(x) for x in states]
+            states, added = leave([_many(x) for x in outs], states, experts, attention.q_norm.eps)
             added = [_many(x) for x in added]
         states = [x + y for x, y in zip(states, added, strict=True)]
-        return states[0], states[1] if flow else gen
+        return states[0], states[1] if both else gen
+
+
+def _attend(
+    attention: Any, heads: list[Tensor], frame: Frame, cache: Rows | Pass, both: bool
+) -> list[Tensor]:
+    """What attention gives each expert's tokens, (N, heads d), of queries, keys and values (B, L, H, d) or (B L, H, d)."""
+    b, length = frame.shape
+    q, k, v = (x.view(b, length, *x.shape[-2:]).transpose(1, 2) for x in heads)
+    if isinstance(cache, Rows):
+        found = cache.attend(attention.layer, q, k, v)
+    else:
+        found = [attention.attend(q, k, v, frame, cache).view(b, length, *heads[0].shape[-2:])]
+    parts = [[x[:, :2] for x in found], [x[:, 2:] for x in found]] if both else [found]
+    return [torch.cat([x.flatten(0, 1).flatten(1) for x in some]) for some in parts]
 
 
 def _many(x: Tensor, *dims: int) -> Tensor:
@@ -169,6 +187,25 @@ def _enter_token(
     return states, rotate(_rms(q, experts[0].queries, eps), cos, sin).to(keys.dtype)
 
 
+def _enter_text(
+    states: list[Tensor],
+    added: list[Tensor],
+    experts: list[Expert],
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    shared: int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """A layer before its attention for tokens of one expert: the states, and queries, keys and values (N, H, d).
+
+    The rotary tables are (N, 1, d).
+    """
+    states, (x,) = _enter_heads(states, added, experts, eps)
+    q, k, v = _split(x, shared, 1)
+    q, k = (rotate(_rms(y, w, eps), cos, sin) for y, w in ((q, experts[0].queries), (k, experts[0].keys)))
+    return states, q, k, v
+
+
 def _enter_block(
     states: list[Tensor],
     added: list[Tensor],
@@ -178,9 +215,9 @@ def _enter_block(
     eps: float,
     shared: int,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """A layer before its attention for blocks: the states, and queries, keys and values (B, L, H, d).
+    """A layer before its attention for blocks with latents: the states, and queries, keys and values (B, L, H, d).
 
-    The blocks' first two tokens are the first expert's; the rotary tables are (B, 1, 1, d). Not transposed, which would be a
+    The first two tokens of each are the first expert's; the rotary tables are (B, 1, 1, d). Not transposed, which would be a
     copy.
     """
     states, parts = _enter_heads(states, added, experts, eps)

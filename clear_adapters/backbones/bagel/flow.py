@@ -96,7 +96,7 @@ class RowPasses:
         self._frames: dict[int, tuple[Frame, Tensor]] = {}
         self._repeated: dict[int, tuple[Repeated, Tensor]] = {}
         device = backbone.device
-        self._experts = backbone.model.language_model.model.experts(flow=True)
+        self._experts = backbone.model.language_model.model.experts(both=True)
         self._x = torch.zeros(*valid.shape, backbone.latent_width, device=device)
         self._time = torch.zeros(1, device=device)
         # The casts of autocast do not outlive the caller's step.

@@ -26,7 +26,7 @@ from clear_adapters.backbones import fast
 from clear_adapters.backbones.attention import any_shape
 from clear_adapters.backbones.bagel.config import BagelConfig
 from clear_adapters.backbones.bagel.images import normalise
-from clear_adapters.backbones.cache import Slots
+from clear_adapters.backbones.cache import Pass, Slots
 from clear_adapters.backbones.rows import Rows
 from clear_adapters.backbones.spans import Span, attend_spans
 
@@ -316,11 +316,11 @@ class Decoder(nn.Module):
         self.compiled: Compiled | None = None
         self.compiled_training: CompiledTraining | None = None
 
-    def experts(self, flow: bool) -> list[list[Expert]] | None:
-        """For the passes of a turn, or of a flow, as the layers are now; None where they are not compiled, or in shards."""
+    def experts(self, both: bool) -> list[list[Expert]] | None:
+        """For compiled passes, the first of each layer or both, as they are now; None where they are not compiled, or in shards."""
         if self.compiled is None or any(isinstance(layer, FSDPModule) for layer in self.layers):
             return None
-        return self.compiled.experts(list(self.layers), flow)
+        return self.compiled.experts(list(self.layers), both)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, 1, L, d) at positions (B, L), computed in float32."""
@@ -345,7 +345,7 @@ class Decoder(nn.Module):
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         # Under autocast sums and products have types of their own.
         plain = frame.experts is None or torch.is_autocast_enabled(und.device.type)
-        if self.compiled is not None and not plain and isinstance(cache, Slots | Rows):
+        if self.compiled is not None and not plain and isinstance(cache, Slots | Rows | Pass):
             return *self.compiled.run(list(self.layers), und, gen, frame, cache), kept
         for i, layer in enumerate(self.layers):
             if cache is None:
