@@ -148,6 +148,8 @@ class Scaling(Bench):
         if self.s.processes == 1:
             return
         self._case("shard", "sft", "weak", 1 if self.s.args.size == "tiny" else ROWS, shard=True)
+        if self.s.parts[-1] == "shard":
+            return
         # It is in shards for good.
         args = self.s.args
         self.s.forget()
