@@ -352,7 +352,7 @@ def test_layers_that_differ_stay_apart():
     assert join(layers) is not None
 
 
-def test_a_layer_that_is_not_made_of_plain_products_goes_the_plain_way():
+def test_a_layer_that_is_not_made_of_plain_products_goes_the_plain_way(caplog):
     attached = attached_of()
     expected = rollouts(attached)
     decoder = attached.backbone.model.language_model.model
@@ -360,6 +360,7 @@ def test_a_layer_that_is_not_made_of_plain_products_goes_the_plain_way():
     attached.backbone.set_compiled(True, "eager")
     with fast.switched("rows", on=True):
         assert decoder.experts(both=False) is None
+        assert "are not compiled" in caplog.text
         assert_same(rollouts(attached), expected)
     decoder.layers[1].mlp.down_proj.__class__ = LeanLinear
     assert decoder.experts(both=False) is not None

@@ -302,6 +302,7 @@ FIGURES = scaling_report.Figures(
     flow=0.1,
     guided=0.3,
     share={1: 1.0, 2: 0.95, 4: 0.9},
+    cards=dict.fromkeys(("supervised", "share", "text", "flow"), "G"),
 )
 
 
@@ -384,7 +385,8 @@ def test_the_document_shows_several_gpus(tmp_path, monkeypatch):
         of_scaling(1, step("sft", "weak", 9_000.0), step("grpo", "weak", 1.0, rollouts_per_second=2.0)),
         of_scaling(2, step("sft", "weak", 17_100.0), step("grpo", "strong", 1.0, rollouts_per_second=3.0)),
     ]
-    row = {"stage": "sft", "processes": 2, "way": "ddp", "dtype": "bfloat16", "loss": 0.001, "step": 0.03}
+    row = {"stage": "sft", "processes": 2, "way": "ddp", "dtype": "bfloat16", "step": 0.03}
+    row |= {"curve": [2.0, 1.001], "curve_of_one": [2.0, 1.0]}
     files.append(ResultFile.collect("equality", {"rows": [row], "tolerance": {"bfloat16": 0.02}}, device="G"))
     paths = [str(f.write(tmp_path / f"{i}.json")) for i, f in enumerate(files)]
     assert scaling_report.main(paths) == 0

@@ -39,6 +39,8 @@ from clear_adapters.training.recipe import STAGES, load_recipe
 from clear_adapters.training.run import MODEL, work_of
 
 TOLERANCE = {"bfloat16": 0.02, "float32": 1e-3}
+CANCEL = {"grpo": 1.0, "spread": 1.0}
+"""Stages in whose loss terms cancel, and their size: that of an advantage."""
 STEPS = 4
 BEFORE = {"sft": None, "bridge": "builtin:clear-bagel-tiny-sft", "grpo": "builtin:clear-bagel-tiny-bridge"}
 COMMON = (
@@ -112,20 +114,26 @@ class Trials:
         shutil.rmtree(work / f"checkpoint-{STEPS}")
 
 
-def compare(one: Path, other: Path, start: dict[str, Tensor], size: float = 0.0) -> dict[str, Any]:
-    """How far apart two runs are; `size` is that of the terms of a loss in which they cancel."""
+def furthest(one: Sequence[float], other: Sequence[float], stage: str) -> float:
+    """The largest difference of logged losses, relative to that of one process or to the size of the terms that cancel in it."""
+    size = CANCEL.get(stage, 0.0)
+    return max(abs(a - b) / max(abs(a), size) for a, b in zip(one, other, strict=True))
+
+
+def compare(one: Path, other: Path, start: dict[str, Tensor], stage: str) -> dict[str, Any]:
+    """How far apart two runs are."""
     a, b = weights(read_adapter(one)), weights(read_adapter(other))
     moved = norm({n: a[n] - start[n] for n in a})
     curves = losses(one), losses(other)
     if curves[0].keys() != curves[1].keys():
         raise RuntimeError(f"the runs logged other steps: {list(curves[0])} and {list(curves[1])}")
-    worst = max(abs(v - curves[1][k]) / max(abs(v), size) for k, v in curves[0].items())
+    values = [list(curve.values()) for curve in curves]
     return {
-        "loss": worst,
+        "loss": furthest(*values, stage),
         "step": norm({n: a[n] - b[n] for n in a}) / moved if moved else float("inf"),
         "moved": moved,
-        "curve": list(curves[1].values()),
-        "curve_of_one": list(curves[0].values()),
+        "curve": values[1],
+        "curve_of_one": values[0],
     }
 
 
@@ -172,8 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         if way == "resumed":
                             trials.half(one, name)
                         more = ["loop.shard=true"] if way == "shard" else []
-                        size = 1.0 if stage == "grpo" else 0.0
-                        found = compare(one, trials.run(name, count, *more), start, size)
+                        found = compare(one, trials.run(name, count, *more), start, named)
                         within = max(found["loss"], found["step"]) <= TOLERANCE[dtype]
                         payload["rows"].append({**facts, **found, "within": within})
                         print({**facts, "loss": found["loss"], "step": found["step"], "within": within})

@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+from equality import furthest
 from readme import asked, inserted, markers
 from shapes import config_of
 from speed_report import KINDS, Results, Row
@@ -58,6 +59,7 @@ class Figures:
         flow: seconds of a flow step of one row without guidance.
         guided: seconds of a flow step of one row with it.
         share: by number of GPUs, tokens a second over those of as many single GPUs.
+        cards: on which card each kind of work was measured: `supervised`, `share`, `text`, `flow`.
     """
 
     tokens: float
@@ -67,6 +69,7 @@ class Figures:
     flow: float
     guided: float
     share: Mapping[int, float]
+    cards: Mapping[str, str]
 
     @property
     def rows(self) -> tuple[float, float]:
@@ -90,23 +93,44 @@ class Figures:
         return self.text[known[-1]] * rows / known[-1]
 
 
+def of_one_card(rows: Sequence[Row], device: str) -> list[Row]:
+    """Rows of a card; those of the last other one where it has none."""
+    own = [r for r in rows if r["device"] == device]
+    return own or [r for r in rows if r["device"] == rows[-1]["device"]]
+
+
 def figures(files: Sequence[ResultFile]) -> Figures | None:
-    """From result files; None where one that is needed is missing."""
+    """From result files, of the card of which several were measured where it has them; None where one that is needed is missing."""
     found = Results(files, (*KINDS, "scaling"))
-    step = found.find("sft", kind="training", micro=1)
-    texts = {r["batch"]: r["seconds"] for r in found.each("text", text=64)}
-    flows = [found.each("restoration", side=512, guided=guided) for guided in (False, True)]
     single = found.find("sft", kind="scaling", growth="weak", processes=1)
-    if step is None or single is None or not texts or not all(flows):
+    if single is None:
+        return None
+    device = single["device"]
+    steps = of_one_card(found.each("sft", kind="training", micro=1), device)
+    texts = of_one_card(found.each("text", text=64), device)
+    flows = [
+        of_one_card(found.each("restoration", side=512, guided=guided), device) for guided in (False, True)
+    ]
+    if not steps or not texts or not all(flows):
         return None
     load = next(f.payload["load"] for f in files if f.kind == "training")
     flow, guided = (min(r["seconds"] / r["batch"] / (r["points"] - 1) for r in rows) for rows in flows)
     share = {
         r["processes"]: r["tokens_per_second"] / r["processes"] / single["tokens_per_second"]
-        for r in found.each("sft", kind="scaling", growth="weak")
+        for r in found.each("sft", kind="scaling", growth="weak", device=device)
     }
-    row = step["tokens_per_second"] * step["seconds"] / step["micro"]
-    return Figures(step["tokens_per_second"], row, 2 * load["text"], texts, flow, guided, share)
+    step = steps[-1]
+    used = {"supervised": steps, "share": [single], "text": texts, "flow": flows[0]}
+    return Figures(
+        tokens=step["tokens_per_second"],
+        row=step["tokens_per_second"] * step["seconds"] / step["micro"],
+        words=2 * load["text"],
+        text={r["batch"]: r["seconds"] for r in texts},
+        flow=flow,
+        guided=guided,
+        share=share,
+        cards={kind: rows[-1]["device"] for kind, rows in used.items()},
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ plan
@@ -191,12 +215,12 @@ def plan(known: Figures) -> str:
     own = ", ".join(f"{s * 1e3:.1f} ms with {n}" for n, s in sorted(known.text.items()))
     shares = ", ".join(f"{s:.0%} on {n}" for n, s in sorted(known.share.items()))
     inputs = [
-        f"- supervised: {known.tokens:,.0f} tokens a second on one GPU; a row of {direct:,.0f} tokens, or {restoring:,.0f} where it "
+        f"- supervised ({known.cards['supervised']}): {known.tokens:,.0f} tokens a second on one GPU; a row of {direct:,.0f} tokens, or {restoring:,.0f} where it "
         f"restores; {total:,} rows in {recipes[0].loop.steps:,} steps are {tokens / 1e6:,.0f} million tokens, "
         f"{tokens / known.tokens / 3600:.1f} GPU-hours",
-        f"- of as many single GPUs' rate: {shares}",
-        f"- a step of text: {own} rows side by side; a flow step of a row: {known.flow * 1e3:.0f} ms, guided "
-        f"{known.guided * 1e3:.0f} ms",
+        f"- of as many single GPUs' rate ({known.cards['share']}): {shares}",
+        f"- a step of text ({known.cards['text']}): {own} rows side by side",
+        f"- a flow step of a row ({known.cards['flow']}): {known.flow * 1e3:.0f} ms, guided {known.guided * 1e3:.0f} ms",
         f"- gradients: {size / 1e9:.2f} GB a step, between hosts {exchange(512, size) * 1e3:.0f} ms",
     ]
     head = ["GPUs", "stage 1", "stage 2", "stage 3", "all", "GPU-hours", "times as fast as one"]
@@ -282,7 +306,9 @@ def equal(files: Sequence[ResultFile]) -> str:
     for file in own:
         for row in file.payload["rows"]:
             limit = file.payload["tolerance"][row["dtype"]]
-            numbers = [f"{row[k]:.1e}" if row[k] <= limit else f"**{row[k]:.1e}**" for k in ("loss", "step")]
+            # Of the curves, so that rows of different days are measured alike.
+            differ = (furthest(row["curve_of_one"], row["curve"], row["stage"]), row["step"])
+            numbers = [f"{n:.1e}" if n <= limit else f"**{n:.1e}**" for n in differ]
             lines.append(
                 [row["stage"], str(row["processes"]), row["way"], row["dtype"], *numbers, f"{limit:g}"]
             )
@@ -335,7 +361,8 @@ def figure(files: Sequence[ResultFile], path: Path) -> None:
             style = "-" if growth == "weak" else "--"
             (handles[name],) = axis.plot(counts, heights, style, marker="o", color=colours[name])
         ticks = sorted({n for _, _, counts, _ in series[label] for n in counts})
-        axis.set(xlabel="GPUs", ylabel=label, ylim=(0, None), xscale="log")
+        top = max(height for *_, heights in series[label] for height in heights)
+        axis.set(xlabel="GPUs", ylabel=label, ylim=(0, 1.1 * top or 1), xscale="log")
         axis.set_xticks(ticks, [str(n) for n in ticks], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)

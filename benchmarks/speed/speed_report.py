@@ -133,6 +133,17 @@ def restorations(found: Results) -> str:
     return table(["restoration, attached", "batch", "guidance 4/2", "none", "peak"], lines) if lines else ""
 
 
+def readings(found: Results) -> str:
+    """Prompts, and restorations that are read again."""
+    lines = []
+    for r in found.each("prefill"):
+        name = f"prompt of {r['tokens']:,} tokens, picture of {r['side']} x {r['side']}"
+        lines.append([name, f"{r['batch']}", seconds(r)])
+    for r in found.each("bridge"):
+        lines.append([f"restoration of {r['side']} x {r['side']} read, {r['way']}", "1", seconds(r)])
+    return table(["reading, attached", "batch", "measured"], lines) if lines else ""
+
+
 def trainings(found: Results) -> str:
     """Supervised steps with other numbers of rows, without checkpointing, compiled."""
     grid = found.each("grid")
@@ -166,23 +177,26 @@ def ways(found: Results) -> str:
 
 
 def memory(found: Results) -> str:
-    """Peak memory by quantization."""
+    """Peak memory by quantization, on each card."""
     lines = []
     for kind in (None, "int8", "nf4"):
-        answer = found.find("answer", quantization=kind, batch=1)
-        texts = found.each("text", quantization=kind, batch=1)
-        text = min(texts, key=lambda r: r["text"]) if texts else None
-        step = found.find("sft", quantization=kind, micro=1)
-        if kind is not None and not any((answer, text, step)):
-            continue
-        peaks = [
-            "–" if row is None or not row["peak_gb"] else f"{row['peak_gb']:.0f} GB" for row in (answer, step)
-        ]
-        shown = "–" if text is None else milliseconds(text)
-        lines.append([kind or "bfloat16", peaks[0], shown, peaks[1]])
+        for device in sorted({r["device"] for r in found.rows}):
+            facts = {"quantization": kind, "device": device}
+            answer = found.find("answer", batch=1, **facts)
+            texts = found.each("text", batch=1, **facts)
+            text = min(texts, key=lambda r: r["text"]) if texts else None
+            if answer is None and text is None:
+                continue
+            step = found.find("sft", micro=1, **facts)
+            peaks = [
+                "–" if row is None or not row["peak_gb"] else f"{row['peak_gb']:.0f} GB"
+                for row in (answer, step)
+            ]
+            shown = "–" if text is None else milliseconds(text)
+            lines.append([kind or "bfloat16", peaks[0], shown, peaks[1], device])
     return (
-        table(["base weights", "answer, peak", "text, batch 1", "SFT step, peak"], lines)
-        if len(lines) > 1
+        table(["base weights", "answer, peak", "text, batch 1", "SFT step, peak", "card"], lines)
+        if any(line[0] != "bfloat16" for line in lines)
         else ""
     )
 
@@ -200,11 +214,11 @@ def changes(files: Sequence[ResultFile]) -> str:
         difference, latent = (f"{n:.4f}" for n in numbers)
         lines.append([kind, f"{row['bytes'] / 1e6:.1f}", difference, same, latent])
     head = ["base weights", "MB", "difference of a token's log-probability", "same answers", "latent error"]
-    return f"The built-in model with fewer bits:\n\n{table(head, lines)}"
+    return f"What that changes in the built-in model's outputs:\n\n{table(head, lines)}"
 
 
 def render(files: Sequence[ResultFile]) -> str:
-    """What stands between the markers: a table of the targets for each card, then the rest."""
+    """What stands between the markers: the tables of each card, then those of fewer bits."""
     own = [f for f in files if f.kind in (*KINDS, "quantized")]
     shown = [
         "BAGEL-7B's shapes with random weights, bfloat16. Text is seconds a step (a token in every row) of a 64-token turn, all "
@@ -217,13 +231,16 @@ def render(files: Sequence[ResultFile]) -> str:
         dates = ", ".join(dict.fromkeys(f.date[:10] for f in there))
         parts = (
             targets(found),
+            readings(found),
             restorations(found),
             ways(found),
-            memory(found),
             trainings(found),
-            changes(there),
         )
-        shown.append(f"**{device}**, {dates}:\n\n" + "\n\n".join(p for p in parts if p))
+        if any(parts):
+            shown.append(f"**{device}**, {dates}:\n\n" + "\n\n".join(p for p in parts if p))
+    bits = [p for p in (memory(Results(own)), changes(own)) if p]
+    if bits:
+        shown += ["**With fewer bits:**", *bits]
     return "\n\n".join(shown)
 
 

@@ -6,8 +6,9 @@ at every call.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from clear_adapters.backbones.joined import Joined, join
 from clear_adapters.backbones.rows import Rows
 
 _SUFFIXES = ("", "_moe_gen")
+_LOG = logging.getLogger(__name__)
 
 
 class Expert(NamedTuple):
@@ -84,6 +86,7 @@ class Compiled:
             own = [expert_of(layer, suffix) for suffix in (_SUFFIXES if both else _SUFFIXES[:1])]
             whole = [e for e in own if e is not None]
             if len(whole) < len(own):
+                _tell_of_plain_layers()
                 return None
             found.append(whole)
         return found
@@ -143,6 +146,15 @@ def _attend(
         found = [attention.attend(q, k, v, frame, cache).view(b, length, *heads[0].shape[-2:])]
     parts = [[x[:, :2] for x in found], [x[:, 2:] for x in found]] if both else [found]
     return [torch.cat([x.flatten(0, 1).flatten(1) for x in some]) for some in parts]
+
+
+@cache
+def _tell_of_plain_layers() -> None:
+    """That compiling changes nothing, once."""
+    _LOG.warning(
+        "layers of this model are not compiled: they are quantized, or adapted in part or otherwise than by plain LoRA. They run as "
+        "they are, which is slower"
+    )
 
 
 def _many(x: Tensor, *dims: int) -> Tensor:
