@@ -283,7 +283,8 @@ class AttachedModel:
     def compile(self, enabled: bool = True) -> AttachedModel:
         """Compiles the network as answers and rollouts use it; the first of each kind then waits for the compiler.
 
-        Worth it for many answers on a GPU. Goes with `detach()`. Not while an answer is written: weights move in memory.
+        Worth it for many answers on a GPU, where it is best inside `folded()`. Goes with `detach()`. Not while an answer is written:
+        weights move in memory. Layers that are quantized or adapted only in part run as they are, and the log says so.
 
         Args:
             enabled: False takes it back.

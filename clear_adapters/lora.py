@@ -304,7 +304,8 @@ class Lora:
             (layer, layer.get_base_layer(), layer.get_base_layer().weight) for layer in self.layers.values()
         ]
         try:
-            with torch.no_grad():
+            # They outlast the caller's mode: compiled passes lay them anew in memory, which tensors of inference mode forbid.
+            with torch.inference_mode(False), torch.no_grad():
                 for layer, base, weight in kept:
                     delta = layer.get_delta_weight(ADAPTER_NAME).to(weight.dtype)
                     base._parameters["weight"] = nn.Parameter(delta.add_(weight), requires_grad=False)

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from statistics import NormalDist
@@ -110,6 +111,20 @@ def bootstrap_interval(
     return _percentiles(drawn, confidence)
 
 
+@lru_cache(maxsize=4)
+def _crossed_draws(
+    seeds: int, questions: int, samples: int, seed: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """How often each seed, (samples, seeds), and each question, (samples, questions), is drawn: the same for all values."""
+    random = np.random.default_rng(seed)
+    of_questions = np.empty((samples, questions), dtype=np.uint16)
+    of_seeds = np.empty((samples, seeds), dtype=np.uint16)
+    for i in range(samples):
+        of_questions[i] = np.bincount(random.integers(0, questions, questions), minlength=questions)
+        of_seeds[i] = np.bincount(random.integers(0, seeds, seeds), minlength=seeds)
+    return of_seeds, of_questions
+
+
 def mean_of_seeds_interval(
     values: Sequence[Sequence[float]], confidence: float = 0.95, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
@@ -141,13 +156,11 @@ def mean_of_seeds_interval(
         )
     observed = _finite(values, "values", dimensions=2)
     seeds, questions = observed.shape
-    random = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(samples):
-        # How often each was drawn: the mean of the drawn cells is then one bilinear form.
-        of_questions = np.bincount(random.integers(0, questions, questions), minlength=questions)
-        of_seeds = np.bincount(random.integers(0, seeds, seeds), minlength=seeds)
-        drawn.append(float(of_seeds @ observed @ of_questions) / (seeds * questions))
+    # The mean of the drawn cells is a bilinear form in how often each seed and each question was drawn.
+    drawn = [
+        float(of_seeds @ observed @ of_questions) / (seeds * questions)
+        for of_seeds, of_questions in zip(*_crossed_draws(seeds, questions, samples, seed), strict=True)
+    ]
     return _percentiles(drawn, confidence)
 
 

@@ -55,14 +55,24 @@ def arguments(toy, output, *more):
     return [
         *("--model", str(toy / "model"), "--adapters", f"clear={toy / 'clear-0'},{toy / 'clear-1'}"),
         *(f"direct={toy / 'direct-0'}", f"sft={toy / 'clear-0'}", "--limit", "12", "--output", str(output)),
-        *("--device", "cpu", "--plain-tokens", "4", "--batch-size", "12", *more),
+        *(
+            "--device",
+            "cpu",
+            "--plain-tokens",
+            "4",
+            "--batch-size",
+            "12",
+            "--cache",
+            str(toy / "cache"),
+            *more,
+        ),
     ]
 
 
 @pytest.fixture(scope="module")
 def finished(toy, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "result.json"
-    assert evaluate.main(arguments(toy, output, "--cache", str(output.parent / "cache"))) == 0
+    assert evaluate.main(arguments(toy, output)) == 0
     return output
 
 
@@ -144,6 +154,9 @@ def test_what_is_restored_and_degraded_again_gives_the_input():
     statistics = heldout.training_statistics(4)
     ways = restorers.measure(data, clean, statistics, 1)
     assert ways["restored"] == ways["clean"]
+    poor = [restorers.reduced(p, size) for p in data.pictures["high"]]
+    beside = restorers.measure(data, poor, statistics, 1, known=ways)  # the others are not measured again
+    assert beside == ways | {"restored": ways["input"]}
     again = {w: np.median(np.array(ways[w]["again"])[chosen]) for w in ways}
     assert again["clean"] > again["input"] + 3
 
@@ -205,16 +218,16 @@ def test_a_run_goes_on_where_it_was(finished, toy, capsys, tmp_path):
 @pytest.mark.long
 def test_parts_measured_side_by_side_are_merged(finished, toy, tmp_path, capsys):
     first, second = tmp_path / "first.json", tmp_path / "second.json"
-    cache = ("--cache", str(finished.parent / "cache"), "--conditions", "high")
-    assert evaluate.main(arguments(toy, first, *cache, "--runs", "1")) == 0
+    high = ("--conditions", "high")
+    assert evaluate.main(arguments(toy, first, *high, "--runs", "1")) == 0
     assert set(read_result(first).payload["cells"]) == {"clear/high/1"}
-    assert evaluate.main(arguments(toy, second, *cache, "--systems", "base,direct,sft-always")) == 0
+    assert evaluate.main(arguments(toy, second, *high, "--systems", "base,direct,sft-always")) == 0
     third = tmp_path / "third.json"
-    assert evaluate.main(arguments(toy, third, *cache, "--systems", "clear-always")) == 0
+    assert evaluate.main(arguments(toy, third, *high, "--systems", "clear-always")) == 0
     capsys.readouterr()
     whole = tmp_path / "whole.json"
     more = ("--merge", str(first), str(second), str(third), "--systems", "base,direct,clear")
-    assert evaluate.main(arguments(toy, whole, *cache, *more)) == 0
+    assert evaluate.main(arguments(toy, whole, *high, *more)) == 0
     assert capsys.readouterr().out.count("is there already") == 3
     cells = read_result(whole).payload["cells"]
     assert set(cells) == {
@@ -229,7 +242,7 @@ def test_parts_measured_side_by_side_are_merged(finished, toy, tmp_path, capsys)
     third.write_text(json.dumps(elsewhere))
     both = tmp_path / "both.json"
     merged = ("--only-merge", "--merge", str(first), str(third))
-    assert evaluate.main(arguments(toy, both, "--cache", str(finished.parent / "cache"), *merged)) == 0
+    assert evaluate.main(arguments(toy, both, *merged)) == 0
     assert read_result(both).device == f"{read_result(first).device}, another device"
     another = json.loads(first.read_text())
     another["payload"]["model"]["digest"] = "another"

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 import types
 import weakref
 
@@ -17,6 +18,7 @@ from clear_adapters.backbones.bagel.model import attend_by_products
 from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.backbones.joined import join
 from clear_adapters.backbones.rows import Rows
+from clear_adapters.config import LoraSettings
 from clear_adapters.engine import Engine
 from clear_adapters.errors import ClearValueError
 from clear_adapters.lora import ADAPTER_NAME
@@ -227,7 +229,7 @@ def test_a_block_attends_to_its_rows_context_and_to_itself(attached):
     decoder = b.model.language_model.model.layers[1].self_attn
     q = torch.randn(6, decoder.heads, 6, decoder.head_dim)
     k, v = torch.randn(2, 6, decoder.kv_heads, 6, decoder.head_dim)
-    for some, count in ((rows, 6), (rows.first(3), 3), (rows, 6)):
+    for some, count in ((rows, 6), (rows.first(1), 3), (rows, 6)):
         found = some.attend(1, *(x[:count] for x in (q, k, v)))
         assert sum(len(x) for x in found) == count
         for row, out in enumerate(torch.cat(found)):
@@ -243,12 +245,13 @@ def test_a_block_attends_to_its_rows_context_and_to_itself(attached):
 def test_rows_that_see_the_same_places_attend_together(attached):
     b = attached.backbone
     context = b.read_text(b.start(4, range(4)), [b.encode_text("abcdefg"[:n]) for n in (3, 3, 5, 5)])
+    attention = b.model.language_model.model.layers[0].self_attn
+    q = torch.zeros(4, attention.heads, 6, attention.head_dim)
+    kv = torch.zeros(2, 4, attention.kv_heads, 6, attention.head_dim)
     found = [
-        [(run.first, run.stop) for run in Rows([context, context], tokens)._runs]
-        for tokens in ([6] * 4, [6, 6, 6, 4])
+        [len(x) for x in Rows([context], tokens).attend(0, q, *kv)] for tokens in ([6] * 4, [6, 6, 6, 4])
     ]
-    assert found[0] == [(0, 2), (2, 4), (4, 6), (6, 8)]
-    assert found[1] == [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7), (7, 8)]
+    assert found == [[2, 2], [2, 1, 1]]
 
 
 # -- the end of a turn
@@ -508,19 +511,50 @@ def test_a_compiled_model_answers_alike_and_is_compiled_a_few_times():
             assert_same(rollouts(attached), expected)
             assert_same(rollouts(attached, rows=1), alone)
             count = counter.frame_count
-            # Of text and flows, each for one row and for several; what is read takes one of its own.
-            assert count <= 9
+            assert (
+                count <= 7
+            )  # of text and flows, each for one row and for several; what comes behind a flow's for all
             rollouts(attached, rows=2)
             with attached.folded():
                 assert_same(rollouts(attached), expected)
                 assert_same(rollouts(attached, rows=1), alone)
             assert_same(rollouts(attached), expected)
-            # Once more without updates.
-            assert counter.frame_count == 2 * count
+            # Once more without LoRA, and three for what is read.
+            assert counter.frame_count <= 2 * count + 3
     finally:
         torch._dynamo.reset()
     attached.detach()
     assert attached.backbone.model.language_model.model.compiled is None
+
+
+def test_every_adapter_is_compiled():
+    """A setting of few forms in a process, which the compiler has too, is not the end of it."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    backbone, counted = build(0, layers=2), []
+    context = backbone.read_text(backbone.start(1, [1]), [backbone.encode_text("What?")])
+    try:
+        for rank in (1, 2, 3):
+            counter = CompileCounterWithBackend("eager")
+            attached = attach(backbone, lora=LoraSettings({"understanding": rank}))
+            backbone.set_compiled(True, counter)
+            with torch._dynamo.config.patch(recompile_limit=1):
+                backbone.write_text(context.fork(), TextSampling(max_new_tokens=1))
+            counted.append(counter.frame_count)
+            attached.detach()
+    finally:
+        torch._dynamo.reset()
+    assert counted == [2, 2, 2]  # what enters a layer, and what leaves it
+
+
+def test_a_compiled_model_is_folded_in_inference_mode():
+    attached = attached_of()
+    expected = rollouts(attached)
+    attached.backbone.set_compiled(True, "eager")
+    with fast.switched(*fast.WAYS, on=True), torch.inference_mode(), attached.folded():
+        assert_same(rollouts(attached), expected)
+    attached.detach()
 
 
 def test_compiled_text_in_16_bits_is_close():
@@ -564,6 +598,32 @@ def test_nothing_is_compiled_in_a_capture():
         assert double(torch.ones(3)).sum() == 6
     finally:
         torch._dynamo.reset()
+
+
+def test_the_compiler_is_let_go_on_by_the_last_of_several_captures():
+    """It is told for the whole process: what overlaps would put back what it found, which the other had set."""
+    inside, leave = threading.Event(), threading.Event()
+    double = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
+
+    def first():
+        with graphs.without_compiling():
+            inside.set()
+            leave.wait(60)
+
+    def second():
+        with graphs.without_compiling():
+            pass
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    threads[0].start()
+    assert inside.wait(60)
+    threads[1].start()
+    threads[1].join(0.2)
+    leave.set()
+    for thread in threads:
+        thread.join(60)
+    assert double(torch.ones(2)).sum() == 4
+    torch._dynamo.reset()
 
 
 # -- on a GPU

@@ -414,17 +414,25 @@ def test_a_source_is_a_folder_with_files_below_it(base, tmp_path):
 
 
 CLIENT = """
-import sys
+import json, sys
 from clear_adapters.cli import main
 from typer.testing import CliRunner
-result = CliRunner().invoke(main, sys.argv[1:])
-print(result.output)
-raise SystemExit(result.exit_code)
+from clear_adapters.datasets.hub import Source, locate
+from clear_adapters.mmd_bench.sets import built_with
+for arguments in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(main, arguments)
+    print(json.dumps([result.exit_code, " ".join(result.output.split())]))
+found = locate([Source("someone/MMD")], sys.argv[2:])
+print(json.dumps([found.missing, [built_with(found.files[n]) for n in found.files]]))
 """
 
 
-def client(url, home, *arguments, script=CLIENT):
-    """The command in a process of its own: the client reads its address when it is imported."""
+def client(url, home, *commands, names):
+    """Commands, and then files, in a process of its own: the client reads its address when it is imported.
+
+    Returns:
+        Exit status and output of each command; which files are missing, and with which seeds the others were built.
+    """
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
         "HF_ENDPOINT": url,
@@ -436,17 +444,11 @@ def client(url, home, *arguments, script=CLIENT):
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
-
-
-SEED = """
-import sys
-from clear_adapters.datasets.hub import Source, locate
-from clear_adapters.mmd_bench.sets import built_with
-found = locate([Source("someone/MMD")], sys.argv[1:])
-print(found.missing, [built_with(found.files[n]) for n in found.files])
-"""
+    asked = json.dumps([list(map(str, arguments)) for arguments in commands])
+    command = [sys.executable, "-c", CLIENT, asked, *names]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow
@@ -456,23 +458,25 @@ def test_files_come_from_a_repository_of_the_hub(built, base, tmp_path):
     files["sets/manifest.json"] = (folder / "manifest.json").read_bytes()
     files |= {"base/MMStar.tsv": (base / "MMStar.tsv").read_bytes(), "train.tar.gz.part.0": b"x"}
     with serve("someone/MMD", files) as (url, requests):
-        done = client(url, tmp_path / "hf", "bench", "build", "--input", "someone/MMD", "--output", tmp_path / "sets",
-                      "--severity", "low", "--no-per-corruption", "--workers", 1)  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        asked = ["bench", "run", "--output", tmp_path / "r", "--device", "cpu", "--data"]
+        (built_code, told), (missing_code, missing), (unknown_code, unknown), found = client(
+            url,
+            tmp_path / "hf",
+            *(["bench", "build", "--input", "someone/MMD", "--output", tmp_path / "sets",
+               "--severity", "low", "--no-per-corruption", "--workers", "1"],
+              [*asked, "someone/MMD", "--tasks", "mmstar,mmvp", "--severity", "high"],
+              [*asked, "someone/else", "--tasks", "mmstar"]),
+            names=["MMStar_LOW_LEVEL_MID.tsv", "MMVP.tsv"],
+        )  # fmt: skip
+        assert built_code == 0, told
         assert (tmp_path / "sets" / "MMStar_LOW_LEVEL_LOW.tsv").read_bytes() == files[
             "sets/MMStar_LOW_LEVEL_LOW.tsv"
         ]
-        fetched = {r.rsplit("/", 1)[-1] for r in requests if r.startswith("GET /datasets")}
-        assert fetched == {"MMStar.tsv"}  # nothing else was downloaded
+        assert (missing_code, unknown_code) == (2, 2)
+        assert "someone/MMD lacks MMVP_LOW_LEVEL_HIGH.tsv" in missing
+        assert "the Hub gives no dataset repository" in unknown
+        assert found == [["MMVP.tsv"], [0]]  # the manifest comes along
+        fetched = [r.rsplit("/", 1)[-1] for r in requests if r.startswith("GET /datasets")]
+        # Of what is built, and at the end of what was asked for: nothing by what was refused.
+        assert set(fetched) == {"MMStar.tsv", "manifest.json", "MMStar_LOW_LEVEL_MID.tsv"}
         assert any(COMMIT in r for r in requests)
-        asked = ["bench", "run", "--output", tmp_path / "r", "--data", "someone/MMD", "--device", "cpu"]
-        missing = client(url, tmp_path / "hf", *asked, "--tasks", "mmstar,mmvp", "--severity", "high")
-        assert missing.returncode == 2
-        assert "someone/MMD lacks MMVP_LOW_LEVEL_HIGH.tsv" in " ".join(missing.stdout.split())
-        assert {r.rsplit("/", 1)[-1] for r in requests if r.startswith("GET /datasets")} == fetched
-        names = ["MMStar_LOW_LEVEL_HIGH.tsv", "MMVP.tsv"]
-        seeds = client(url, tmp_path / "hf", *names, script=SEED)  # the manifest comes along
-        assert seeds.stdout.strip() == "('MMVP.tsv',) [0]", seeds.stderr
-        unknown = client(url, tmp_path / "hf", *asked[:4], "--data", "someone/else", "--tasks", "mmstar")
-        assert unknown.returncode == 2
-        assert "the Hub gives no dataset repository" in " ".join(unknown.stdout.split())

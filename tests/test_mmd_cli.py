@@ -181,10 +181,10 @@ def test_what_is_refused_is_one_line(tmp_path, monkeypatch, arguments, words):
 def test_the_first_questions_give_the_committed_answers(tmp_path):
     """Built-in base and adapter on a CPU: `benchmarks/miniature/measure.py` writes the file anew when they change."""
     committed = read_result(COMMITTED)
-    payload = measure.measure(tmp_path, questions=measure.BATCH)
+    payload = measure.measure(tmp_path, questions=12)
     assert len(payload["answers"]) == 4
     for cell, answers in payload["answers"].items():
-        assert answers == committed.payload["answers"][cell][: measure.BATCH], cell
+        assert answers == committed.payload["answers"][cell][:12], cell
 
 
 @pytest.mark.long

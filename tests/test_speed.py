@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "speed"))
 
 import equality  # noqa: E402
 import inference  # noqa: E402
+import loading  # noqa: E402
 import scaling  # noqa: E402
 import scaling_report  # noqa: E402
 import shapes  # noqa: E402
@@ -270,6 +271,31 @@ def test_a_checkpoint_is_loaded_without_a_second_copy(tmp_path, monkeypatch):
         loaded = checkpoint.load_checkpoint(tmp_path, dtype, torch.device("cpu"))
         assert max(seen) - before < 1.3 * factor * weights + 8e6
         del loaded
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be told to forget files")
+def test_loading_is_measured_beside_reading(tmp_path):
+    path = tmp_path / "loading.json"
+    options = (
+        "--size",
+        "tiny",
+        "--layers",
+        "3",
+        "--device",
+        "cpu",
+        "--repeats",
+        "2",
+        "--folder",
+        str(tmp_path),
+    )
+    assert loading.main(["--output", str(path), *options]) == 0
+    found = read_result(path)
+    assert [len(runs) for runs in found.payload["runs"].values()] == [2, 2]
+    whole = shapes.build("tiny", torch.device("cpu"), torch.bfloat16, layers=3)
+    weights = sum(2 * p.numel() for part in (whole.model, whole.autoencoder) for p in part.parameters())
+    assert weights < found.payload["bytes"] < 1.3 * weights
+    assert not list(tmp_path.glob("tmp*"))
+    assert "0.0 GB, CPU" in speed_report.render([found])
 
 
 def test_the_result_is_plain_json(tmp_path):

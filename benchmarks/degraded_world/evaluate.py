@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,8 +239,9 @@ def measure_pictures(
     data: HeldOut,
     replies: list[Reply],
     args: argparse.Namespace,
+    before: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Restorations of the replies against the clean scenes; also draws their sheet.
+    """Restorations of the replies against the clean scenes, beside ways that were measured before; also draws their sheet.
 
     Returns:
         `ways` and `signs`, with what was restored under the system's name.
@@ -256,7 +257,7 @@ def measure_pictures(
             f"{len(pictures) - len(found)} of {len(pictures)} replies hold no decodable restoration"
         )
     restored = [np.asarray(p) for p in found]
-    ways = measure(data, restored, training_statistics(), args.workers)
+    ways = measure(data, restored, training_statistics(), args.workers, before.get("ways"))
     sheet = args.output.with_name(f"{args.output.stem}_{system.name}.jpg")
     draw_sheet(data, restored, ways, sheet)
     signs = read_signs(model, settings, data, found)
@@ -306,7 +307,9 @@ def run(args: argparse.Namespace) -> Record:
         cell, replies = run_cell(model, job.system, job.condition, settings, data)
         if job.measures_pictures:
             known = record.payload.setdefault("restorations", {})
-            for part, found in measure_pictures(model, job.system, settings, data, replies, args).items():
+            for part, found in measure_pictures(
+                model, job.system, settings, data, replies, args, known
+            ).items():
                 known[part] = known.get(part, {}) | found
         record.payload["cells"][job.key] = cell | {"run": job.run, "adapter": adapter}
         record.write()

@@ -14,6 +14,7 @@ Both act on the picture at its own size; everything is measured at the model's s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,11 @@ def blur(image: np.ndarray) -> float:
 
 
 def measure(
-    data: HeldOut, restored: list[np.ndarray], statistics: tuple[np.ndarray, np.ndarray], workers: int = 0
+    data: HeldOut,
+    restored: list[np.ndarray],
+    statistics: tuple[np.ndarray, np.ndarray],
+    workers: int = 0,
+    known: Mapping[str, dict[str, list[float]]] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """Every measure of every picture.
 
@@ -83,20 +88,23 @@ def measure(
         restored: N pictures at the model's size.
         statistics: mean and deviation of training scenes.
         workers: processes; 0 is one a core.
+        known: what was measured with other restorations of the same pictures: only these are measured then.
 
     Returns:
         By way, then `psnr`, `ssim`, `blur` and `again`: one number a picture.
     """
     given = zip(data.items, data.pictures["clean"], data.pictures["high"], restored, strict=True)
-    rows = map_parallel(partial(_measure_one, statistics), list(given), workers)
-    return {
+    others = {way: known[way] for way in WAYS[:-1] if known and way in known}
+    ways = [way for way in WAYS if way not in others]
+    rows = map_parallel(partial(_measure_one, statistics, ways), list(given), workers)
+    return others | {
         way: {name: [round(row[way][name], digits) for row in rows] for name, digits in MEASURES.items()}
-        for way in WAYS
+        for way in ways
     }
 
 
 def _measure_one(
-    statistics: tuple[np.ndarray, np.ndarray], row: tuple[Any, ...]
+    statistics: tuple[np.ndarray, np.ndarray], ways: list[str], row: tuple[Any, ...]
 ) -> dict[str, dict[str, float]]:
     cv2.setNumThreads(1)
     item, *pixels = row
@@ -111,7 +119,8 @@ def _measure_one(
         "restored": restored,
     }
     found = {}
-    for way, picture in pictures.items():
+    for way in ways:
+        picture = pictures[way]
         large = Image.fromarray(reduced(picture, (SIDE, SIDE)))
         again = reduced(np.asarray(degraded(large, item, "high")), size)
         found[way] = {

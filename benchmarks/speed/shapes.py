@@ -59,8 +59,11 @@ class Turns(BagelBackbone):
         return ANSWER if turn % 2 else REQUEST
 
 
-def config_of(size: str) -> BagelConfig:
-    """The configuration of a size: `7b`, `small` or `tiny`."""
+def config_of(size: str, layers: int | None = None) -> BagelConfig:
+    """The configuration of a size, `7b`, `small` or `tiny`; with so many layers of the language model instead of its own."""
+    if layers is not None:
+        own = config_of(size)
+        return replace(own, llm={**own.llm, "num_hidden_layers": layers})
     if size == "tiny":
         return toy_config()
     llm: dict[str, Any] = {
@@ -101,11 +104,16 @@ def config_of(size: str) -> BagelConfig:
 
 @torch.no_grad()
 def build(
-    size: str, device: torch.device, dtype: torch.dtype, quantization: str | None = None, seed: int = 0
+    size: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    seed: int = 0,
+    layers: int | None = None,
 ) -> Turns:
     """A backbone with random weights, without a copy of them anywhere else; quantized ones as they are made."""
     check_quantization(quantization)
-    config = config_of(size)
+    config = config_of(size, layers)
     with torch.device("meta"):
         model, autoencoder = BagelModel(config), build_autoencoder(config.ae)
     generator = torch.Generator(device).manual_seed(seed)

@@ -217,6 +217,19 @@ def changes(files: Sequence[ResultFile]) -> str:
     return f"What that changes in the built-in model's outputs:\n\n{table(head, lines)}"
 
 
+def loads(files: Sequence[ResultFile]) -> str:
+    """Loading a checkpoint, beside reading its files."""
+    lines = []
+    for file in files:
+        if file.kind == "loading":
+            p, name = file.payload, f"{file.payload['bytes'] / 1e9:.1f} GB, {file.device}"
+            lines.append(
+                [name, *(f"{p[k]:.1f} s, {p['bytes'] / 1e9 / p[k]:.2f} GB/s" for k in ("read", "load"))]
+            )
+    head = ["checkpoint that is not in memory", "its files read", "loaded"]
+    return table(head, lines) if lines else ""
+
+
 def render(files: Sequence[ResultFile]) -> str:
     """What stands between the markers: the tables of each card, then those of fewer bits."""
     own = [f for f in files if f.kind in (*KINDS, "quantized")]
@@ -241,6 +254,7 @@ def render(files: Sequence[ResultFile]) -> str:
     bits = [p for p in (memory(Results(own)), changes(own)) if p]
     if bits:
         shown += ["**With fewer bits:**", *bits]
+    shown += [p for p in (loads(files),) if p]
     return "\n\n".join(shown)
 
 

@@ -295,7 +295,7 @@ class Backbone(ABC):
     """Whether `set_compiled` does something."""
 
     def set_compiled(self, enabled: bool, backend: Any = "inductor", training: bool = False) -> None:
-        """Compiles what writing and restoring do with the cache, or what `forward` does, or no longer.
+        """Compiles what reading, writing and restoring do with the cache, or what `forward` does, or no longer.
 
         Raises:
             ClearValueError: the family does not compile it.

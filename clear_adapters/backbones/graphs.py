@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ _MODE = "thread_local"
 """A data loader's thread may pin memory while something is captured."""
 
 _LOG = logging.getLogger(__name__)
+_ONE_AT_A_TIME = threading.Lock()
+"""What the compiler may do is a setting of the whole process."""
 
 
 class _Place:
@@ -81,13 +83,18 @@ def capture(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGr
     return graph
 
 
-def without_compiling() -> AbstractContextManager[Any]:
-    """What would have to be compiled raises a RuntimeError: a compiler tries kernels, which a capture does not survive."""
-    if (
-        "torch._dynamo" not in sys.modules
-    ):  # nothing is compiled in this process, and its import takes seconds
-        return nullcontext()
-    return torch.compiler.set_stance("fail_on_recompile")
+@contextmanager
+def without_compiling() -> Iterator[None]:
+    """What would have to be compiled inside raises a RuntimeError: a compiler tries kernels, which a capture does not survive.
+
+    It holds for all threads; those that come here too wait.
+    """
+    # Where nothing has been compiled its import would take seconds.
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with _ONE_AT_A_TIME, torch.compiler.set_stance("fail_on_recompile"):
+        yield
 
 
 @cache

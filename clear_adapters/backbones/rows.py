@@ -1,7 +1,7 @@
 """A cache for a block that is computed again and again behind contexts that stay: the steps of a flow.
 
-Each row keeps the keys and values of its own context without holes, and they end where the block begins, which is one place
-for all rows. Attention then needs no mask, and heads that share keys no copies: the fastest kernels take neither.
+The rows of a context keep their keys and values without holes, and all of them end where the block begins, so that it is written
+at one place. Attention then needs no mask, and heads that share keys no copies: the fastest kernels take neither.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from clear_adapters.backbones.base import Context
 
 
 class _Run(NamedTuple):
-    """Rows one after the other that see the same places.
+    """Neighbouring rows that see the same places.
 
     Attributes:
         first, stop: the rows.
@@ -31,6 +31,47 @@ class _Run(NamedTuple):
     end: int
 
 
+class _Part:
+    """The rows of one context."""
+
+    def __init__(self, context: Context, tokens: Sequence[int]) -> None:
+        valid = context.valid.cpu()
+        counts = [int(n) for n in valid.sum(1)]
+        self._start = max(counts)
+        read = context.cache.read(context.length)
+        layers, two, rows, heads, _, width = read.shape
+        self._data = read.new_empty(layers, two, rows, heads, self._start + max(tokens), width)
+        for row, (own, count) in enumerate(zip(valid, counts, strict=True)):
+            if bool(own[:count].all()):
+                entries = read[:, :, row, :, :count]
+            else:
+                entries = read[:, :, row].index_select(3, own.nonzero()[:, 0].to(read.device))
+            self._data[:, :, row, :, self._start - count : self._start] = entries
+        places = [(self._start - n, self._start + own) for n, own in zip(counts, tokens, strict=True)]
+        self._runs, stop = [], 0
+        for (begin, end), some in groupby(places):
+            first, stop = stop, stop + len(list(some))
+            self._runs.append(_Run(first, stop, begin, end))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        held = self._data[layer]
+        for place, new in enumerate((k, v)):
+            held[place, :, :, self._start :].copy_(new)
+        q = q.to(held.dtype)  # norms under autocast give 32 bits
+        found = []
+        for first, stop, begin, end in self._runs:
+            own, (keys, values) = q[first:stop], held[:, first:stop, :, begin:end]
+            shared = q.shape[1] // keys.shape[1]
+            if shared > 1 and q.element_size() > 2:
+                # The kernel that takes grouped heads is for 16-bit types.
+                keys, values = (x.repeat_interleave(shared, 1) for x in (keys, values))
+                shared = 1
+            with one_shape():
+                out = F.scaled_dot_product_attention(own, keys, values, enable_gqa=shared > 1)
+            found.append(out.transpose(1, 2))
+        return found
+
+
 class Rows:
     """Contexts side by side, all of their rows one after the other."""
 
@@ -41,41 +82,12 @@ class Rows:
             contexts: of one number of rows.
             tokens: of each row's block; what stands behind them is padding.
         """
-        valid = [context.valid.cpu() for context in contexts]
-        counts = [int(n) for v in valid for n in v.sum(1)]
-        self._start, block = max(counts), max(tokens)
-        self._data = self._copied(contexts, valid, block)
-        ends = [self._start + n for _ in contexts for n in tokens]
-        places = [(self._start - n, end) for n, end in zip(counts, ends, strict=True)]
-        self._runs, row = [], 0
-        for (begin, end), some in groupby(places):
-            first, row = row, row + len(list(some))
-            self._runs.append(_Run(first, row, begin, end))
+        self._parts = [_Part(context, tokens) for context in contexts]
 
-    def _copied(self, contexts: Sequence[Context], valid: Sequence[Tensor], block: int) -> Tensor:
-        """(layers, 2, B, H, K, d), with room for a block."""
-        rows = contexts[0].rows
-        data = None
-        for number, (context, seen) in enumerate(zip(contexts, valid, strict=True)):
-            read = context.cache.read(context.length)
-            if data is None:
-                layers, two, _, heads, _, width = read.shape
-                data = read.new_empty(layers, two, len(contexts) * rows, heads, self._start + block, width)
-            for row, own in enumerate(seen):
-                count = int(own.sum())
-                if bool(own[:count].all()):
-                    entries = read[:, :, row, :, :count]
-                else:
-                    entries = read[:, :, row].index_select(3, own.nonzero()[:, 0].to(read.device))
-                data[:, :, number * rows + row, :, self._start - count : self._start] = entries
-        assert data is not None
-        return data
-
-    def first(self, rows: int) -> Rows:
-        """Of the first rows only; shares storage."""
+    def first(self, contexts: int) -> Rows:
+        """Of the first contexts only; shares storage."""
         some = Rows.__new__(Rows)
-        some._data, some._start = self._data, self._start
-        some._runs = [run._replace(stop=min(run.stop, rows)) for run in self._runs if run.first < rows]
+        some._parts = self._parts[:contexts]
         return some
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -90,22 +102,5 @@ class Rows:
         Returns:
             (R, L, H, d) of rows that follow on one another, B in all.
         """
-        held = self._data[layer, :, : len(q)]
-        for place, new in enumerate((k, v)):
-            held[place, :, :, self._start :].copy_(new)
-        q = q.to(held.dtype)  # norms under autocast give 32 bits
-        found = []
-        for run in self._runs:
-            own, (keys, values) = (
-                q[run.first : run.stop],
-                held[:, run.first : run.stop, :, run.begin : run.end],
-            )
-            shared = q.shape[1] // keys.shape[1]
-            if shared > 1 and q.element_size() > 2:
-                # The kernel that takes grouped heads is for 16-bit types.
-                keys, values = (x.repeat_interleave(shared, 1) for x in (keys, values))
-                shared = 1
-            with one_shape():
-                out = F.scaled_dot_product_attention(own, keys, values, enable_gqa=shared > 1)
-            found.append(out.transpose(1, 2))
-        return found
+        given = zip(self._parts, *(x.chunk(len(self._parts)) for x in (q, k, v)), strict=True)
+        return [out for part, *own in given for out in part.attend(layer, *own)]

@@ -424,7 +424,7 @@ class BagelBackbone(Backbone):
     ) -> _Step:
         """Tokens (B, N, D) with image marks, behind a context, all at one position a row.
 
-        The marks stand before latents: all tokens of a block see each other and share a position, so their order is free.
+        The marks stand first: all tokens of a block see each other and share a position, so their order is free.
         """
         b = len(tokens)
         marks = torch.tensor([self.marks.image_start, self.marks.image_end], device=self.device)
@@ -467,8 +467,8 @@ class BagelBackbone(Backbone):
         mask = torch.cat((context.valid[:, None, :].expand(b, length, context.length), new), -1)[:, None]
         decoder = self.model.language_model.model
         cos, sin = decoder.rotary(positions)
-        # What one token needs is small: it is not worth the experts.
-        experts = decoder.experts(both=gen is not None) if length > 1 else None
+        # Gathering them takes the host some milliseconds, and with LoRA twice as many: for one token, or one pass, too many.
+        experts = decoder.experts(both=gen is not None, bare=True) if length > 1 else None
         frame = Frame((b, length), flat, gen_index, cos, sin, mask, experts=experts)
         room = context.cache.reserve(context.length, length)
         gen = und.new_zeros(0, und.shape[-1]) if gen is None else gen

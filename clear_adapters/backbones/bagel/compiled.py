@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from clear_adapters.backbones.rows import Rows
 
 _SUFFIXES = ("", "_moe_gen")
 _LOG = logging.getLogger(__name__)
+_FORMS = 64
+"""Of each part that are compiled in a process at most: for one row and for several, without LoRA and with each rank and scale."""
 
 
 class Expert(NamedTuple):
@@ -62,7 +64,7 @@ def expert_of(layer: Any, suffix: str) -> Expert | None:
 
 
 class Compiled:
-    """The layers of answers: of text that is written, and of latents that are sampled."""
+    """The layers of answers: of what is read, of text that is written, and of latents that are sampled."""
 
     def __init__(self, backend: str | Any = "inductor") -> None:
         """Makes ready; compiling waits for the first pass.
@@ -72,24 +74,36 @@ class Compiled:
         """
         make = partial(torch.compile, backend=backend)
         self._enter_token, self._leave_token = make(_enter_token), make(_leave_token)
-        self._enter_text, self._enter_block = make(_enter_text), make(_enter_block)
+        self._enter_tokens, self._enter_block = make(_enter_tokens), make(_enter_block)
         self._leave_block = make(_leave_block)
         self._weights = make(weigh_scores)
+        self._told = False
 
     def _weigh(self, scores: Tensor, bias: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         return self._weights(_many(scores, 0, 3), _many(bias, 0, 3), scale, dtype)
 
-    def experts(self, layers: Sequence[nn.Module], both: bool) -> list[list[Expert]] | None:
-        """Of each layer, the first or both of them; None where one is not made of plain products."""
+    def experts(self, layers: Sequence[nn.Module], both: bool, bare: bool) -> list[list[Expert]] | None:
+        """Of each layer, the first or both of them; None where one is not made of plain products, or of `bare` ones has LoRA."""
         found = []
         for layer in layers:
             own = [expert_of(layer, suffix) for suffix in (_SUFFIXES if both else _SUFFIXES[:1])]
             whole = [e for e in own if e is not None]
             if len(whole) < len(own):
-                _tell_of_plain_layers()
+                self._tell()
+                return None
+            if bare and whole[0].heads.first is not None:
                 return None
             found.append(whole)
         return found
+
+    def _tell(self) -> None:
+        """That compiling changes nothing, once."""
+        if not self._told:
+            _LOG.warning(
+                "layers of this model are not compiled: they are quantized, or adapted in part or otherwise than by plain LoRA. They "
+                "run as they are, which is slower"
+            )
+        self._told = True
 
     def run(
         self, layers: Sequence[Any], und: Tensor, gen: Tensor, frame: Frame, cache: Slots | Rows | Pass
@@ -103,6 +117,13 @@ class Compiled:
             frame: with the experts.
             cache: the room of a turn, the contexts of a flow, or those behind which a block is read.
         """
+        # The compiler's own limit would be reached by the third adapter, whose passes then ran uncompiled.
+        with torch._dynamo.config.patch(recompile_limit=_FORMS):
+            return self._run(layers, und, gen, frame, cache)
+
+    def _run(
+        self, layers: Sequence[Any], und: Tensor, gen: Tensor, frame: Frame, cache: Slots | Rows | Pass
+    ) -> tuple[Tensor, Tensor]:
         assert frame.experts is not None
         both = gen.shape[0] > 0
         # Copies, here and of what attention gives: views are of a form of their own.
@@ -124,7 +145,9 @@ class Compiled:
                 outs = [attention.attend_one(q, keys, values, frame, self._weigh)]
                 leave = self._leave_token
             else:
-                states, *heads = (self._enter_block if both else self._enter_text)(*given, attention.kv_heads)
+                states, *heads = (self._enter_block if both else self._enter_tokens)(
+                    *given, attention.kv_heads
+                )
                 outs = _attend(attention, heads, frame, cache, both)
                 leave = self._leave_block
             states = [_many(x) for x in states]
@@ -146,15 +169,6 @@ def _attend(
         found = [attention.attend(q, k, v, frame, cache).view(b, length, *heads[0].shape[-2:])]
     parts = [[x[:, :2] for x in found], [x[:, 2:] for x in found]] if both else [found]
     return [torch.cat([x.flatten(0, 1).flatten(1) for x in some]) for some in parts]
-
-
-@cache
-def _tell_of_plain_layers() -> None:
-    """That compiling changes nothing, once."""
-    _LOG.warning(
-        "layers of this model are not compiled: they are quantized, or adapted in part or otherwise than by plain LoRA. They run as "
-        "they are, which is slower"
-    )
 
 
 def _many(x: Tensor, *dims: int) -> Tensor:
@@ -199,7 +213,7 @@ def _enter_token(
     return states, rotate(_rms(q, experts[0].queries, eps), cos, sin).to(keys.dtype)
 
 
-def _enter_text(
+def _enter_tokens(
     states: list[Tensor],
     added: list[Tensor],
     experts: list[Expert],

@@ -126,7 +126,7 @@ class RowPasses:
         every, places = self._x.repeat(copies, 1, 1), self._places.repeat(copies, 1)
         # Not a view of (B, N, D): to the compiler those are another kind.
         tokens = model.embed_latents(every.flatten(0, 1), places.flatten(), self._time)
-        _, gen, _ = model.language_model.model(edges, tokens, frame, self._rows.first(len(every)))
+        _, gen, _ = model.language_model.model(edges, tokens, frame, self._rows.first(copies))
         return model.velocity(gen).view(every.shape) * self._valid.repeat(copies, 1)[..., None]
 
     def _frame(self, copies: int) -> tuple[Frame, Tensor]:

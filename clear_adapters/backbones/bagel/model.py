@@ -316,11 +316,17 @@ class Decoder(nn.Module):
         self.compiled: Compiled | None = None
         self.compiled_training: CompiledTraining | None = None
 
-    def experts(self, both: bool) -> list[list[Expert]] | None:
-        """For compiled passes, the first of each layer or both, as they are now; None where they are not compiled, or in shards."""
-        if self.compiled is None or any(isinstance(layer, FSDPModule) for layer in self.layers):
+    def experts(self, both: bool, bare: bool = False) -> list[list[Expert]] | None:
+        """For compiled passes, the first of each layer or both, as they are now; None where passes are not compiled.
+
+        They are not with shards, nor under autocast, where sums and products have types of their own; of `bare` ones not with
+        LoRA beside the weights either.
+        """
+        if self.compiled is None or torch.is_autocast_enabled(self.embed_tokens.weight.device.type):
             return None
-        return self.compiled.experts(list(self.layers), both)
+        if any(isinstance(layer, FSDPModule) for layer in self.layers):
+            return None
+        return self.compiled.experts(list(self.layers), both, bare)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, 1, L, d) at positions (B, L), computed in float32."""
@@ -343,7 +349,6 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """Runs all layers; returns the states before the final norms, and those after the layers asked for."""
         kept: dict[int, tuple[Tensor, Tensor]] = {}
-        # Under autocast sums and products have types of their own.
         plain = frame.experts is None or torch.is_autocast_enabled(und.device.type)
         if self.compiled is not None and not plain and isinstance(cache, Slots | Rows | Pass):
             return *self.compiled.run(list(self.layers), und, gen, frame, cache), kept
