@@ -27,7 +27,8 @@ from clear_adapters.prompts import get_protocol  # noqa: E402
 from clear_adapters.results import ResultFile, read_result  # noqa: E402
 from clear_adapters.world import KINDS  # noqa: E402
 
-pytestmark = pytest.mark.timeout(300)
+# One process makes the run that most tests look at.
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("degraded_world")]
 
 RESULTS = ROOT / "benchmarks" / "results"
 
