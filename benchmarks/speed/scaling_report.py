@@ -108,9 +108,8 @@ def figures(files: Sequence[ResultFile]) -> Figures | None:
     device = single["device"]
     steps = of_one_card(found.each("sft", kind="training", micro=1), device)
     texts = of_one_card(found.each("text", text=64), device)
-    flows = [
-        of_one_card(found.each("restoration", side=512, guided=guided), device) for guided in (False, True)
-    ]
+    restored = of_one_card(found.each("restoration", side=512), device)
+    flows = [[r for r in restored if r["guided"] is guided] for guided in (False, True)]
     if not steps or not texts or not all(flows):
         return None
     load = next(f.payload["load"] for f in files if f.kind == "training")
