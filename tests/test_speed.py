@@ -27,6 +27,7 @@ from readme import between  # noqa: E402
 from clear_adapters.backbones.bagel import checkpoint  # noqa: E402
 from clear_adapters.backbones.bagel.tiny import initialise, small_config, tokenizer  # noqa: E402
 from clear_adapters.backbones.packed import TextPiece  # noqa: E402
+from clear_adapters.errors import ClearValueError  # noqa: E402
 from clear_adapters.results import ResultFile, read_result  # noqa: E402
 from clear_adapters.training.recipe import load_recipe  # noqa: E402
 
@@ -226,16 +227,28 @@ def test_restorations_and_steps_have_tables():
 
 
 def test_the_report_is_put_between_its_markers(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n{}\nstale words\n{}\nafter\n".format(*speed_report.MARKERS))
-    monkeypatch.setattr(speed_report, "README", readme)
-    path = made([{"part": "picture", "side": 512, "seconds": 2.0}]).write(tmp_path / "one.json")
+    files = {name: tmp_path / f"{name}.md" for name in ("README", "MAIN")}
+    for name, file in files.items():
+        file.write_text("before\n{}\nstale words\n{}\nafter\n".format(*speed_report.MARKERS))
+        monkeypatch.setattr(speed_report, name, file)
+    rows = [{"part": "picture", "side": 512, "seconds": 2.0}, {"part": "group", "group": 8, "seconds": 5.0}]
+    path = made(rows, device="Big H100").write(tmp_path / "one.json")
     assert speed_report.main([str(path)]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "stale words" not in text
+    texts = {name: file.read_text() for name, file in files.items()}
+    for text in texts.values():
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "stale words" not in text
+        assert "**5.00 s**" in text
     assert (tmp_path / speed_report.FIGURE).is_file()
+    assert speed_report.FIGURE in texts["README"]
+    assert speed_report.FIGURE not in texts["MAIN"]
+    # Where one has no place for it, nothing is written.
+    files["MAIN"].write_text("no markers")
+    files["README"].write_text("{}\nstale words\n{}\n".format(*speed_report.MARKERS))
+    with pytest.raises(ClearValueError):
+        speed_report.main([str(path)])
+    assert "stale words" in files["README"].read_text()
 
 
 def test_the_readme_shows_the_committed_results():
@@ -243,6 +256,8 @@ def test_the_readme_shows_the_committed_results():
     text = speed_report.README.read_text(encoding="utf-8")
     shown = between(text, speed_report.MARKERS)
     assert shown.startswith(speed_report.render([read_result(f) for f in files]))
+    short = between(speed_report.MAIN.read_text(encoding="utf-8"), speed_report.MARKERS)
+    assert short == speed_report.short([read_result(f) for f in files])
 
 
 # -- loading

@@ -1,4 +1,4 @@
-"""The table of the speed targets and the figure of how cost grows, from result files, put into benchmarks/README.md.
+"""Tables of speed and the figure of how cost grows, from result files, put into benchmarks/README.md; the targets into README.md too.
 
     python benchmarks/speed/speed_report.py benchmarks/results/speed/*.json
 
@@ -22,6 +22,9 @@ from clear_adapters.results import ResultFile
 
 MARKERS = markers("bagel-speed")
 README = Path(__file__).parents[1] / "README.md"
+MAIN = README.parents[1] / "README.md"
+CARD = "H100"
+"""For which the targets are set."""
 FIGURE = "growth.png"
 KINDS = ("inference", "training")
 """Kinds of result files whose rows are told apart by their parts."""
@@ -258,6 +261,16 @@ def render(files: Sequence[ResultFile]) -> str:
     return "\n\n".join(shown)
 
 
+def short(files: Sequence[ResultFile]) -> str:
+    """What stands between the markers of the main README: the targets on their card."""
+    there = [f for f in files if f.kind in KINDS and CARD in f.device]
+    shown = targets(Results(there))
+    if not shown:
+        return "Not measured yet."
+    dates = ", ".join(dict.fromkeys(f.date[:10] for f in there))
+    return f"{there[0].device}, {dates}; bold is within the target.\n\n{shown}"
+
+
 def figure(files: Sequence[ResultFile], path: Path) -> bool:
     """How cost grows with picture size, text length, batch and group; False, and no file, where none of it was measured."""
     import matplotlib
@@ -289,10 +302,14 @@ def figure(files: Sequence[ResultFile], path: Path) -> bool:
 
 
 def insert(files: Sequence[ResultFile], drawn: bool) -> None:
-    """Puts tables between the markers of the README, and the figure where there is one."""
-    text = README.read_text(encoding="utf-8")
+    """Puts tables between the markers of both files, and the figure where there is one."""
     shown = render(files) + (f"\n\n![How cost grows](results/speed/{FIGURE})" if drawn else "")
-    README.write_text(inserted(text, shown, str(README), MARKERS), encoding="utf-8")
+    texts = {
+        path: inserted(path.read_text(encoding="utf-8"), content, str(path), MARKERS)
+        for path, content in ((README, shown), (MAIN, short(files)))
+    }
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
