@@ -17,8 +17,8 @@ _MODE = "thread_local"
 """A data loader's thread may pin memory while something is captured."""
 
 _LOG = logging.getLogger(__name__)
-_ONE_AT_A_TIME = threading.Lock()
-"""What the compiler may do is a setting of the whole process."""
+_ONE_AT_A_TIME = threading.RLock()
+"""Captures share a stream and memory, and what the compiler may do is a setting of the whole process."""
 
 
 class _Place:
@@ -66,7 +66,7 @@ def capture(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGr
         RuntimeError: it cannot be captured, or has to be compiled first.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
+    with _ONE_AT_A_TIME, torch.cuda.device(device):
         place = _capturing(device)
         place.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(place.stream):

@@ -467,7 +467,7 @@ class BagelBackbone(Backbone):
         mask = torch.cat((context.valid[:, None, :].expand(b, length, context.length), new), -1)[:, None]
         decoder = self.model.language_model.model
         cos, sin = decoder.rotary(positions)
-        # Gathering them takes the host some milliseconds, and with LoRA twice as many: for one token, or one pass, too many.
+        # Gathering them takes the host some milliseconds, and with LoRA twice as many: too many for one token, or for one pass.
         experts = decoder.experts(both=gen is not None, bare=True) if length > 1 else None
         frame = Frame((b, length), flat, gen_index, cos, sin, mask, experts=experts)
         room = context.cache.reserve(context.length, length)

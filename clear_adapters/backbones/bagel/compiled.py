@@ -118,7 +118,8 @@ class Compiled:
             cache: the room of a turn, the contexts of a flow, or those behind which a block is read.
         """
         # The compiler's own limit would be reached by the third adapter, whose passes then ran uncompiled.
-        with torch._dynamo.config.patch(recompile_limit=_FORMS):
+        settings = torch._dynamo.config
+        with settings.patch(recompile_limit=max(_FORMS, settings.recompile_limit)):
             return self._run(layers, und, gen, frame, cache)
 
     def _run(
