@@ -27,8 +27,7 @@ from clear_adapters.prompts import get_protocol  # noqa: E402
 from clear_adapters.results import ResultFile, read_result  # noqa: E402
 from clear_adapters.world import KINDS  # noqa: E402
 
-# One process makes the run that most tests look at.
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("degraded_world")]
+pytestmark = pytest.mark.timeout(300)
 
 RESULTS = ROOT / "benchmarks" / "results"
 

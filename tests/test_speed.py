@@ -105,15 +105,17 @@ def test_a_limit_ends_all_processes(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_two_processes_are_compared_with_one(tmp_path):
     path = tmp_path / "equality.json"
-    options = ["--device", "cpu", "--stages", "sft", "--ways", "resumed", "--output", str(path)]
+    options = ["--device", "cpu", "--stages", "sft", "--ways", "resumed", "accelerate", "--output", str(path)]
     assert equality.main(options) == 0
-    (row,) = read_result(path).payload["rows"]
-    assert row["within"]
-    assert row["moved"] > 0
-    assert row["curve"] == pytest.approx(row["curve_of_one"], rel=1e-4)
+    rows = read_result(path).payload["rows"]
+    assert [row["way"] for row in rows] == ["resumed", "accelerate"]
+    for row in rows:
+        assert row["within"]
+        assert row["moved"] > 0
+        assert row["curve"] == pytest.approx(row["curve_of_one"], rel=1e-4)
 
 
 def event(name, start, end, device="CUDA", note=False):

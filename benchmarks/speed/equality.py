@@ -5,7 +5,7 @@
 
 Each stage of the built-in model is trained for four steps by one process, and by N processes that torchrun starts: with the
 base replicated (`ddp`), with the base in shards (`shard`), and from the checkpoint that one process left after two steps
-(`resumed`). `spread` is a step of stage 3 of one question, whose rollouts the N processes share. AdamW's eps is 1, so that a
+(`resumed`); `accelerate` is `ddp` under `accelerate launch` instead. `spread` is a step of stage 3 of one question, whose rollouts the N processes share. AdamW's eps is 1, so that a
 step is nearly its gradient: with a small one it would be the gradient's sign, which hides what differs.
 
 `loss` is the largest difference of a logged loss from that of one process, relative to that loss, or in stage 3, where advantages
@@ -39,6 +39,7 @@ from clear_adapters.training.recipe import STAGES, load_recipe
 from clear_adapters.training.run import MODEL, work_of
 
 TOLERANCE = {"bfloat16": 0.02, "float32": 1e-3}
+WAYS = ("ddp", "shard", "resumed", "accelerate")
 CANCEL = {"grpo": 1.0, "spread": 1.0}
 """Stages in whose loss terms cancel, and their size: that of an advantage."""
 STEPS = 4
@@ -81,11 +82,29 @@ class Trials:
         self.stage, self.data, self.folder, self.device = stage, data, folder, device
         self.options = [*COMMON, *OWN[stage], f"loop.bf16={str(dtype == 'bfloat16').lower()}"]
 
-    def run(self, name: str, processes: int, *more: str) -> Path:
+    def run(self, name: str, processes: int, *more: str, accelerate: bool = False) -> Path:
         """Trains; the adapter's folder."""
         output = self.folder / f"{self.stage}-{name}"
         launch = [sys.executable, "-m"]
-        if processes > 1:
+        if accelerate:
+            launch += [
+                "accelerate.commands.launch",
+                "--multi_gpu",
+                "--num_machines",
+                "1",
+                "--mixed_precision",
+                "no",
+            ]
+            launch += [
+                "--num_processes",
+                str(processes),
+                "--dynamo_backend",
+                "no",
+                "--main_process_port",
+                "0",
+                "-m",
+            ]
+        elif processes > 1:
             launch += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
         command = [*launch, "clear_adapters.cli", "train", self.stage, "--recipe", "tiny"]
         command += ["--data", str(self.data), "--output", str(output), "--device", self.device]
@@ -143,9 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--processes", type=int, nargs="+", default=[2])
     parser.add_argument("--stages", nargs="+", choices=(*STAGES, "spread"), default=[*STAGES, "spread"])
-    parser.add_argument(
-        "--ways", nargs="+", choices=("ddp", "shard", "resumed"), default=["ddp", "shard", "resumed"]
-    )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=540.0, help="no run is begun afterwards")
     parser.add_argument("--output", type=Path, required=True, help="result file")
@@ -180,7 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         if way == "resumed":
                             trials.half(one, name)
                         more = ["loop.shard=true"] if way == "shard" else []
-                        found = compare(one, trials.run(name, count, *more), start, named)
+                        own = trials.run(name, count, *more, accelerate=way == "accelerate")
+                        found = compare(one, own, start, named)
                         within = max(found["loss"], found["step"]) <= TOLERANCE[dtype]
                         payload["rows"].append({**facts, **found, "within": within})
                         print({**facts, "loss": found["loss"], "step": found["step"], "within": within})
