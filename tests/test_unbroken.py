@@ -18,7 +18,7 @@ from clear_adapters.datasets.world import build as build_world
 from clear_adapters.store import read_adapter
 from clear_adapters.training.objective import Order
 from clear_adapters.training.recipe import STAGES
-from clear_adapters.training.trainer import last_checkpoint
+from clear_adapters.training.trainer import last_checkpoint, newest_checkpoint
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -297,7 +297,7 @@ def test_a_log_that_is_rarer_than_checkpoints_goes_on_as_unbroken(data, before, 
     finish(run_stage("grpo", data, tmp_path / "whole", before["grpo"], *options))
     process = run_stage("grpo", data, tmp_path / "killed", before["grpo"], *options)
     for _ in range(2000):
-        if last_checkpoint(tmp_path / "killed.training") is not None or process.poll() is not None:
+        if newest_checkpoint(tmp_path / "killed.training") is not None or process.poll() is not None:
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
