@@ -5,8 +5,9 @@
 
 Each stage of the built-in model is trained for four steps by one process, and by N processes that torchrun starts: with the
 base replicated (`ddp`), with the base in shards (`shard`), and from the checkpoint that one process left after two steps
-(`resumed`); `accelerate` is `ddp` under `accelerate launch` instead. `spread` is a step of stage 3 of one question, whose rollouts the N processes share. AdamW's eps is 1, so that a
-step is nearly its gradient: with a small one it would be the gradient's sign, which hides what differs.
+(`resumed`); `accelerate` is `ddp` under `accelerate launch` instead. `spread` is a step of stage 3 of one question, whose
+rollouts the N processes share. AdamW's eps is 1, so that a step is nearly its gradient: with a small one it would be the
+gradient's sign, which hides what differs.
 
 `loss` is the largest difference of a logged loss from that of one process, relative to that loss, or in stage 3, where advantages
 of size 1 cancel in it, to 1; `step` is the norm of the difference of the adapter's weights, over the norm of the way that
@@ -87,23 +88,9 @@ class Trials:
         output = self.folder / f"{self.stage}-{name}"
         launch = [sys.executable, "-m"]
         if accelerate:
-            launch += [
-                "accelerate.commands.launch",
-                "--multi_gpu",
-                "--num_machines",
-                "1",
-                "--mixed_precision",
-                "no",
-            ]
-            launch += [
-                "--num_processes",
-                str(processes),
-                "--dynamo_backend",
-                "no",
-                "--main_process_port",
-                "0",
-                "-m",
-            ]
+            options = f"--multi_gpu --num_machines 1 --num_processes {processes} --main_process_port 0"
+            options += " --mixed_precision no --dynamo_backend no"
+            launch += ["accelerate.commands.launch", *options.split(), "-m"]
         elif processes > 1:
             launch += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
         command = [*launch, "clear_adapters.cli", "train", self.stage, "--recipe", "tiny"]

@@ -257,7 +257,8 @@ def render(files: Sequence[ResultFile]) -> str:
     bits = [p for p in (memory(Results(own)), changes(own)) if p]
     if bits:
         shown += ["**With fewer bits:**", *bits]
-    shown += [p for p in (loads(files),) if p]
+    if loaded := loads(files):
+        shown.append(loaded)
     return "\n\n".join(shown)
 
 

@@ -1,6 +1,7 @@
 """Linear layers that read the same input, as one product.
 
-A step of text is bound by reading weights, and each small product leaves a GPU idle before the next begins. The weights are laid one behind the other in memory, so that the joined tensor is no copy of them.
+A step of text is bound by reading weights, and each small product leaves a GPU idle before the next begins. The weights are laid
+one behind the other in memory, so that the joined tensor is no copy of them.
 """
 
 from __future__ import annotations

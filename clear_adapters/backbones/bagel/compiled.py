@@ -207,11 +207,10 @@ def _enter_token(
     New keys and values go to a place (1,) of the room, (B, kv_heads, K, d).
     """
     states, (x,) = _enter_heads(states, added, experts, eps)
-    q, k, v = _split(x[:, :, None], keys.shape[1], 1)
-    k = rotate(_rms(k, experts[0].keys, eps), cos, sin)
+    q, k, v = _heads(x[:, :, None], experts[0], cos, sin, eps, keys.shape[1], 1)
     keys.index_copy_(2, place, k.to(keys.dtype))
     values.index_copy_(2, place, v.to(values.dtype))
-    return states, rotate(_rms(q, experts[0].queries, eps), cos, sin).to(keys.dtype)
+    return states, q.to(keys.dtype)
 
 
 def _enter_tokens(
@@ -228,9 +227,7 @@ def _enter_tokens(
     The rotary tables are (N, 1, d).
     """
     states, (x,) = _enter_heads(states, added, experts, eps)
-    q, k, v = _split(x, shared, 1)
-    q, k = (rotate(_rms(y, w, eps), cos, sin) for y, w in ((q, experts[0].queries), (k, experts[0].keys)))
-    return states, q, k, v
+    return states, *_heads(x, experts[0], cos, sin, eps, shared, 1)
 
 
 def _enter_block(
@@ -248,13 +245,9 @@ def _enter_block(
     copy.
     """
     states, parts = _enter_heads(states, added, experts, eps)
-    pieces: list[list[Tensor]] = [[], [], []]
-    for x, expert in zip(parts, experts, strict=True):
-        q, k, v = _split(x.view(cos.shape[0], -1, *x.shape[1:]), shared, 2)
-        new = (rotate(_rms(q, expert.queries, eps), cos, sin), rotate(_rms(k, expert.keys, eps), cos, sin), v)
-        for piece, part in zip(pieces, new, strict=True):
-            piece.append(part)
-    q, k, v = (torch.cat(piece, 1) for piece in pieces)
+    blocks = [x.view(cos.shape[0], -1, *x.shape[1:]) for x in parts]
+    pieces = [_heads(x, e, cos, sin, eps, shared, 2) for x, e in zip(blocks, experts, strict=True)]
+    q, k, v = (torch.cat(piece, 1) for piece in zip(*pieces, strict=True))
     return states, q, k, v
 
 
@@ -277,9 +270,13 @@ def _leave_block(
     return _leave_token(outs, states, experts, eps)
 
 
-def _split(x: Tensor, shared: int, dim: int) -> tuple[Tensor, ...]:
-    """All heads in a dimension to those of queries, keys and values."""
-    return x.split([x.shape[dim] - 2 * shared, shared, shared], dim)
+def _heads(
+    x: Tensor, expert: Expert, cos: Tensor, sin: Tensor, eps: float, shared: int, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All heads in a dimension to queries and keys, normalised and turned, and values."""
+    q, k, v = x.split([x.shape[dim] - 2 * shared, shared, shared], dim)
+    q, k = _rms(q, expert.queries, eps), _rms(k, expert.keys, eps)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class CompiledTraining:
