@@ -1,6 +1,7 @@
 """Whether several processes take the step that one takes, and continue what one has begun.
 
     python benchmarks/speed/equality.py --processes 2 4 --output benchmarks/results/speed/equality.json
+    python benchmarks/speed/equality.py --processes 4 8 --device cpu --output benchmarks/results/speed/equality_cpu.json
     python benchmarks/speed/equality.py --processes 2 --device cpu --stages sft --output runs/equality.json     (anywhere)
 
 Each stage of the built-in model is trained for four steps by one process, and by N processes that torchrun starts: with the
@@ -45,15 +46,17 @@ CANCEL = {"grpo": 1.0, "spread": 1.0}
 """Stages in whose loss terms cancel, and their size: that of an advantage."""
 STEPS = 4
 BEFORE = {"sft": None, "bridge": "builtin:clear-bagel-tiny-sft", "grpo": "builtin:clear-bagel-tiny-bridge"}
+ROWS = 4
+"""Of a step at least, and rollouts of a question that is spread; as many as there are processes where those are more."""
 COMMON = (
-    *(f"loop.steps={STEPS}", "loop.batch=4", f"save_every={STEPS // 2}", "log_every=1", "workers=0"),
+    *(f"loop.steps={STEPS}", f"save_every={STEPS // 2}", "log_every=1", "workers=0"),
     *("save_dtype=float32", "schedule=constant", "warmup=0", "max_grad_norm=0", "eps=1.0", "optim.lr=0.1"),
 )
 OWN = {
     "sft": (),
     "bridge": ("bridge_lr=0.1",),
     "grpo": (
-        *("grpo.group=4", "rollout_rows=4", "text.max_new_tokens=64"),
+        *(f"grpo.group={ROWS}", f"rollout_rows={ROWS}", "text.max_new_tokens=64"),
         "grpo.rewards={latent_quality: {weight: 1, absent: neutral}, format: 0.3}",
     ),
 }
@@ -79,9 +82,13 @@ def losses(output: Path) -> dict[int, float]:
 class Trials:
     """Runs of one stage in one folder."""
 
-    def __init__(self, stage: str, data: Path, folder: Path, device: str, dtype: str) -> None:
-        self.stage, self.data, self.folder, self.device = stage, data, folder, device
-        self.options = [*COMMON, *OWN[stage], f"loop.bf16={str(dtype == 'bfloat16').lower()}"]
+    def __init__(self, named: str, data: Path, folder: Path, device: str, dtype: str, most: int) -> None:
+        self.stage = "grpo" if named == "spread" else named
+        self.data, self.folder, self.device = data, folder, device
+        bf16, rows = str(dtype == "bfloat16").lower(), max(ROWS, most)
+        self.options = [*COMMON, *OWN[self.stage], f"loop.bf16={bf16}", f"loop.batch={rows}"]
+        if named == "spread":
+            self.options += ["loop.batch=1", f"grpo.group={rows}", f"rollout_rows={rows}"]
 
     def run(self, name: str, processes: int, *more: str, accelerate: bool = False) -> Path:
         """Trains; the adapter's folder."""
@@ -159,17 +166,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def keep() -> None:
         name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-        shown = f"equality.py --processes {' '.join(map(str, args.processes))}"
+        shown = f"equality.py --processes {' '.join(map(str, args.processes))} --device {args.device}"
         ResultFile.collect("equality", payload, device=name, seeds=(0,), command=shown).write(args.output)
 
     with tempfile.TemporaryDirectory() as folder:
         data = build_world(Path(folder) / "data", 24, workers=1, progress=False)
         for named in args.stages:
-            stage = "grpo" if named == "spread" else named
-            dtype = "float32" if stage == "grpo" or args.device == "cpu" else "bfloat16"
-            trials = Trials(stage, data, Path(folder) / named, args.device, dtype)
-            if named == "spread":
-                trials.options.append("loop.batch=1")
+            dtype = "float32" if named in CANCEL or args.device == "cpu" else "bfloat16"
+            trials = Trials(named, data, Path(folder) / named, args.device, dtype, max(args.processes))
             one = start = None
             for count in args.processes:
                 for way in args.ways if named != "spread" else ["ddp"]:

@@ -309,13 +309,22 @@ def equal(files: Sequence[ResultFile]) -> str:
             differ = (furthest(row["curve_of_one"], row["curve"], row["stage"]), row["step"])
             numbers = [f"{n:.1e}" if n <= limit else f"**{n:.1e}**" for n in differ]
             lines.append(
-                [row["stage"], str(row["processes"]), row["way"], row["dtype"], *numbers, f"{limit:g}"]
+                [
+                    row["stage"],
+                    str(row["processes"]),
+                    row["way"],
+                    row["dtype"],
+                    *numbers,
+                    f"{limit:g}",
+                    file.device,
+                ]
             )
     if not lines:
         return NOTHING
-    head = ["stage", "GPUs", "base", "type", "loss", "step", "at most"]
-    devices = ", ".join(dict.fromkeys(f.device for f in own))
-    return f"The built-in model, {devices}, {own[-1].date[:10]}.\n\n{table(head, lines)}"
+    head = ["stage", "processes", "way", "type", "loss", "step", "at most", "each on"]
+    lines.sort(key=lambda line: (line[-1] == "CPU", line[0], int(line[1])))
+    dates = ", ".join(sorted({f.date[:10] for f in own}))
+    return f"The built-in model, {dates}.\n\n{table(head, lines)}"
 
 
 PANELS = ("tokens/s", "rollouts/s", "GPU-seconds a million tokens", "waiting, %", "GB a GPU")
