@@ -5,7 +5,7 @@
     python benchmarks/speed/equality.py --processes 2 --device cpu --stages sft --output runs/equality.json     (anywhere)
 
 Each stage of the built-in model is trained for four steps by one process, and by N processes that torchrun starts: with the
-base replicated (`ddp`), with the base in shards (`shard`), and from the checkpoint that one process left after two steps
+base replicated (`ddp`), with the base in shards (`shard`), and from a checkpoint that one process left after two steps
 (`resumed`); `accelerate` is `ddp` under `accelerate launch` instead. `spread` is a step of stage 3 of one question, whose
 rollouts the N processes share. AdamW's eps is 1, so that a step is nearly its gradient: with a small one it would be the
 gradient's sign, which hides what differs.
@@ -15,6 +15,9 @@ of size 1 cancel in it, to 1; `step` is the norm of the difference of the adapte
 they went. Both are to be within the tolerance: that of bfloat16, whose numbers have 8 bits, is 0.02, and that of float32 0.001.
 Stage 3 is computed in float32: in bfloat16 rollouts are rounded otherwise when other rows stand beside them, and rewards that are
 normalised within a group make much of it (on two H200 a step differed by 0.05 that way). Supervised steps have no such source.
+
+What rounding alone does is told by `alone`: one process that takes the step in N micro-batches, each as large as that of one of
+N processes. `beside` is the step's difference from that one, whose products have the same shapes.
 """
 
 from __future__ import annotations
@@ -87,6 +90,7 @@ class Trials:
         self.data, self.folder, self.device = data, folder, device
         bf16, rows = str(dtype == "bfloat16").lower(), max(ROWS, most)
         self.options = [*COMMON, *OWN[self.stage], f"loop.bf16={bf16}", f"loop.batch={rows}"]
+        self.rows = rows
         if named == "spread":
             self.options += ["loop.batch=1", f"grpo.group={rows}", f"rollout_rows={rows}"]
 
@@ -120,11 +124,29 @@ class Trials:
         finally:
             attached.detach()
 
-    def half(self, of: Path, name: str) -> None:
-        """What a run that was killed after half of its steps has left, as the run of another name."""
-        work = work_of(self.folder / f"{self.stage}-{name}")
-        shutil.copytree(work_of(of), work)
-        shutil.rmtree(work / f"checkpoint-{STEPS}")
+    def way(self, way: str, count: int, alone: Path | None) -> Path:
+        """Trains by so many processes in a way; the adapter's folder.
+
+        Args:
+            way: one of `WAYS`, or `alone`.
+            count: of processes.
+            alone: the run of that way, which `resumed` goes on from.
+
+        Raises:
+            RuntimeError: training failed, or there is nothing to go on from.
+        """
+        name = f"{way}-{count}"
+        if way == "alone":
+            return self.run(name, 1, f"loop.micro_batch={self.rows // count}")
+        if way == "resumed":
+            if alone is None:
+                raise RuntimeError("the run of one process, which was to be continued, failed")
+            # What a run that was killed after half of its steps has left.
+            work = work_of(self.folder / f"{self.stage}-{name}")
+            shutil.copytree(work_of(alone), work)
+            shutil.rmtree(work / f"checkpoint-{STEPS}")
+        more = ["loop.shard=true"] if way == "shard" else []
+        return self.run(name, count, *more, accelerate=way == "accelerate")
 
 
 def furthest(one: Sequence[float], other: Sequence[float], stage: str) -> float:
@@ -176,7 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trials = Trials(named, data, Path(folder) / named, args.device, dtype, max(args.processes))
             one = start = None
             for count in args.processes:
-                for way in args.ways if named != "spread" else ["ddp"]:
+                alone: Path | None = None
+                for way in ("alone", *args.ways) if named != "spread" else ("ddp",):
                     facts = {"stage": named, "processes": count, "way": way, "dtype": dtype}
                     if time.monotonic() > end:
                         payload["failed"].append({**facts, "error": "no time was left"})
@@ -184,15 +207,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     try:
                         if one is None or start is None:
                             one, start = trials.run("one", 1), trials.start()
-                        name = f"{way}-{count}"
-                        if way == "resumed":
-                            trials.half(one, name)
-                        more = ["loop.shard=true"] if way == "shard" else []
-                        own = trials.run(name, count, *more, accelerate=way == "accelerate")
+                        own = trials.way(way, count, alone)
                         found = compare(one, own, start, named)
-                        within = max(found["loss"], found["step"]) <= TOLERANCE[dtype]
-                        payload["rows"].append({**facts, **found, "within": within})
-                        print({**facts, "loss": found["loss"], "step": found["step"], "within": within})
+                        if way == "alone":
+                            alone = own
+                        elif alone is not None:
+                            found["beside"] = compare(alone, own, start, named)["step"]
+                        found["within"] = max(found["loss"], found["step"]) <= TOLERANCE[dtype]
+                        payload["rows"].append({**facts, **found})
+                        print({**facts, **{k: found.get(k) for k in ("loss", "step", "beside", "within")}})
                     except RuntimeError as error:  # the other runs go on
                         payload["failed"].append({**facts, "error": str(error).strip().splitlines()[-1]})
                         print("FAILED", facts, error, flush=True)

@@ -308,20 +308,12 @@ def equal(files: Sequence[ResultFile]) -> str:
             # Of the curves, so that rows of different days are measured alike.
             differ = (furthest(row["curve_of_one"], row["curve"], row["stage"]), row["step"])
             numbers = [f"{n:.1e}" if n <= limit else f"**{n:.1e}**" for n in differ]
-            lines.append(
-                [
-                    row["stage"],
-                    str(row["processes"]),
-                    row["way"],
-                    row["dtype"],
-                    *numbers,
-                    f"{limit:g}",
-                    file.device,
-                ]
-            )
+            beside = f"{row['beside']:.1e}" if "beside" in row else "–"
+            facts = (row["stage"], str(row["processes"]), row["way"], row["dtype"])
+            lines.append([*facts, *numbers, f"{limit:g}", beside, file.device])
     if not lines:
         return NOTHING
-    head = ["stage", "processes", "way", "type", "loss", "step", "at most", "each on"]
+    head = ["stage", "processes", "way", "type", "loss", "step", "at most", "beside", "each on"]
     lines.sort(key=lambda line: (line[-1] == "CPU", line[0], int(line[1])))
     dates = ", ".join(sorted({f.date[:10] for f in own}))
     return f"The built-in model, {dates}.\n\n{table(head, lines)}"
