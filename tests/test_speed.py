@@ -108,7 +108,18 @@ def test_a_limit_ends_all_processes(tmp_path):
 @pytest.mark.timeout(400)
 def test_two_processes_are_compared_with_one(tmp_path):
     path = tmp_path / "equality.json"
-    options = ["--device", "cpu", "--stages", "sft", "--ways", "resumed", "accelerate", "--output", str(path)]
+    options = [
+        "--device",
+        "cpu",
+        "--stages",
+        "sft",
+        "--ways",
+        "alone",
+        "resumed",
+        "accelerate",
+        "--output",
+        str(path),
+    ]
     assert equality.main(options) == 0
     rows = read_result(path).payload["rows"]
     assert [row["way"] for row in rows] == ["alone", "resumed", "accelerate"]

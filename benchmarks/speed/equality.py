@@ -44,7 +44,7 @@ from clear_adapters.training.recipe import STAGES, load_recipe
 from clear_adapters.training.run import MODEL, work_of
 
 TOLERANCE = {"bfloat16": 0.02, "float32": 1e-3}
-WAYS = ("ddp", "shard", "resumed", "accelerate")
+WAYS = ("alone", "ddp", "shard", "resumed", "accelerate")
 CANCEL = {"grpo": 1.0, "spread": 1.0}
 """Stages in whose loss terms cancel, and their size: that of an advantage."""
 STEPS = 4
@@ -128,7 +128,7 @@ class Trials:
         """Trains by so many processes in a way; the adapter's folder.
 
         Args:
-            way: one of `WAYS`, or `alone`.
+            way: one of `WAYS`.
             count: of processes.
             alone: the run of that way, which `resumed` goes on from.
 
@@ -140,7 +140,9 @@ class Trials:
             return self.run(name, 1, f"loop.micro_batch={self.rows // count}")
         if way == "resumed":
             if alone is None:
-                raise RuntimeError("the run of one process, which was to be continued, failed")
+                raise RuntimeError(
+                    "resumed goes on from the run `alone`, which failed or is not among the ways"
+                )
             # What a run that was killed after half of its steps has left.
             work = work_of(self.folder / f"{self.stage}-{name}")
             shutil.copytree(work_of(alone), work)
@@ -199,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             one = start = None
             for count in args.processes:
                 alone: Path | None = None
-                for way in ("alone", *args.ways) if named != "spread" else ("ddp",):
+                for way in [w for w in WAYS if w in args.ways] if named != "spread" else ["ddp"]:
                     facts = {"stage": named, "processes": count, "way": way, "dtype": dtype}
                     if time.monotonic() > end:
                         payload["failed"].append({**facts, "error": "no time was left"})
