@@ -443,13 +443,14 @@ def test_the_document_shows_several_gpus(tmp_path, monkeypatch):
     ]
     row = {"stage": "sft", "processes": 2, "way": "ddp", "dtype": "bfloat16", "step": 0.03}
     row |= {"curve": [2.0, 1.001], "curve_of_one": [2.0, 1.0]}
-    files.append(ResultFile.collect("equality", {"rows": [row], "tolerance": {"bfloat16": 0.02}}, device="G"))
+    rows = [row, {**row, "way": "shard", "step": 0.004, "beside": 5e-7, "curve": [2.0, 1.0]}]
+    files.append(ResultFile.collect("equality", {"rows": rows, "tolerance": {"bfloat16": 0.02}}, device="G"))
     paths = [str(f.write(tmp_path / f"{i}.json")) for i, f in enumerate(files)]
     assert scaling_report.main(paths) == 0
     text = document.read_text()
     assert "| stage 1, 4 rows a GPU | 2 | 1.00 s | 17,100 tokens/s | 95% | 5.0% | 40.0 GB |" in text
     assert "| stage 3, a question in all | 2 | 1.00 s | 3.00 rollouts/s | 75% | 5.0% | 40.0 GB |" in text
-    assert "| sft | 2 | ddp | bfloat16 | 1.0e-03 | **3.0e-02** | 0.02 |" in text
+    assert "| sft | 2 | G | bfloat16 | 0.02 | 1.0e-03 | – | **3.0e-02** | 4.0e-03 | – | – | 5.0e-07 |" in text
     assert "stale" not in text
     picture = tmp_path / scaling_report.FIGURE
     with Image.open(picture) as drawn:

@@ -111,13 +111,12 @@ def test_the_recorded_outcomes_are_those_of_the_built_in_model():
         assert found == example.outcome, "run benchmarks/demo/choose.py"
 
 
-def test_the_tables_and_the_figure_of_the_page_are_those_of_the_official_result():
+def test_the_tables_of_the_page_are_those_of_the_official_result_and_the_readme_shows_its_figure():
     again = "run benchmarks/degraded_world/report.py with --page"
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = between(text, report.MARKERS)  # held to the result by its own test
     assert (PAGE_DATA / "results.md").read_text(encoding="utf-8") == f"{shown}\n", again
-    official = ROOT / "benchmarks" / "results" / "degraded_world.png"
-    assert (PAGE_DATA / "results.png").read_bytes() == official.read_bytes(), again
+    assert f"({(PAGE_DATA / 'results.png').relative_to(ROOT).as_posix()})" in text
     assert sum(p.stat().st_size for p in PAGE_DATA.iterdir()) < 300_000
     assert store.builtin_names() == [n for n in store.builtin_names() if "page" not in n]
 

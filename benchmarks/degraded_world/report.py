@@ -292,7 +292,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--full", type=Path, default=ROOT / "benchmarks" / "README.md", help="gets all tables"
     )
-    parser.add_argument("--page", type=Path, help=f"folder of the page's copy: {PAGE.relative_to(ROOT)}")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help=f"folder that gets table and figure for the demo's page: {PAGE.relative_to(ROOT)}",
+    )
     parser.add_argument("--print", action="store_true", help="print all tables and write the figure only")
     args = parser.parse_args(arguments)
     try:
@@ -312,10 +316,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     figure = args.result.with_suffix(".png")
-    draw(result, figure)
     if args.page is not None:
         texts[args.page / "results.md"] = render(result) + "\n"
-        (args.page / "results.png").write_bytes(figure.read_bytes())
+        figure = args.page / "results.png"  # the README shows it from there
+    draw(result, figure)
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     if args.print:

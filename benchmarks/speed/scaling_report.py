@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from equality import furthest
+from equality import WAYS, furthest
 from readme import asked, inserted, markers
 from shapes import config_of
 from speed_report import KINDS, Results, Row
@@ -299,22 +299,31 @@ def measured(files: Sequence[ResultFile]) -> str:
 
 
 def equal(files: Sequence[ResultFile]) -> str:
-    """The table of differences from one GPU."""
+    """The table of differences from one process: a line for each stage and number of processes, a column for each way."""
     own = [f for f in files if f.kind == "equality"]
-    lines = []
+    found: dict[tuple[bool, str, int, str, str], dict[str, Row]] = {}
     for file in own:
         for row in file.payload["rows"]:
-            limit = file.payload["tolerance"][row["dtype"]]
+            key = (file.device == "CPU", row["stage"], row["processes"], file.device, row["dtype"])
             # Of the curves, so that rows of different days are measured alike.
-            differ = (furthest(row["curve_of_one"], row["curve"], row["stage"]), row["step"])
-            numbers = [f"{n:.1e}" if n <= limit else f"**{n:.1e}**" for n in differ]
-            beside = f"{row['beside']:.1e}" if "beside" in row else "–"
-            facts = (row["stage"], str(row["processes"]), row["way"], row["dtype"])
-            lines.append([*facts, *numbers, f"{limit:g}", beside, file.device])
-    if not lines:
+            loss = furthest(row["curve_of_one"], row["curve"], row["stage"])
+            found.setdefault(key, {})[row["way"]] = {**row, "loss": loss}
+    if not found:
         return NOTHING
-    head = ["stage", "processes", "way", "type", "loss", "step", "at most", "beside", "each on"]
-    lines.sort(key=lambda line: (line[-1] == "CPU", line[0], int(line[1])))
+    limits = {dtype: limit for f in own for dtype, limit in f.payload["tolerance"].items()}
+
+    def shown(values: Sequence[float], limit: float) -> str:
+        most = max(values, default=None)
+        return "–" if most is None else f"{most:.1e}" if most <= limit else f"**{most:.1e}**"
+
+    lines = []
+    for (_, stage, processes, device, dtype), ways in sorted(found.items()):
+        limit = limits[dtype]
+        steps = [shown([ways[w]["step"]] if w in ways else [], limit) for w in WAYS]
+        losses = shown([row["loss"] for row in ways.values()], limit)
+        beside = shown([row["beside"] for row in ways.values() if "beside" in row], limit)
+        lines.append([stage, str(processes), device, dtype, f"{limit:g}", losses, *steps, beside])
+    head = ["stage", "processes", "each on", "type", "at most", "loss", *WAYS, "beside"]
     dates = ", ".join(sorted({f.date[:10] for f in own}))
     return f"The built-in model, {dates}.\n\n{table(head, lines)}"
 
