@@ -320,3 +320,27 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(stage, data, before, tmp_p
     finish(run_stage(stage, data, tmp_path / "full", before[stage], *options))
     finish(run_stage(stage, data, tmp_path / "whole", before[stage], *options))
     assert log_of(tmp_path / "full") == log_of(tmp_path / "whole")
+
+
+BROKEN = """
+import os, signal, time
+from torch.distributed import TCPStore
+from clear_adapters.training.watch import LostProcessError, watching
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+try:
+    with watching(60.0, lambda: "Give the same command again."):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+except LostProcessError:
+    # What was to tell of it does not come to that: the launcher has seen the other one's end meanwhile.
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+"""
+
+
+def test_a_launcher_that_ends_a_process_whose_exchange_broke_does_not_silence_it():
+    env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run([sys.executable, "-c", BROKEN], env=env, capture_output=True, text=True, timeout=60)
+    assert "cannot reach another one any more" in done.stderr, done
+    assert done.stderr.strip().endswith("Give the same command again.")
+    assert done.returncode == 128 + signal.SIGTERM

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # public, but not marked so
 
@@ -66,13 +66,15 @@ def watching(timeout: float, advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        watch.stop(_FAILED)
-        if _is_broken_exchange(error):
-            raise LostProcessError(
-                f"process {watch.rank} of {watch.size} cannot reach another one any more, which has ended or lost its "
-                f"connection ({_first_line(error)}). {advice()}"
-            ) from error
-        raise
+        if not _is_broken_exchange(error):
+            watch.stop(_FAILED)
+            raise
+        lost = LostProcessError(
+            f"process {watch.rank} of {watch.size} cannot reach another one any more, which has ended or lost its "
+            f"connection ({_first_line(error)}). {advice()}"
+        )
+        watch.stop(_FAILED, str(lost))
+        raise lost from error
     watch.stop(_DONE)
 
 
@@ -118,10 +120,10 @@ class _Watch:
         self._tell()
         self._thread.start()
 
-    def stop(self, state: str) -> None:
-        """Ends the watch, and tells the others how it went."""
+    def stop(self, state: str, words: str | None = None) -> None:
+        """Ends the watch, and tells the others how it went; a SIGTERM from then on ends this process with the words, if any."""
         self._ended.set()
-        self._release()
+        self._release(words)
         self._thread.join(_PATIENCE)
         if not self._thread.is_alive():
             os.close(self._bell)
@@ -143,12 +145,16 @@ class _Watch:
         signal.set_wakeup_fd(self._bell)
         _current = self
 
-    def _release(self) -> None:
+    def _release(self, words: str | None) -> None:
         global _current
         if _current is self:
             _current = None
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, self._before)
+            # The launcher sees the other's end a moment after the exchange does, and would silence the error on its way out.
+            after = (
+                self._before if words is None else lambda *_: _exit(f"error: {words}", 128 + signal.SIGTERM)
+            )
+            signal.signal(signal.SIGTERM, after)
 
     # -- the thread
 
@@ -234,11 +240,14 @@ class _Watch:
             )
 
     def _end(self, reason: str, status: int = STATUS) -> None:
-        message = f"error: the run is ended: {reason}. {self._advice()}\n"
-        # The interpreter's own end would wait for threads that are stuck in an exchange.
-        with suppress(OSError):
-            os.write(2, message.encode())
-        os._exit(status)
+        _exit(f"error: the run is ended: {reason}. {self._advice()}", status)
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    """Ends this process with a message; the interpreter's own end would wait for threads that are stuck in an exchange."""
+    with suppress(OSError):
+        os.write(2, f"{message}\n".encode())
+    os._exit(status)
 
 
 _current: _Watch | None = None
