@@ -18,15 +18,21 @@ if TYPE_CHECKING:
     from clear_adapters.adapter import AttachedModel, attach
     from clear_adapters.backbones import list_backbones, register_backbone
     from clear_adapters.backbones.base import Backbone, BackboneSpec
+    from clear_adapters.bridge import BridgeConfig
+    from clear_adapters.config import LoraSettings
     from clear_adapters.degradations import degrade, list_degradations
     from clear_adapters.engine import Reply
+    from clear_adapters.errors import ClearError
     from clear_adapters.sampling import LatentSampling, TextSampling
 
 __all__ = [
     "AttachedModel",
     "Backbone",
     "BackboneSpec",
+    "BridgeConfig",
+    "ClearError",
     "LatentSampling",
+    "LoraSettings",
     "Reply",
     "TextSampling",
     "__version__",
@@ -41,7 +47,10 @@ _HOMES = {
     "AttachedModel": "clear_adapters.adapter",
     "Backbone": "clear_adapters.backbones.base",
     "BackboneSpec": "clear_adapters.backbones.base",
+    "BridgeConfig": "clear_adapters.bridge",
+    "ClearError": "clear_adapters.errors",
     "LatentSampling": "clear_adapters.sampling",
+    "LoraSettings": "clear_adapters.config",
     "Reply": "clear_adapters.engine",
     "TextSampling": "clear_adapters.sampling",
     "attach": "clear_adapters.adapter",

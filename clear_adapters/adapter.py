@@ -77,7 +77,7 @@ def attach(
         The attached model; LoRA and bridge are trainable, everything else is frozen.
 
     Raises:
-        ClearValueError: neither model nor adapter, or arguments that exclude each other.
+        ClearValueError: neither model nor adapter, arguments that exclude each other, or a bridge on another device.
         ClearTypeError: an object that no family knows.
         UnknownNameError: a built-in name that does not exist; close ones are suggested.
         CheckpointError: the model's folder cannot be used.
@@ -285,4 +285,12 @@ def _build_bridge(
             f"a bridge of latent_width={config.latent_width}, width={config.width} does not fit this model, whose "
             f"are {wanted[0]} and {wanted[1]}"
         )
-    return bridge if isinstance(bridge, LatentBridge) else new_bridge(config, device=backbone.device)
+    if not isinstance(bridge, LatentBridge):
+        return new_bridge(config, device=backbone.device)
+    held = next(bridge.parameters()).device
+    if held != backbone.device:
+        raise ClearValueError(
+            f"the bridge is on {held}, but the model on {backbone.device}: move it there before, as in "
+            f"bridge.to({str(backbone.device)!r})"
+        )
+    return bridge

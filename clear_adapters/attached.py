@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,24 @@ class Origin:
     hashes: Mapping[str, str]
 
 
+@dataclass
+class Switch:
+    """Whether a skill is on; an object of its own, so that those who share it do not hold each other in memory.
+
+    Attributes:
+        off: how many `disabled()` are entered.
+        turns: how often it was switched.
+    """
+
+    off: int = 0
+    turns: int = 0
+
+    @property
+    def on(self) -> bool:
+        """Whether it is on."""
+        return self.off == 0
+
+
 class ClearModule(nn.Module):
     """Base model and bridge as one module: what an optimizer sees and DDP or FSDP wraps.
 
@@ -73,16 +92,16 @@ class ClearModule(nn.Module):
         bridge: the bridge, or None.
     """
 
-    def __init__(self, backbone: Backbone, bridge: LatentBridge | None, enabled: Callable[[], bool]) -> None:
+    def __init__(self, backbone: Backbone, bridge: LatentBridge | None, switch: Switch) -> None:
         super().__init__()
         self.base = backbone.model
         self.bridge = bridge
         self._backbone = backbone
-        self._enabled = enabled
+        self._switch = switch
 
     def forward(self, batch: PackedBatch) -> ModelOutputs:
         """One uncached parallel forward."""
-        return self._backbone.forward(batch, self.bridge if self._enabled() else None)
+        return self._backbone.forward(batch, self.bridge if self._switch.on else None)
 
 
 class AttachedModel:
@@ -107,12 +126,13 @@ class AttachedModel:
         self.backbone = backbone
         self.lora = lora
         self.bridge = bridge
-        self.module = ClearModule(backbone, bridge, lambda: self._enabled)
+        self._switch = Switch()
+        self._switching = threading.Lock()
+        self.module = ClearModule(backbone, bridge, self._switch)
         self.origin: Origin | None = None
         self._config = config
         self._snapshot: Snapshot | None = snapshot
         self._base = base
-        self._enabled = True
         self._engine: Engine | None = None
 
     # -- state
@@ -139,7 +159,7 @@ class AttachedModel:
     @property
     def enabled(self) -> bool:
         """Whether the skill is on; off, the model is its plain self."""
-        return self._enabled
+        return self._switch.on
 
     @property
     def engine(self) -> Engine:
@@ -148,31 +168,47 @@ class AttachedModel:
         if self._engine is None:
             c = self._config
             self._engine = Engine(self.backbone, self.bridge, c.protocol, c.text, c.latent)
-        self._engine.plain = not self._enabled
+        self._engine.plain = not self._switch.on
         return self._engine
 
     def _require(self) -> None:
         if self._snapshot is None:
             raise AttachError("this adapter was detached or merged: attach again to use it")
 
-    def _set_enabled(self, enabled: bool) -> None:
-        if self._snapshot is not None and self._enabled != enabled:
+    def _turn(self, by: int) -> None:
+        """Counts a `disabled()` that is entered (1) or left (-1), and switches where that makes a difference."""
+        with self._switching:
+            before = self._switch.on
+            self._switch.off += by
+            if self._switch.on == before:
+                return
+            self._switch.turns += 1
+            if self._snapshot is None:
+                return
             if self.lora is not None:
-                self.lora.set_enabled(enabled)
-            self._enabled = enabled
+                self.lora.set_enabled(self._switch.on)
             if self._engine is not None:
-                self._engine.plain = not enabled
+                self._engine.plain = before
 
     @contextmanager
     def disabled(self) -> Iterator[AttachedModel]:
-        """The plain model inside a `with`: no LoRA, no bridge, no protocol. Leaves the state that it found."""
+        """The plain model inside a `with`: no LoRA, no bridge, no protocol, until the last of several is left.
+
+        It is so for all threads: an answer of another one that is written meanwhile fails instead of being half of either model.
+        """
         self._require()
-        before = self._enabled
-        self._set_enabled(False)
+        self._turn(1)
         try:
             yield self
         finally:
-            self._set_enabled(before)
+            self._turn(-1)
+
+    def _check_turns(self, turns: int, what: str) -> None:
+        self._require()
+        if self._switch.turns != turns:
+            raise AttachError(
+                f"disabled() was entered or left while {what}() ran: half an answer of either model"
+            )
 
     def initialise(self, seed: int) -> None:
         """Makes the adapter an untrained one, whose random factors are drawn from a seed: it changes nothing yet.
@@ -221,9 +257,10 @@ class AttachedModel:
         Raises:
             ImageError: a picture cannot be read.
             ClearValueError: lists of different lengths, or values out of their range.
-            AttachError: the adapter was detached.
+            AttachError: the adapter was detached; or, while it ran, switched on or off by another thread.
         """
-        replies = self.engine.answer(
+        engine, turns = self.engine, self._switch.turns
+        replies = engine.answer(
             image,
             question,
             restore=restore,
@@ -234,6 +271,7 @@ class AttachedModel:
             seed=seed,
             batch_size=batch_size,
         )
+        self._check_turns(turns, "answer")
         return replies[0] if isinstance(question, str) else replies
 
     def stream(
@@ -263,15 +301,11 @@ class AttachedModel:
             clean_image=clean_image,
             seed=seed,
         )
-        return self._guarded(events, self._enabled)
+        return self._guarded(events, self._switch.turns)
 
-    def _guarded(self, events: Iterator[Event], enabled: bool) -> Iterator[Event]:
+    def _guarded(self, events: Iterator[Event], turns: int) -> Iterator[Event]:
         while True:
-            self._require()
-            if self._enabled != enabled:
-                raise AttachError(
-                    "disabled() was entered or left while stream() ran: half an answer of either model"
-                )
+            self._check_turns(turns, "stream")
             try:
                 event = next(events)
             except StopIteration:
@@ -305,14 +339,14 @@ class AttachedModel:
         """LoRA in the weights inside a `with`, so that it costs nothing; the base weights come back as they were.
 
         Takes as much memory again as the adapted weights, since they are kept. Updates smaller than the weights' rounding are
-        lost, as in `merge()`. Nothing can be trained meanwhile.
+        lost, as in `merge()`. Nothing can be trained or merged meanwhile; `disabled()` inside it is the plain model.
 
         Raises:
             ClearValueError: the base is quantized, or a weight is not finite.
             AttachError: it was detached.
         """
         self._require()
-        if self.lora is None or not self._enabled:
+        if self.lora is None or not self._switch.on:
             yield self
             return
         with self.lora.folded():
@@ -352,10 +386,14 @@ class AttachedModel:
             keep_bridge: that you go on using `bridge` yourself, as in `attach(model, lora=False, bridge=bridge)`.
 
         Raises:
-            AttachError: it was detached already, or a trained bridge would be lost.
+            AttachError: it was detached already, is `folded()`, or a trained bridge would be lost.
             ClearValueError: a weight is not finite.
         """
         self._require()
+        if self.lora is not None and self.lora.is_folded:
+            raise AttachError(
+                "merge() inside folded(), whose end puts the base weights back: leave it before"
+            )
         if self.bridge is not None and not keep_bridge and not _untrained(self.bridge):
             raise AttachError(
                 "the bridge is trained, and a base model has no place for it: call merge(keep_bridge=True) and go on "
@@ -476,7 +514,7 @@ class AttachedModel:
         return AdapterSize(sum(p.numel() for p in held), sum(p.numel() * p.element_size() for p in held))
 
     def __repr__(self) -> str:
-        state = "detached" if self._snapshot is None else "on" if self._enabled else "off"
+        state = "detached" if self._snapshot is None else "on" if self._switch.on else "off"
         base = self._config.base_model or type(self.backbone.model).__name__
         return f"AttachedModel(backbone={self._config.backbone!r}, base={base!r}, adapter: {self.size()}, {state})"
 

@@ -188,6 +188,9 @@ class Lora:
         whole = whole_parameters(backbone, settings)
         self.names = list(targets)
         self.enabled = True
+        self._folded: list[
+            tuple[Any, nn.Parameter, nn.Parameter]
+        ] = []  # layers, base weights, and those with the update
         if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
             raise AttachError("the model already holds layers of a PEFT adapter: unload that one first")
         model.requires_grad_(False)
@@ -283,38 +286,57 @@ class Lora:
 
     def set_enabled(self, enabled: bool) -> None:
         """Lets the model be its plain self or not; which parameters are trained stays as it was."""
-        flags = [(p, p.requires_grad) for _, p in self.parameters()]
-        for layer in self.layers.values():
-            layer.enable_adapters(enabled)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        self.enabled = enabled
+        if self.is_folded:
+            self._place_weights()
+        else:
+            flags = [(p, p.requires_grad) for _, p in self.parameters()]
+            for layer in self.layers.values():
+                layer.enable_adapters(enabled)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
         for w in self.whole:
             w.module._parameters[w.leaf] = w.own if enabled else w.original
-        self.enabled = enabled
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the updates stand in the base weights."""
+        return bool(self._folded)
+
+    def _place_weights(self) -> None:
+        """Of folded layers the weights with their update in place, or without it where the adapter is off."""
+        for layer, weight, folded in self._folded:
+            layer.get_base_layer()._parameters["weight"] = folded if self.enabled else weight
 
     @contextmanager
     def folded(self) -> Iterator[None]:
         """The updates in the base weights inside the body; the very same parameters stand there again afterwards.
 
+        Inside itself it does nothing.
+
         Raises:
             ClearValueError: as for `merge`.
         """
+        if self.is_folded:
+            yield
+            return
         self._check_foldable()
-        kept = [
-            (layer, layer.get_base_layer(), layer.get_base_layer().weight) for layer in self.layers.values()
-        ]
         try:
             # They outlast the caller's mode: compiled passes lay them anew in memory, which tensors of inference mode forbid.
             with torch.inference_mode(False), torch.no_grad():
-                for layer, base, weight in kept:
+                for layer in self.layers.values():
+                    weight = layer.get_base_layer().weight
                     delta = layer.get_delta_weight(ADAPTER_NAME).to(weight.dtype)
-                    base._parameters["weight"] = nn.Parameter(delta.add_(weight), requires_grad=False)
+                    folded = nn.Parameter(delta.add_(weight), requires_grad=False)
+                    self._folded.append((layer, weight, folded))
                     layer._disable_adapters = True
+            self._place_weights()
             yield
         finally:
-            for layer, base, weight in kept:
-                base._parameters["weight"] = weight
-                layer._disable_adapters = False
+            for layer, weight, _ in self._folded:
+                layer.get_base_layer()._parameters["weight"] = weight
+                layer._disable_adapters = not self.enabled
+            self._folded.clear()
 
     def _check_foldable(self) -> None:
         for name, layer in self.layers.items():

@@ -1,6 +1,8 @@
 """`attach` and the attached model: what goes in, what is refused and how, and what one can do with it."""
 
+import gc
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -415,6 +417,53 @@ def test_a_stream_does_not_change_models_half_way(backbone):
     attached.detach()
     with pytest.raises(AttachError, match="detached"):
         list(events)
+
+
+def test_an_answer_does_not_change_models_half_way(backbone, monkeypatch):
+    """Another thread that switches the adapter off meanwhile."""
+    attached = attach(backbone, lora=SMALL)
+    answered = Engine.answer
+
+    def slow(self, *args, **kwargs):
+        with attached.disabled():
+            pass
+        return answered(self, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "answer", slow)
+    with pytest.raises(AttachError, match="while answer"):
+        attached.answer(picture(), "What?", text=TEXT)
+
+
+def test_the_adapter_is_off_until_the_last_disabled_is_left(backbone):
+    attached = attach(backbone, lora=SMALL)
+    first, second = attached.disabled(), attached.disabled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not attached.enabled
+    second.__exit__(None, None, None)
+    assert attached.enabled
+
+
+def test_a_model_that_is_dropped_is_freed_at_once():
+    """Not when circles are looked for: the next model would be loaded beside it."""
+    attached = attach(build(0), lora=SMALL)
+    attached.answer(picture(), "What?", text=TEXT)
+    network = weakref.ref(attached.backbone.model)
+    gc.collect()
+    gc.disable()
+    try:
+        del attached
+        assert network() is None
+    finally:
+        gc.enable()
+
+
+def test_a_bridge_on_another_device_is_refused(backbone):
+    bridge = attach(backbone).bridge.to("meta")
+    backbone = build(0)
+    with pytest.raises(ClearValueError, match="bridge is on meta"):
+        attach(backbone, bridge=bridge)
 
 
 def test_a_detached_model_does_nothing_more(backbone, tmp_path):

@@ -20,7 +20,7 @@ from clear_adapters.backbones.joined import join
 from clear_adapters.backbones.rows import Rows
 from clear_adapters.config import LoraSettings
 from clear_adapters.engine import Engine
-from clear_adapters.errors import ClearValueError
+from clear_adapters.errors import AttachError, ClearValueError
 from clear_adapters.lora import ADAPTER_NAME
 from clear_adapters.lora_linear import LeanLinear
 from clear_adapters.sampling import LatentSampling, TextSampling
@@ -171,6 +171,31 @@ def test_folded_weights_answer_alike_and_come_back(attached):
         with attached.folded():
             after = attached.engine.rollout([picture(0)], ["What?"], seeds=[1], text=TEXT)
     assert texts(after[0])[0].ids.tolist() == texts(before[0])[0].ids.tolist()
+
+
+def test_folding_goes_together_with_switching_off_and_folding_again(attached):
+    layers = [layer.get_base_layer() for layer in attached.lora.layers.values()]
+    held = [x.weight for x in layers]
+    expected = rollouts(attached)
+    with attached.disabled():
+        plain = rollouts(attached)
+    with attached.folded():
+        with attached.disabled():
+            assert_same(rollouts(attached), plain, tolerance=0)
+        assert_same(rollouts(attached), expected)
+        with attached.folded():
+            assert_same(rollouts(attached), expected)
+        assert_same(rollouts(attached), expected)
+        with pytest.raises(AttachError, match="folded"):
+            attached.merge(keep_bridge=True)
+    assert all(x.weight is w for x, w in zip(layers, held, strict=True))
+    assert_same(rollouts(attached), expected, tolerance=0)
+    # Left in another order.
+    with contextlib.ExitStack() as off:
+        with attached.folded():
+            off.enter_context(attached.disabled())
+        assert_same(rollouts(attached), plain, tolerance=0)
+    assert_same(rollouts(attached), expected, tolerance=0)
 
 
 def test_folding_refuses_what_would_ruin_the_weights():
