@@ -2,7 +2,8 @@
 
 Questions with an odd sum of letters restore in stage 3, the others as they like; the untrained toy would hardly ever ask.
 With NO_ROOM_AFTER=k no file can grow beyond ROOM bytes from the k-th optimizer step on, as on a full disk. With BUSY=s process 1
-computes for s seconds before its second step, and with STUCK=1 it stands still there. With PIDS=folder each process leaves its
+computes for s seconds before its second step, with STUCK=1 it stands still there, and with NO_STATE=1 where it would write its part
+of a checkpoint. With PIDS=folder each process leaves its
 number there, by rank.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
 from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.backbones.graphs import can_capture
@@ -125,6 +127,8 @@ def main() -> int:
     check_shards("shard=True" in overrides)
     if "NO_ROOM_AFTER" in os.environ:
         run_out_of_room(int(os.environ["NO_ROOM_AFTER"]))
+    if os.environ.get("RANK") == "1" and "NO_STATE" in os.environ:
+        Trainer._save_rng_state = lambda self, folder: threading.Event().wait()
     if os.environ.get("RANK") == "1" and {"BUSY", "STUCK"} & os.environ.keys():
         be_late(float(os.environ["BUSY"]) if "BUSY" in os.environ else None)
     try:

@@ -10,15 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from clear_adapters.backbones.bagel.checkpoint import save_checkpoint
 from clear_adapters.backbones.bagel.tiny import build
 from clear_adapters.datasets import read_examples
 from clear_adapters.datasets.world import build as build_world
+from clear_adapters.errors import ClearValueError
 from clear_adapters.store import read_adapter
+from clear_adapters.training import group
+from clear_adapters.training.build import attach_for, trainer_for
 from clear_adapters.training.objective import Order
-from clear_adapters.training.recipe import STAGES
-from clear_adapters.training.trainer import last_checkpoint, newest_checkpoint
+from clear_adapters.training.recipe import STAGES, load_recipe
+from clear_adapters.training.run import train
+from clear_adapters.training.trainer import ClearTrainer, last_checkpoint, newest_checkpoint
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -57,11 +62,15 @@ def finish(process):
     return told
 
 
-def run_together(*arguments, processes=2, **env):
-    """As many processes of one run, without a launcher that would end one for another."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return free.getsockname()[1]
+
+
+def run_together(*arguments, processes=2, **env):
+    """As many processes of one run, without a launcher that would end one for another."""
+    port = str(free_port())
     address = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [run_stage(*arguments, RANK=str(r), LOCAL_RANK=str(r), **address, **env) for r in range(processes)]
 
@@ -322,25 +331,192 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(stage, data, before, tmp_p
     assert log_of(tmp_path / "full") == log_of(tmp_path / "whole")
 
 
-BROKEN = """
-import os, signal, time
+WATCHED = """
+import os, signal, threading, time
+from pathlib import Path
 from torch.distributed import TCPStore
-from clear_adapters.training.watch import LostProcessError, watching
+from clear_adapters.errors import ClearError
+from clear_adapters.training import watch
+from clear_adapters.training.watch import watching
 store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 os.environ |= {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-try:
-    with watching(60.0, lambda: "Give the same command again."):
-        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
-except LostProcessError:
-    # What was to tell of it does not come to that: the launcher has seen the other one's end meanwhile.
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(20)
+again = lambda: "Give the same command again."
 """
 
 
-def test_a_launcher_that_ends_a_process_whose_exchange_broke_does_not_silence_it():
-    env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
-    done = subprocess.run([sys.executable, "-c", BROKEN], env=env, capture_output=True, text=True, timeout=60)
-    assert "cannot reach another one any more" in done.stderr, done
+def watched(program):
+    """What a process, the first of two of which the second never begins, tells and how it ends."""
+    env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WATCHED + program]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            "RuntimeError('[gloo/transport/tcp/pair.cc] Connection closed by peer')",
+            "cannot reach another one",
+        ),
+        ("ClearError('the reward failed. Give the same command again.')", "the reward failed"),
+    ],
+)
+def test_a_launcher_does_not_silence_an_error_on_its_way_out(error, words):
+    done = watched(f"""
+try:
+    with watching(60.0, again):
+        raise {error}
+except ClearError:
+    # What would tell of it does not come to that: the launcher has seen another one's end meanwhile.
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+""")
+    assert words in done.stderr, done
     assert done.stderr.strip().endswith("Give the same command again.")
     assert done.returncode == 128 + signal.SIGTERM
+
+
+def test_a_signal_long_after_an_error_is_not_taken_for_the_launchers():
+    done = watched("""
+watch._ON_ITS_WAY = 0.2
+try:
+    with watching(60.0, again):
+        raise ClearError("the reward failed")
+except ClearError:
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+""")
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+
+
+@pytest.mark.parametrize("advice", ["lambda: time.sleep(60)", "lambda: int('best')"])
+def test_a_disk_that_does_not_answer_does_not_keep_a_process(advice):
+    done = watched(f"""
+watch._PATIENCE = 1.0
+with watching(2.0, {advice}):
+    threading.Event().wait()
+""")
+    assert "no sign of life for 2 s from process 1 of 2" in done.stderr, done
+    assert "cannot be read now" in done.stderr
+    assert done.returncode == 3
+
+
+def test_waiting_for_data_workers_that_give_nothing_is_no_move():
+    done = watched("""
+from torch.utils.data import DataLoader
+
+class Stuck(list):
+    def __getitem__(self, index):
+        threading.Event().wait()
+
+def other():  # the second process lives, and stands still
+    mine = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+    for beat in range(1000):
+        mine.set("clear_adapters/0/1/1", f"{beat}\t1\tsome host, pid 1\tits place")
+        time.sleep(0.1)
+
+threading.Thread(target=other, daemon=True).start()
+with watching(8.0, again):
+    next(iter(DataLoader(Stuck([1]), num_workers=1)))
+""")
+    assert "no process has moved for 8 s" in done.stderr, done
+    assert done.returncode == 3
+
+
+def test_a_lost_process_is_no_full_disk(data, tmp_path, monkeypatch):
+    def lost(self):
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:538] Read error: Connection reset by peer")
+
+    monkeypatch.setattr(ClearTrainer, "store_flos", lost)
+    with pytest.raises(RuntimeError, match="Connection reset"):
+        train(
+            *("tiny", data, tmp_path / "lost"),
+            stage="sft",
+            model=build(0),
+            device="cpu",
+            overrides=[*COMMON, *STAGE["sft"], "steps=1", "loop.batch=2", "save_every=1"],
+            progress=False,
+        )
+
+
+def test_folders_that_are_named_like_checkpoints_are_left_alone(tmp_path):
+    for name in ("checkpoint-best", "checkpoint-2", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+    for name in ("checkpoint-best", "checkpoint-2"):
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-best", "checkpoint-2"}
+
+
+@pytest.mark.long
+def test_a_checkpoint_is_whole_only_behind_the_files_of_all_processes(data, tmp_path):
+    """The second process is stopped before it has written its file."""
+    options = [*COMMON, *STAGE["sft"], "steps=3", "loop.batch=2", "save_every=2", "timeout=10"]
+    running = run_together("sft", data, tmp_path / "late", "-", *options, NO_STATE="1")
+    told = [p.communicate(timeout=100)[0] for p in running]
+    assert 3 in [p.returncode for p in running], told
+    assert (tmp_path / "late.training" / "checkpoint-2" / "optimizer.pt").is_file()
+    assert newest_checkpoint(tmp_path / "late.training") is None
+    assert any("No checkpoint was written yet" in text for text in told)
+
+
+def test_a_group_whose_other_process_never_comes_is_told_in_words():
+    done = watched(
+        """
+from clear_adapters.training.group import join_group
+del store
+os.environ["MASTER_PORT"] = PORT
+try:
+    join_group("cpu", 60.0, 2.0)
+except ClearError as error:
+    print(error)
+""".replace("PORT", repr(str(free_port())))
+    )
+    assert "process 0 of 2 has waited 2 s for the others" in done.stdout, done
+
+
+def test_multicast_is_off_unless_asked_for(monkeypatch):
+    """It can put the GPUs of a host out of service."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    monkeypatch.setattr(group, "_meet", lambda *args: None)
+    group.join_group("cpu", 60.0, 2.0)
+    assert os.environ["NCCL_NVLS_ENABLE"] == "0"
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    group.join_group("cpu", 60.0, 2.0)
+    assert os.environ["NCCL_NVLS_ENABLE"] == "1"
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ClearValueError, match=r"4 GPUs.*nproc_per_node 4"):
+        group.join_group("cuda", 60.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "loop.shard=true"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "loop.shard=true"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "loop.compile=true"),
+    ],
+)
+def test_what_accelerate_was_configured_for_is_refused_where_the_recipe_has_it(
+    name, value, words, monkeypatch
+):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ClearValueError, match=words):
+        train("tiny", "nowhere", "nowhere", device="cpu")
+
+
+def test_the_precision_is_the_recipes(data, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    attached = attach_for(load_recipe("tiny", STAGE["sft"], "sft"), build(0), device="cpu")
+    recipe = load_recipe("tiny", [*COMMON, *STAGE["sft"], "steps=1", "loop.batch=2"], "sft")
+    trainer = trainer_for(attached, recipe, read_examples(data), tmp_path / "run", progress=False)
+    assert trainer.accelerator.mixed_precision == "no"
+    assert "mixed precision" in caplog.text

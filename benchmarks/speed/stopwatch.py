@@ -59,7 +59,7 @@ class Session:
         self.device = torch.device(args.device)
         self.processes, self._rank = processes(), rank()
         if self.processes > 1:
-            join_group(self.device.type, timeout=_PATIENCE)
+            join_group(self.device.type, timeout=_PATIENCE, patience=_PATIENCE)
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", torch.cuda.current_device())
         self.parts = [p for p in args.only.split(",") if p]

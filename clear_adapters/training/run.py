@@ -39,6 +39,8 @@ from clear_adapters.training.watch import watching
 RUN = "run.json"
 _HOW = ("micro_batch", "shard", "timeout", "workers")
 MODEL = "builtin:bagel-tiny"
+_COMING = 60.0
+"""Seconds at least that processes wait for each other to begin: they do not load their libraries equally fast."""
 
 
 def train(
@@ -92,7 +94,7 @@ def train(
         model = MODEL
     output = Path(os.path.abspath(output))  # noqa: PTH100 (a link at the end stays one)
     # Exchanges may wait for the slowest: the watch ends those that would wait for good, and their own limit is the last resort.
-    join_group(_device_type(model, device), 10 * recipe.loop.timeout)
+    join_group(_device_type(model, device), 10 * recipe.loop.timeout, max(_COMING, recipe.loop.timeout))
     with watching(recipe.loop.timeout, lambda: _going_on(work_of(output))):
         return _run(
             *(recipe, data, output, model, adapter, resume, device),

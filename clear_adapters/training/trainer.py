@@ -7,6 +7,7 @@ an ordinary adapter folder. Nothing is read back from the device but at the step
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,7 +29,9 @@ from clear_adapters.attached import AttachedModel
 from clear_adapters.errors import AdapterError, ClearValueError
 from clear_adapters.training.objective import Objective, Order
 from clear_adapters.training.shard import ddp_takes_shards, gathered
+from clear_adapters.training.watch import is_broken_exchange
 
+_LOG = logging.getLogger(__name__)
 ADAPTER = "adapter"
 _STATE = "trainer_state.json"
 _SECONDS = "seconds.json"
@@ -161,6 +164,8 @@ class ClearTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         # torch's writer and safetensors tell of a full disk in errors of their own.
         except (OSError, RuntimeError, SafetensorError, AdapterError) as error:
+            if is_broken_exchange(error):
+                raise
             if self.args.should_save:
                 step = self.state.global_step
                 shutil.rmtree(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
@@ -168,9 +173,14 @@ class ClearTrainer(Trainer):
                 raise self._diverged("weights that are not finite") from error
             raise self._unwritable("no checkpoint", error) from error
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The state file, which makes a checkpoint whole, comes behind all processes' files.
+        self.accelerator.wait_for_everyone()
+
     def _unwritable(self, what: str, error: Exception) -> ClearValueError:
         folder = Path(str(self.args.output_dir))
-        last = last_checkpoint(folder)
+        last = newest_checkpoint(folder)
         return ClearValueError(
             f"step {self.state.global_step}: {what} can be written to {folder}: {error}. Make room, or make it writable, and "
             f"give the same command again: it goes on from {'the beginning' if last is None else last.name}"
@@ -203,7 +213,7 @@ class ClearTrainer(Trainer):
             for name, parameter in self.attached.named_parameters():
                 parameter.copy_(tensors[name])
         self._spent = json.loads((Path(resume_from_checkpoint) / _SECONDS).read_text(encoding="utf-8"))
-        self._trim_log(int(resume_from_checkpoint.rpartition("-")[2]))
+        self._trim_log(_step_of(Path(resume_from_checkpoint)))
 
     def _trim_log(self, step: int) -> None:
         """Takes away log lines of steps that will be taken again."""
@@ -284,7 +294,7 @@ def _group(name: str) -> str:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run; half-written ones, which a killed run leaves, are deleted."""
-    for path in folder.glob("checkpoint-*"):
+    for path in _checkpoints(folder):
         if not _is_whole(path / _STATE):
             shutil.rmtree(path)
     return newest_checkpoint(folder)
@@ -292,8 +302,19 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run, also while one is written."""
-    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path / _STATE)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    whole = [path for path in _checkpoints(folder) if _is_whole(path / _STATE)]
+    return max(whole, key=_step_of, default=None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The run's own; folders that someone has named alike are not."""
+    return [
+        path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdecimal()
+    ]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _is_whole(state: Path) -> bool:
@@ -319,6 +340,13 @@ def training_arguments(folder: Path, **settings: Any) -> TrainingArguments:
         settings: further or other values.
     """
     workers = settings.get("dataloader_num_workers", 0)
+    chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if chosen not in ("no", "bf16" if settings.get("bf16") else "no"):
+        # Trainer would take it where the recipe says float32, or has another type.
+        _LOG.warning(
+            "accelerate's mixed precision (%s) is left out: the recipe has its own, loop.bf16", chosen
+        )
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     # Read by the tokenizer after a fork; without it every worker prints a warning.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     values: dict[str, Any] = {

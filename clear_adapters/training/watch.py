@@ -7,6 +7,7 @@ rollouts that take one process long are no hang, whatever the others wait.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import select
 import signal
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # public, but not marked so
 
 from clear_adapters.errors import ClearError
-from clear_adapters.training.group import processes, rank
+from clear_adapters.training.group import LostProcessError, processes, rank
 
 STATUS = 3
 """Exit status of a process that the watch ends."""
@@ -33,15 +34,17 @@ _LOOK = 0.05
 """Seconds between two looks at the main thread: often, because a loop spends most of its time in one line."""
 
 _PATIENCE = 5.0
-"""Seconds that the end of a run waits for the thread, which a store without an answer can hold up."""
+"""Seconds that the end of a run waits for a thread, which a store or a disk without an answer can hold up."""
+
+_ON_ITS_WAY = 10.0
+"""Seconds after an error for which a launcher's signal must not silence it."""
+
+_POLLS = frozenset({"_get_data", "_try_get_data"})
+"""Of torch's data loader, which asks its workers again and again: what happens inside is no move."""
 
 _DONE, _FAILED = "done", "failed"
 _PACKAGE = str(Path(__file__).parents[1])
 _runs = 0
-
-
-class LostProcessError(ClearError, RuntimeError):
-    """Another process of the run has ended or cannot be reached."""
 
 
 @contextmanager
@@ -66,21 +69,36 @@ def watching(timeout: float, advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not _is_broken_exchange(error):
-            watch.stop(_FAILED)
+        if not is_broken_exchange(error):
+            watch.stop(_FAILED, str(error) if isinstance(error, ClearError) else None)
             raise
         lost = LostProcessError(
             f"process {watch.rank} of {watch.size} cannot reach another one any more, which has ended or lost its "
-            f"connection ({_first_line(error)}). {advice()}"
+            f"connection ({_first_line(error)}). {_soon(advice)}"
         )
         watch.stop(_FAILED, str(lost))
         raise lost from error
     watch.stop(_DONE)
 
 
-def _is_broken_exchange(error: BaseException) -> bool:
+def is_broken_exchange(error: BaseException) -> bool:
+    """Whether an error says that another process cannot be reached."""
     # gloo tells by a plain RuntimeError from its own source files.
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _soon(advice: Callable[[], str]) -> str:
+    """An advice, or that there is none: it looks at files, and the disk can be what has failed."""
+    told: list[str] = []
+
+    def ask() -> None:
+        with suppress(Exception):
+            told.append(advice())
+
+    asking = threading.Thread(target=ask, name="clear-advice", daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    return told[0] if told else "Which checkpoint the same command goes on from cannot be read now"
 
 
 def _first_line(error: BaseException) -> str:
@@ -150,11 +168,7 @@ class _Watch:
         if _current is self:
             _current = None
             signal.set_wakeup_fd(-1)
-            # The launcher sees the other's end a moment after the exchange does, and would silence the error on its way out.
-            after = (
-                self._before if words is None else lambda *_: _exit(f"error: {words}", 128 + signal.SIGTERM)
-            )
-            signal.signal(signal.SIGTERM, after)
+            signal.signal(signal.SIGTERM, self._before if words is None else _saying(words, self._before))
 
     # -- the thread
 
@@ -196,10 +210,13 @@ class _Watch:
     def _look(self) -> None:
         """Notes whether the main thread is at another place than at the last look."""
         frame = sys._current_frames().get(self._main)
-        places = []
+        places: list[tuple[int, int]] = []
         inner = frame
         while frame is not None:
-            places.append((id(frame), frame.f_lasti))
+            if frame.f_code.co_name in _POLLS:
+                places.clear()
+            else:
+                places.append((id(frame), frame.f_lasti))
             frame = frame.f_back
         stack = hash(tuple(places))
         if stack != self._stack:
@@ -240,13 +257,30 @@ class _Watch:
             )
 
     def _end(self, reason: str, status: int = STATUS) -> None:
-        _exit(f"error: the run is ended: {reason}. {self._advice()}", status)
+        if not self._ended.is_set():
+            _exit(f"error: the run is ended: {reason}. {_soon(self._advice)}", status)
+
+
+def _saying(words: str, before: Any) -> Callable[[int, FrameType | None], None]:
+    """A handler for an error's way out: a launcher sees another one's end a moment after this process has, and would silence it."""
+    until = time.monotonic() + _ON_ITS_WAY
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() < until:
+            _exit(f"error: {words}", 128 + number)
+        signal.signal(number, before)
+        os.kill(os.getpid(), number)
+
+    return handle
 
 
 def _exit(message: str, status: int) -> NoReturn:
     """Ends this process with a message; the interpreter's own end would wait for threads that are stuck in an exchange."""
     with suppress(OSError):
         os.write(2, f"{message}\n".encode())
+    # Data workers end with the interpreter, which does not come to that.
+    for worker in multiprocessing.active_children():
+        worker.kill()
     os._exit(status)
 
 
