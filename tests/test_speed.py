@@ -351,31 +351,45 @@ def step(part, growth, rate, seconds=1.0, **more):
 
 
 FIGURES = scaling_report.Figures(
-    tokens=10_000.0,
+    tokens={1: 10_000.0, 4: 16_000.0},
     row=5_000.0,
     words=128,
     text={1: 0.01, 8: 0.024},
-    flow=0.1,
-    guided=0.3,
+    flow={1: 0.1, 8: 0.08},
+    guided={1: 0.3, 8: 0.25},
     share={1: 1.0, 2: 0.95, 4: 0.9},
     cards=dict.fromkeys(("supervised", "share", "text", "flow"), "G"),
 )
 
 
 def test_the_figures_of_the_plan_come_from_the_results():
-    load = {"load": {"text": 64}}
+    load, plain = {"load": {"text": 64}}, {"checkpointing": True, "compile": False}
     files = [
         made(
-            [{"part": "sft", "micro": 1, "seconds": 0.5, "tokens_per_second": 10_000.0}], "training", **load
+            [
+                {"micro": micro, "seconds": 0.5, "tokens_per_second": rate} | facts
+                for micro, rate, facts in (
+                    (1, 10_000.0, {"part": "sft", **plain}),
+                    (4, 16_000.0, {"part": "grid", **plain}),
+                    (4, 17_000.0, {"part": "grid", **plain, "compile": True}),
+                )
+            ],
+            "training",
+            **load,
         ),
         made(
             [
                 {"part": "text", "batch": 1, "text": 64, "seconds": 0.01},
                 {"part": "text", "batch": 8, "text": 64, "seconds": 0.024},
                 *(
-                    {"part": "restoration", "side": 512, "batch": 1, "points": 30}
-                    | {"guided": guided, "seconds": 29 * seconds}
-                    for guided, seconds in ((False, 0.1), (True, 0.3))
+                    {"part": "restoration", "side": 512, "batch": batch, "points": 30}
+                    | {"guided": guided, "seconds": 29 * batch * seconds}
+                    for batch, guided, seconds in (
+                        (1, False, 0.1),
+                        (1, True, 0.3),
+                        (8, False, 0.08),
+                        (8, True, 0.25),
+                    )
                 ),
             ]
         ),
@@ -385,10 +399,10 @@ def test_the_figures_of_the_plan_come_from_the_results():
         ),
     ]
     found = scaling_report.figures(files)
-    assert found.flow == pytest.approx(0.1)
-    assert found.guided == pytest.approx(0.3)
+    assert found.flow == pytest.approx(FIGURES.flow)
+    assert found.guided == pytest.approx(FIGURES.guided)
     assert found.share == pytest.approx(FIGURES.share)
-    assert (found.tokens, found.row, found.words, found.text) == (10_000.0, 5_000.0, 128, FIGURES.text)
+    assert (found.tokens, found.row, found.words, found.text) == (FIGURES.tokens, 5_000.0, 128, FIGURES.text)
     assert scaling_report.figures(files[1:]) is None
     assert scaling_report.sections(files[1:])[scaling_report.PLAN] == scaling_report.NOTHING
 
@@ -404,12 +418,17 @@ def test_the_plan_is_its_arithmetic():
     assert scaling_report.step_seconds(FIGURES, sft, 64, 0) == pytest.approx(restoring / 9_000, rel=1e-6)
     assert scaling_report.exchange(64, 10**9) == pytest.approx(2 * 63 / 64 * 1e9 / 50e9)
     assert scaling_report.exchange(8, 10**9) == 0
-    # 128 rollouts on 64 GPUs: two side by side.
+    # 128 rollouts on 64 GPUs: two side by side, and in a forward.
     sampled = 1_080 * FIGURES.step_of_text(2) + 2 * 29 * 0.1
     assert scaling_report.step_seconds(FIGURES, grpo, 64, 0) == pytest.approx(
         sampled + 4 / 3 * 2 * restoring / 9_000
     )
     assert FIGURES.step_of_text(2) == pytest.approx(0.012)
+    # On 8 GPUs 16 rollouts are, and 4 rows are trained in a forward.
+    sampled = 1_080 * FIGURES.step_of_text(16) + 16 * 29 * 0.08
+    assert scaling_report.step_seconds(FIGURES, grpo, 8, 0) == pytest.approx(
+        sampled + 4 / 3 * 16 * restoring / (16_000 * 0.9)
+    )
     assert [scaling_report.most_gpus(r, 512) for r in (sft, grpo)] == [64, 128]
 
 

@@ -190,7 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def keep() -> None:
         name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-        shown = f"equality.py --processes {' '.join(map(str, args.processes))} --device {args.device}"
+        chosen = {
+            "processes": args.processes,
+            "stages": args.stages,
+            "ways": args.ways,
+            "device": [args.device],
+        }
+        shown = " ".join(["equality.py", *(f"--{k} {' '.join(map(str, v))}" for k, v in chosen.items())])
         ResultFile.collect("equality", payload, device=name, seeds=(0,), command=shown).write(args.output)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -52,22 +52,22 @@ class Figures:
     """What the plan is computed from.
 
     Attributes:
-        tokens: a second, of supervised steps on one GPU.
+        tokens: a second, of supervised steps on one GPU, by rows of a forward.
         row: tokens of a row of the measured workload.
         words: tokens of text in it that are trained.
         text: seconds of a step of text, by rows that are written side by side.
-        flow: seconds of a flow step of one row without guidance.
-        guided: seconds of a flow step of one row with it.
+        flow: seconds of a flow step for each row without guidance, by rows that are restored side by side.
+        guided: seconds of a flow step for each row with it, likewise.
         share: by number of GPUs, tokens a second over those of as many single GPUs.
         cards: on which card each kind of work was measured: `supervised`, `share`, `text`, `flow`.
     """
 
-    tokens: float
+    tokens: Mapping[int, float]
     row: float
     words: int
     text: Mapping[int, float]
-    flow: float
-    guided: float
+    flow: Mapping[int, float]
+    guided: Mapping[int, float]
     share: Mapping[int, float]
     cards: Mapping[str, str]
 
@@ -79,7 +79,7 @@ class Figures:
 
     def efficiency(self, gpus: int) -> float:
         """The share of so many GPUs, or of the most that were measured below."""
-        return self.share[max(n for n in self.share if n <= gpus)]
+        return below(self.share, gpus)
 
     def step_of_text(self, rows: float) -> float:
         """Seconds of a step of text for so many rows, between the measured numbers in proportion."""
@@ -91,6 +91,11 @@ class Figures:
                 part = (rows - low) / (high - low)
                 return self.text[low] + part * (self.text[high] - self.text[low])
         return self.text[known[-1]] * rows / known[-1]
+
+
+def below(measured: Mapping[int, float], number: float) -> float:
+    """What was measured for so many, or for the most of fewer; for the fewest where there are no fewer."""
+    return measured[max((n for n in measured if n <= number), default=min(measured))]
 
 
 def of_one_card(rows: Sequence[Row], device: str) -> list[Row]:
@@ -106,22 +111,26 @@ def figures(files: Sequence[ResultFile]) -> Figures | None:
     if single is None:
         return None
     device = single["device"]
-    steps = of_one_card(found.each("sft", kind="training", micro=1), device)
+    plain = {"checkpointing": True, "compile": False}
+    supervised = [r for part in ("sft", "grid") for r in found.each(part, kind="training", **plain)]
+    steps = of_one_card(supervised, device) if supervised else []
     texts = of_one_card(found.each("text", text=64), device)
     restored = of_one_card(found.each("restoration", side=512), device)
     flows = [[r for r in restored if r["guided"] is guided] for guided in (False, True)]
-    if not steps or not texts or not all(flows):
+    step = next((r for r in steps if r["micro"] == 1), None)
+    if step is None or not texts or not all(flows):
         return None
     load = next(f.payload["load"] for f in files if f.kind == "training")
-    flow, guided = (min(r["seconds"] / r["batch"] / (r["points"] - 1) for r in rows) for rows in flows)
+    flow, guided = (
+        {r["batch"]: r["seconds"] / r["batch"] / (r["points"] - 1) for r in rows} for rows in flows
+    )
     share = {
         r["processes"]: r["tokens_per_second"] / r["processes"] / single["tokens_per_second"]
         for r in found.each("sft", kind="scaling", growth="weak", device=device)
     }
-    step = steps[-1]
     used = {"supervised": steps, "share": [single], "text": texts, "flow": flows[0]}
     return Figures(
-        tokens=step["tokens_per_second"],
+        tokens={r["micro"]: r["tokens_per_second"] for r in steps},
         row=step["tokens_per_second"] * step["seconds"] / step["micro"],
         words=2 * load["text"],
         text={r["batch"]: r["seconds"] for r in texts},
@@ -164,34 +173,43 @@ def most_gpus(recipe: Recipe, gpus: int) -> int:
     return max(n for n in range(1, min(gpus, work) + 1) if work % n == 0)
 
 
-def trained(known: Figures, rows: float, restoring: float, gpus: int) -> float:
-    """Seconds of the supervised work on so many rows of one GPU."""
+def trained(known: Figures, rows: float, restoring: float, gpus: int, together: int) -> float:
+    """Seconds of the supervised work on so many rows of one GPU, so many of them in a forward."""
     direct, restored = known.rows
     tokens = rows * direct + restoring * (restored - direct)
-    return tokens / (known.tokens * known.efficiency(gpus))
+    return tokens / (below(known.tokens, together) * known.efficiency(gpus))
 
 
 def rolled(known: Figures, rollouts: int, side: int, words: float, points: int) -> float:
     """Seconds of rollouts that all restore, so many side by side."""
     portions = math.ceil(rollouts / side)
-    return portions * words * known.step_of_text(rollouts / portions) + rollouts * (points - 1) * known.flow
+    together = rollouts / portions
+    flow = rollouts * (points - 1) * below(known.flow, together)
+    return portions * words * known.step_of_text(together) + flow
 
 
 def step_seconds(known: Figures, recipe: Recipe, gpus: int, size: int) -> float:
     """Seconds of an optimizer step of a recipe on so many GPUs, each of which has work."""
     chance = RESTORING / (DIRECT + RESTORING)
+    micro = recipe.loop.micro_batch or recipe.loop.batch // gpus
     if recipe.stage == "grpo":
         rollouts = recipe.loop.batch * recipe.grpo.group // gpus
         side = recipe.grpo.rollout_rows or rollouts
         sampled = rolled(known, rollouts, side, RESTORING_TEXT, recipe.grpo.flow_steps)
         # The reference's forward is one pass more beside three: forward, forward again, backward.
-        return sampled + 4 / 3 * trained(known, rollouts, rollouts, gpus) + exchange(gpus, size)
+        together = min(rollouts, micro * recipe.grpo.group)
+        return sampled + 4 / 3 * trained(known, rollouts, rollouts, gpus, together) + exchange(gpus, size)
     rows = recipe.loop.batch // gpus
-    seconds = trained(known, rows, most_of(rows, gpus, chance), gpus) + exchange(gpus, size)
+    seconds = trained(known, rows, most_of(rows, gpus, chance), gpus, micro) + exchange(gpus, size)
     if recipe.stage == "bridge":
         drawn = most_of(rows, gpus, recipe.bridge.own)
-        seconds += drawn * (recipe.bridge.own_steps - 1) * known.guided
+        seconds += drawn * (recipe.bridge.own_steps - 1) * below(known.guided, micro)
     return seconds
+
+
+def shown(seconds: Mapping[int, float]) -> str:
+    """`42 ms with 1, 31 ms with 8`."""
+    return ", ".join(f"{s * 1e3:.0f} ms with {n}" for n, s in sorted(seconds.items()))
 
 
 def plan(known: Figures) -> str:
@@ -211,15 +229,16 @@ def plan(known: Figures) -> str:
     direct, restoring = known.rows
     total = recipes[0].loop.steps * recipes[0].loop.batch
     tokens = total * (DIRECT * direct + RESTORING * restoring) / (DIRECT + RESTORING)
+    rates = ", ".join(f"{t:,.0f} tokens a second with {n}" for n, t in sorted(known.tokens.items()))
     own = ", ".join(f"{s * 1e3:.1f} ms with {n}" for n, s in sorted(known.text.items()))
     shares = ", ".join(f"{s:.0%} on {n}" for n, s in sorted(known.share.items()))
     inputs = [
-        f"- supervised ({known.cards['supervised']}): {known.tokens:,.0f} tokens a second on one GPU; a row of {direct:,.0f} tokens, or {restoring:,.0f} where it "
+        f"- supervised ({known.cards['supervised']}): {rates} rows in a forward; a row of {direct:,.0f} tokens, or {restoring:,.0f} where it "
         f"restores; {total:,} rows in {recipes[0].loop.steps:,} steps are {tokens / 1e6:,.0f} million tokens, "
-        f"{tokens / known.tokens / 3600:.1f} GPU-hours",
+        f"{tokens / below(known.tokens, recipes[0].loop.micro_batch or 1) / 3600:.1f} GPU-hours",
         f"- of as many single GPUs' rate ({known.cards['share']}): {shares}",
         f"- a step of text ({known.cards['text']}): {own} rows side by side",
-        f"- a flow step of a row ({known.cards['flow']}): {known.flow * 1e3:.0f} ms, guided {known.guided * 1e3:.0f} ms",
+        f"- a flow step for each row ({known.cards['flow']}): {shown(known.flow)}, guided {shown(known.guided)} rows side by side",
         f"- gradients: {size / 1e9:.2f} GB a step, between hosts {exchange(512, size) * 1e3:.0f} ms",
     ]
     head = ["GPUs", "stage 1", "stage 2", "stage 3", "all", "GPU-hours", "times as fast as one"]
@@ -234,7 +253,7 @@ def check(files: Sequence[ResultFile], known: Figures) -> str:
         return ""
     count = load["group"]
     told = rolled(known, count, count, 2 * load["text"], load["rollout_points"])
-    told += 4 / 3 * count * known.row / known.tokens
+    told += 4 / 3 * count * known.row / below(known.tokens, count)
     return (
         f"\n\nThe same arithmetic gives {told:.1f} s for the measured step of stage 3 ({count} rollouts of {2 * load['text']} tokens, "
         f"{load['rollout_points']} points), which took {row['seconds']:.1f} s."
@@ -292,7 +311,15 @@ def measured(files: Sequence[ResultFile]) -> str:
     devices = ", ".join(dict.fromkeys(f.device for f in own))
     dates = ", ".join(dict.fromkeys(f.date[:10] for f in own))
     head = ["work", "GPUs", "a step", "rate", "of as many single GPUs", "waiting", "memory a GPU"]
-    note = f"BAGEL-7B's shapes with random weights, bfloat16, LoRA of rank 16, {devices}, {dates}."
+    commits: dict[str, list[str]] = {}
+    for file in own:
+        for part in {r["part"] for r in file.payload["rows"]} & {part for _, part, _ in WORK}:
+            commits.setdefault(file.commit[:7], []).append(part)
+    told = "; ".join(
+        f"{', '.join(p for p in ('sft', 'shard', 'grpo') if p in parts)} at {c}"
+        for c, parts in commits.items()
+    )
+    note = f"BAGEL-7B's shapes with random weights, bfloat16, LoRA of rank 16, {devices}, {dates}; {told}."
     return (
         f"{note}\n\n{table(head, lines)}\n\n![How cost grows with GPUs](../benchmarks/results/speed/{FIGURE})"
     )
@@ -312,16 +339,16 @@ def equal(files: Sequence[ResultFile]) -> str:
         return NOTHING
     limits = {dtype: limit for f in own for dtype, limit in f.payload["tolerance"].items()}
 
-    def shown(values: Sequence[float], limit: float) -> str:
+    def cell(values: Sequence[float], limit: float) -> str:
         most = max(values, default=None)
         return "–" if most is None else f"{most:.1e}" if most <= limit else f"**{most:.1e}**"
 
     lines = []
     for (_, stage, processes, device, dtype), ways in sorted(found.items()):
         limit = limits[dtype]
-        steps = [shown([ways[w]["step"]] if w in ways else [], limit) for w in WAYS]
-        losses = shown([row["loss"] for row in ways.values()], limit)
-        beside = shown([row["beside"] for row in ways.values() if "beside" in row], limit)
+        steps = [cell([ways[w]["step"]] if w in ways else [], limit) for w in WAYS]
+        losses = cell([row["loss"] for row in ways.values() if stage != "spread"], limit)
+        beside = cell([row["beside"] for row in ways.values() if "beside" in row], limit)
         lines.append([stage, str(processes), device, dtype, f"{limit:g}", losses, *steps, beside])
     head = ["stage", "processes", "each on", "type", "at most", "loss", *WAYS, "beside"]
     dates = ", ".join(sorted({f.date[:10] for f in own}))
