@@ -124,6 +124,35 @@ def lone_letter(text: str) -> str:
     return text.strip("() .").upper()
 
 
+def letters_of(options: Sequence[str]) -> dict[str, str]:
+    """Return the options' texts by letter.
+
+    Args:
+        options: Their texts in the order of their letters (A, B, ...).
+    """
+    return {chr(ord("A") + place): text for place, text in enumerate(options)}
+
+
+def letter_of(truth: str, letters: Mapping[str, str], *, by_text: bool = True) -> str | None:
+    """Return the letter of the option that a truth names. A lone letter is never the text of another option.
+
+    Args:
+        truth: A stored truth: the letter of an option, or its text.
+        letters: The options' texts by letter.
+        by_text: Whether the text names the option too. A question whose truth is a text was asked without letters:
+            where answers are compared, "B" must not count for the second text.
+
+    Returns:
+        The letter; None where the truth names no option.
+    """
+    told = truth.strip()
+    lone = lone_letter(told)
+    if lone in letters:
+        return lone
+    same = [letter for letter, text in letters.items() if text.strip() == told] if by_text else []
+    return same[0] if len(same) == 1 else None
+
+
 _LONE = re.compile(r"[\s(\[{*_\"'`]*([A-Za-z])[\s)\]}.,:;!*_\"'`]*")
 _FINAL = re.compile(
     r"\banswer(?:\s*[:=]|\s+(?:is|would be|should be|must be)\b\s*:?)\s*(?:option\s+|choice\s+)?"
@@ -222,7 +251,7 @@ def _lettered(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     if isinstance(options, Mapping):
         texts = {letter.strip().upper(): text for letter, text in options.items()}
     else:
-        texts = {chr(ord("A") + place): text for place, text in enumerate(options)}
+        texts = letters_of(options)
     if not texts or any(not re.fullmatch("[A-Z]", letter) for letter in texts):
         raise ClearValueError(f"Options need letters from A to Z, at least one; got {list(texts)}.")
     return texts
@@ -437,6 +466,48 @@ def score(
         return number_match(answer, truth, tolerance=tolerance)
     forms = [str(truth)] if isinstance(truth, int | float) else truth
     return exact_match(answer, forms) if kind == "exact" else fuzzy_match(answer, forms, threshold)
+
+
+def matches(
+    answer: str,
+    truth: str | float | Sequence[str],
+    options: Sequence[str] = (),
+    kind: Kind = "auto",
+    *,
+    tolerance: float = 0.0,
+    threshold: float = 0.8,
+) -> bool:
+    """Tell whether an answer is right: the one rule of rewards and data, so that neither punishes what the other took.
+
+    Where the truth is the letter of an option, the answer must choose that option, whatever the kind. Where it is the
+    text of one, the question was asked without letters and the texts are compared by the kind; the text of another
+    option is then wrong, however near.
+
+    Args:
+        answer: What was answered, without tags.
+        truth: The letter or text of an option, a number, a text, or several forms of a text.
+        options: The options' texts in the order of their letters; empty where the question is open.
+        kind: How to compare, of `KINDS`; `"option"` reads letters too where the truth is the text of an option.
+        tolerance: For `"number"`.
+        threshold: For `"fuzzy"`.
+
+    Returns:
+        Whether it is right; an answer in which no option or number can be read is not.
+
+    Raises:
+        ClearValueError: The truth or the settings do not fit the kind.
+        UnknownNameError: The kind is none of `KINDS`.
+    """
+    if options and isinstance(truth, str):
+        letters = letters_of(options)
+        letter = letter_of(truth, letters, by_text=kind == "option")
+        if letter is not None:
+            return score(answer, letter, "option", options=letters) is True
+        if kind != "option" and exact_match(
+            answer, [text for text in options if not exact_match(text, truth)]
+        ):
+            return False
+    return score(answer, truth, kind, tolerance=tolerance, threshold=threshold) is True
 
 
 def _is_number(truth: str | float | Sequence[str]) -> bool:

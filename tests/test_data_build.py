@@ -14,7 +14,7 @@ from PIL import Image
 
 from clear_adapters import attach
 from clear_adapters.datasets import read_examples
-from clear_adapters.datasets.answers import matches, says
+from clear_adapters.datasets.answers import says
 from clear_adapters.datasets.builder import assembly, pictures
 from clear_adapters.datasets.builder.assembly import Helpers
 from clear_adapters.datasets.builder.build import build, foresee
@@ -28,6 +28,7 @@ from clear_adapters.degradations import degrade
 from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError
 from clear_adapters.images import load_image
+from clear_adapters.scoring import matches
 from clear_adapters.transcript import RESTORE
 from tests.bench_files import picture
 from tests.bench_files import write as write_table
@@ -87,7 +88,8 @@ def test_answers_match_by_letter_text_and_form():
     options = ("red", "dark blue")
     for given in ("B", "(B)", "dark blue", "B. dark blue"):
         assert matches(given, "B", options), given
-        assert matches(given, "dark blue", options), given
+        assert matches(given, " b. ", options, "fuzzy"), given
+        assert matches(given, "dark blue ", options, "option"), given
     assert not matches("A", "B", options)
     assert not matches("either", "B", options)
     assert matches("The cat.", "cat")
@@ -99,7 +101,9 @@ def test_an_answer_that_is_trained_says_the_truth_alone():
     options = ("red", "dark blue")
     for given in ("B", "(B)", "b.", "dark blue", "Dark blue.", "B. dark blue"):
         assert says(given, "B", options), given
+    for given in ("dark blue", "Dark blue."):
         assert says(given, "dark blue", options), given
+    assert not says("B", "dark blue", options)  # asked without letters
     for given in ("zzz B", "A", "B or A", "the answer is B", "it is dark blue", "red, B", ""):
         assert not says(given, "B", options), given
     assert not says("A", "B", ("x", "A"))  # the letter, not the text of option B

@@ -28,6 +28,7 @@ from clear_adapters.rewards.decision import TABLES, decision
 from clear_adapters.rewards.format import format_binary, format_graded
 from clear_adapters.rewards.judge import PROMPT, Judge, JudgeError, conversation, read_mark
 from clear_adapters.rewards.latent import MODES, latent_quality
+from clear_adapters.scoring import matches
 from clear_adapters.transcript import Origin, RestorationSegment, TextSegment, Transcript
 from tests.chat_server import NOW, Reply, serve
 
@@ -77,12 +78,19 @@ def transcript(*parts: str | None) -> Transcript:
         ("3", "3", ("2", "3"), 1),
         ("K", "K", ("A", "K"), 1),
         ("B", "K", ("A", "K"), 0),
+        ("A", "red ", ("red", "blue"), 0),
+        ("it is red", "red", ("red", "blue"), 0),
         ("Q", "Q", ("red", "blue"), 1),
+        # However the letter is stored.
+        ("blue", "B.", ("red", "blue"), 1),
+        ("blue", "(b)", ("red", "blue"), 1),
+        ("B. A", "B", ("B", "A"), 1),
         ("red", "red", (), 1),
     ],
 )
 def test_accuracy_finds_its_way(given, truth, options, expected):
     assert accuracy(["?"], said(given), [truth], [options]) == [expected]
+    assert matches(given, truth, options or ()) is bool(expected)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +103,17 @@ def test_accuracy_finds_its_way(given, truth, options, expected):
         ({"match": "number"}, "7.4", "7", None, 0),
         ({"match": "option"}, "B", "blue", ("red", "blue"), 1),
         ({"match": "option"}, "it is blue", "B", ("red", "blue"), 1),
+        ({"match": "option"}, "A", "red ", ("red", "blue"), 1),
+        ({"match": "fuzzy"}, "(B) blue", "B", ("red", "blue"), 1),
+        ({"match": "fuzzy"}, "dark bleu", "dark blue", ("dark red", "dark blue"), 1),
+        ({"match": "fuzzy"}, "light blue", "slight blue", ("slight blue", "light blue"), 0),
+        ({"match": "number", "tolerance": 1}, "4", "5", ("4", "5"), 0),
     ],
 )
 def test_accuracy_as_told(settings, given, truth, options, expected):
     assert accuracy(["?"], said(given), [truth], [options], **settings) == [expected]
+    settings = {"kind" if k == "match" else k: v for k, v in settings.items()}
+    assert matches(given, truth, options or (), **settings) is bool(expected)
 
 
 @pytest.mark.parametrize(

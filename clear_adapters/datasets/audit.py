@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clear_adapters.datasets.answers import letter_of, letters_of, matches, says
+from clear_adapters.datasets.answers import says
 from clear_adapters.datasets.builder.plan import FILES, Plan
 from clear_adapters.datasets.duplicates import content_hash, near_pairs, perceptual_hash
 from clear_adapters.datasets.example import Example, read_lines
 from clear_adapters.datasets.parts import read_parts
 from clear_adapters.errors import ClearValueError
 from clear_adapters.images import load_image
-from clear_adapters.scoring import Kind
+from clear_adapters.scoring import Kind, letter_of, letters_of, matches
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _wrong(example: Example, match: Kind) -> Iterator[str]:
         yield str(error)
         return
     same = says(parts.answer, example.answer, example.options)
-    if not same and match != "auto" and not example.options:
+    if not same and match not in ("auto", "option") and not example.options:
         same = matches(parts.answer, example.answer, kind=match)
     if not same:
         yield f"the trace answers {parts.answer!r}, and the ground truth is {example.answer!r}"

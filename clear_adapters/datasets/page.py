@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clear_adapters.datasets.answers import letter_of, letters_of
 from clear_adapters.datasets.example import Example, read_lines
 from clear_adapters.datasets.parts import Parts, read_parts
 from clear_adapters.errors import ClearValueError
 from clear_adapters.images import ImageLike, data_url, load_image
+from clear_adapters.scoring import letter_of, letters_of
 
 SIDE = 320
 """Longest side of the pictures on the page, in pixels."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clear_adapters.errors import unknown_name
-from clear_adapters.scoring import KINDS, Kind, score
+from clear_adapters.scoring import KINDS, Kind, matches
 from clear_adapters.transcript import parse
 
 
@@ -36,8 +36,8 @@ def accuracy(
         completions: what the model wrote, with its tags.
         answer: the truth: the letter or text of an option, a number, a text, or several forms of a text.
         options: the possible answers' texts in the order of their letters; empty or None where the question is open.
-        match: one of `scoring.KINDS`. `auto` compares letters where the truth is the letter of an option, else numbers
-            where the truth is a number, else exactly.
+        match: one of `scoring.KINDS`. Where the truth is the letter of an option the answer must choose that one. Else
+            `auto` compares numbers where the truth is a number, else exactly.
         tolerance: of numbers.
         threshold: of fuzzy matches.
         **columns: not read.
@@ -55,26 +55,8 @@ def accuracy(
     rewards: list[float | None] = []
     for text, truth, texts in zip(completions, answer, choices, strict=True):
         given = parse(text).answer
-        letter = _letter(truth, texts, by_text=match == "option")
-        if not given:
-            right = False
-        elif letter is not None and match in ("auto", "option"):
-            assert texts is not None
-            right = score(given, letter, "option", options=texts) or False
-        else:
-            right = score(given, truth, match, tolerance=tolerance, threshold=threshold) or False
+        right = False
+        if given:
+            right = matches(given, truth, texts or (), match, tolerance=tolerance, threshold=threshold)
         rewards.append(float(right))
     return rewards
-
-
-def _letter(truth: Any, texts: Sequence[str] | None, by_text: bool) -> str | None:
-    """The letter of the true option; None where the question is open, or where its options have no letters.
-
-    A truth that is the text of an option was asked for without letters: there "B" must not count for the second text.
-    """
-    if not texts or not isinstance(truth, str):
-        return None
-    if truth in texts:
-        return chr(ord("A") + list(texts).index(truth)) if by_text else None
-    letter = truth.strip().upper()
-    return letter if len(letter) == 1 and 0 <= ord(letter) - ord("A") < len(texts) else None

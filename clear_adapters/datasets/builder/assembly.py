@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clear_adapters.datasets.answers import matches
 from clear_adapters.datasets.builder.cost import Asked, Estimate, Prices, estimate
 from clear_adapters.datasets.builder.judging import RIGHT_ABOVE, Judge, Said, judged
 from clear_adapters.datasets.builder.pathways import Answerer, batches, drawn, wanted
@@ -36,6 +35,7 @@ from clear_adapters.datasets.parts import Parts, Way, is_text
 from clear_adapters.endpoint import EndpointError
 from clear_adapters.errors import ClearValueError
 from clear_adapters.journal import Journal, Writer, size_of, write_whole
+from clear_adapters.scoring import matches
 from clear_adapters.workers import count_of, in_order, processes
 
 JOURNAL = "journal.jsonl"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from clear_adapters.datasets.tsv import TsvFile, picture_bytes
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import CHOOSE
+from clear_adapters.scoring import letters_of
 
 
 @dataclass(frozen=True)
@@ -155,5 +155,5 @@ def words_of(entry: Mapping[str, Any], key: str) -> str:
 
 def with_options(question: str, options: list[str]) -> str:
     """A question as it is asked with its options: a letter and a text a line."""
-    listed = [f"{letter}. {text}" for letter, text in zip(string.ascii_uppercase, options, strict=False)]
+    listed = [f"{letter}. {text}" for letter, text in letters_of(options).items()]
     return "\n".join([question, *listed, CHOOSE])

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clear_adapters.datasets.answers import letter_of, letters_of, matches
 from clear_adapters.datasets.builder.plan import Plan
 from clear_adapters.datasets.builder.rows import (
     Found,
@@ -34,7 +33,7 @@ from clear_adapters.datasets.builder.tables import read_table
 from clear_adapters.datasets.example import below
 from clear_adapters.datasets.parts import TAG, is_text
 from clear_adapters.errors import ClearValueError
-from clear_adapters.scoring import normalise
+from clear_adapters.scoring import letter_of, letters_of, matches, normalise
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 """Chinese characters (the Unicode blocks of Han ideographs)."""

@@ -6,7 +6,6 @@ import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from clear_adapters.datasets.answers import letter_of
 from clear_adapters.datasets.builder.rows import (
     Picture,
     Placed,
@@ -20,7 +19,7 @@ from clear_adapters.datasets.builder.rows import (
 from clear_adapters.datasets.example import below
 from clear_adapters.datasets.tsv import POINTER, TsvError, TsvFile, TsvRow, options_in
 from clear_adapters.errors import ClearValueError
-from clear_adapters.scoring import lone_letter
+from clear_adapters.scoring import letter_of, lone_letter
 
 
 def read_table(path: Path, folder: Path) -> Placed:

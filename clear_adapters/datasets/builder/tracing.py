@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from clear_adapters.datasets.answers import matches
 from clear_adapters.datasets.builder.judging import RIGHT_ABOVE, Judge, Said, judged
 from clear_adapters.datasets.builder.plan import Plan
 from clear_adapters.datasets.builder.rows import Rejected
@@ -25,6 +24,7 @@ from clear_adapters.datasets.example import Example
 from clear_adapters.datasets.parts import Parts, Way
 from clear_adapters.endpoint import Failure
 from clear_adapters.journal import Writer
+from clear_adapters.scoring import matches
 
 UNPAID = frozenset({"rate limited", "refused", "timed out", "no reply"})
 """Failures that cost nothing: a run that is taken up again tries anew where a row ended with them."""

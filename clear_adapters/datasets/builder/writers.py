@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clear_adapters.datasets.answers import letter_of, letters_of
 from clear_adapters.datasets.builder.teachers import Turn
 from clear_adapters.datasets.example import Example
 from clear_adapters.datasets.parts import Parts, Way, is_text, read_parts
 from clear_adapters.datasets.traces import condition
 from clear_adapters.errors import ClearValueError
 from clear_adapters.prompts import PROTOCOLS
+from clear_adapters.scoring import letter_of, letters_of
 from clear_adapters.transcript import ANSWER_OPEN, RESTORE, THINK_CLOSE, parse
 
 VERSION = "1"
