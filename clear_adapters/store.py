@@ -164,6 +164,22 @@ def _download(repo_id: str, kind: Kind, revision: str | None, token: str | None)
     return folder
 
 
+def adapter_digest(folder: Path) -> str:
+    """A short hash of an adapter's own files, whole: by it runs, result files and cards know the same weights again.
+
+    Whatever else lies in the folder, such as a card or checkpoints, is no part of it.
+    """
+    found = hashlib.sha256()
+    for name in sorted(FILES):
+        path = folder / name
+        if path.is_file():
+            found.update(f"{name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as opened:
+                while part := opened.read(2**20):
+                    found.update(part)
+    return found.hexdigest()[:16]
+
+
 def model_digest(folder: Path) -> str:
     """A short hash of the files that a model is read from."""
     found = hashlib.sha256()

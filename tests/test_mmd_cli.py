@@ -12,6 +12,7 @@ from clear_adapters.mmd_bench import miniature
 from clear_adapters.mmd_bench.questions import picture_bytes, read_questions
 from clear_adapters.mmd_bench.tasks import get_task
 from clear_adapters.results import read_result
+from clear_adapters.store import adapter_digest, resolve
 from clear_adapters.world import KINDS
 from tests.bench_files import base_folder, choice, picture, write
 
@@ -175,6 +176,11 @@ def test_what_is_refused_is_one_line(tmp_path, monkeypatch, arguments, words):
     assert result.stderr.startswith("error: ")
     assert words in result.stderr
     assert not (tmp_path / "o").exists()
+
+
+def test_the_committed_answers_are_of_the_adapter_that_ships():
+    adapter = read_result(COMMITTED).payload["adapter"]
+    assert adapter["digest"] == adapter_digest(resolve(adapter["name"], "adapter"))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from clear_adapters.mmd_bench.judge import MissingMarksError
 from clear_adapters.mmd_bench.systems import SYSTEMS, get_system
 from clear_adapters.mmd_bench.tasks import CORRUPTIONS, get_task
 from clear_adapters.results import read_result
+from clear_adapters.store import adapter_digest
 from tests.bench_files import base_folder, choice, mmbench, picture, write
 from tests.chat_server import Reply, serve
 
@@ -136,6 +138,15 @@ def test_a_run_that_was_interrupted_ends_with_the_same_result(toy, data, tmp_pat
     assert timeless(again.payload) == timeless(whole.payload)
     assert start(toy, data, tmp_path / "r").payload == again.payload
     assert len(calls) == 13
+
+
+def test_a_run_goes_on_where_a_note_was_laid_beside_the_adapter(toy, data, tmp_path):
+    shutil.copytree(toy / "adapter", tmp_path / "adapter")
+    first = start(toy, data, tmp_path / "r", adapter=str(tmp_path / "adapter"), limit=2)
+    (tmp_path / "adapter" / "notes.json").write_text("{}")
+    again = start(toy, data, tmp_path / "r", adapter=str(tmp_path / "adapter"), limit=2)
+    assert again.payload["adapter"]["digest"] == adapter_digest(toy / "adapter")
+    assert timeless(again.payload) == timeless(first.payload)
 
 
 def test_who_watches_is_told_and_can_end_the_run_which_goes_on_where_it_was(toy, data, tmp_path):

@@ -21,7 +21,7 @@ from clear_adapters.datasets import read_examples
 from clear_adapters.datasets.world import build as build_world
 from clear_adapters.errors import ClearError, ClearValueError, UnknownNameError
 from clear_adapters.rewards import REWARDS, register_reward
-from clear_adapters.store import read_adapter
+from clear_adapters.store import adapter_digest, read_adapter
 from clear_adapters.training.build import objective_for, set_trainable, trainer_for
 from clear_adapters.training.objective import Order
 from clear_adapters.training.plot import plot_log
@@ -32,7 +32,7 @@ from clear_adapters.training.recipe import (
     load_recipe,
     recipe_from_dict,
 )
-from clear_adapters.training.run import adapter_digest, summary, train, train_all
+from clear_adapters.training.run import summary, train, train_all
 from clear_adapters.training.trainer import ClearTrainer
 
 SMALL = [

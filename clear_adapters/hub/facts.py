@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from clear_adapters.errors import AdapterError, ClearValueError
-from clear_adapters.hub.scores import Scores, folder_digest, read_scores
-from clear_adapters.store import StoredAdapter, read_adapter
+from clear_adapters.hub.scores import Scores, read_scores
+from clear_adapters.store import StoredAdapter, adapter_digest, read_adapter
 
 SCHEMA_VERSION = 1
 """Raised when an older library could misread the file."""
@@ -173,7 +173,7 @@ def collect_facts(
     stored = read_adapter(folder)
     config, made = stored.config, _mapping(stored.config.provenance)
     tensors = [*stored.lora.values(), *stored.bridge.values(), *stored.extra.values()]
-    digest = folder_digest(folder)
+    digest = adapter_digest(folder)
     where = folder.resolve().name if where is None else where
     return CardFacts(
         name=re.split(r"[/:]", where)[-1],

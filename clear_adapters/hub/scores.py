@@ -141,31 +141,23 @@ def read_scores(path: str | Path, digest: str) -> Scores:
 
 
 def folder_digest(folder: Path) -> str:
-    """By which result files name what they measured.
+    """By which result files of the degraded world name what they measured.
 
-    Of an adapter its own files, whole. Of a model all files of weights and settings, but of large ones their first and last MiB
-    alone: result files recorded it so. What says how a model was made is none of them.
+    An adapter's is `store.adapter_digest`. A model's is of all files of weights and settings, but of large ones their
+    first and last MiB alone: result files recorded it so. What says how a model was made is none of them.
     """
-    from clear_adapters.store import CONFIG, FILES
+    from clear_adapters.store import CONFIG, adapter_digest
 
-    is_adapter = (folder / CONFIG).is_file()
-    if is_adapter:
-        paths = [folder / n for n in FILES if (folder / n).is_file()]
-    else:
-        paths = [
-            p
-            for p in folder.rglob("*")
-            if p.suffix in (".safetensors", ".json") and p.name != "provenance.json"
-        ]
+    if (folder / CONFIG).is_file():
+        return adapter_digest(folder)
+    paths = [
+        p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.name != "provenance.json"
+    ]
     found = hashlib.sha256()
     for path in sorted(paths):
         size = path.stat().st_size
         found.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
-            if is_adapter:
-                while part := file.read(2**20):
-                    found.update(part)
-                continue
             found.update(file.read(2**20))
             if size > 2**20:
                 file.seek(max(2**20, size - 2**20))

@@ -197,7 +197,7 @@ def _model(
         config = store.read_adapter(adapter[1]).config
         adapter_facts = {
             "name": _shown(*adapter),
-            "digest": adapter_digest(adapter[1]),
+            "digest": store.adapter_digest(adapter[1]),
             "stage": config.stage,
             "seed": config.provenance.get("seed"),
         }
@@ -223,14 +223,3 @@ def _words(place: str) -> str:
 def _shown(name: str, folder: Path) -> str:
     """A name for a result file: of a folder its last part, since paths are nobody else's business."""
     return folder.resolve().name if Path(name).expanduser().is_dir() else name
-
-
-def adapter_digest(folder: Path) -> str:
-    """A short hash of an adapter's files, weights and settings."""
-    import hashlib
-
-    found = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")):
-        found.update(path.relative_to(folder).as_posix().encode())
-        found.update(hashlib.sha256(path.read_bytes()).digest())
-    return found.hexdigest()[:16]

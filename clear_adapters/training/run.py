@@ -131,7 +131,7 @@ def _run(
             ),
         }
         if adapter is not None:
-            facts["adapter"] = _name_and_hash(adapter, "adapter", adapter_digest)
+            facts["adapter"] = _name_and_hash(adapter, "adapter", store.adapter_digest)
         facts = json.loads(json.dumps(facts))
     before_made = None if facts is None or before is None else dict(before.provenance)
     hub = recipe.hub if facts is not None and recipe.hub.repo_id is not None else None
@@ -312,15 +312,6 @@ def _name_and_hash(
     }
     commit = commit_of(folder)
     return found if commit is None else {**found, "revision": commit}
-
-
-def adapter_digest(folder: Path) -> str:
-    """A short hash of the files that an adapter is read from."""
-    found = hashlib.sha256()
-    for name in store.FILES:
-        if (folder / name).is_file():
-            found.update(f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n".encode())
-    return found.hexdigest()[:16]
 
 
 def _digest(*parts: str) -> str:
