@@ -15,14 +15,19 @@ from typer.testing import CliRunner
 
 from clear_adapters import store
 from clear_adapters.cli import main
+from clear_adapters.datasets.hub import Source
 from clear_adapters.errors import AdapterError, ClearValueError
-from clear_adapters.hub.card import limits, percent, plain, render_card, render_scores
+from clear_adapters.hub.card import EVAL_RESULTS, limits, percent, plain, render_card, render_scores
 from clear_adapters.hub.facts import CardFacts, collect_facts
 from clear_adapters.hub.figure import FACTS_KEY, scores_hash
 from clear_adapters.hub.push import push_folder
 from clear_adapters.hub.scores import Interval, folder_digest, read_scores
 from clear_adapters.hub.write import write_card
-from clear_adapters.results import read_result
+from clear_adapters.mmd_bench.build import build, find_inputs
+from clear_adapters.mmd_bench.compare import gain, lines, read_results
+from clear_adapters.mmd_bench.tasks import CORRUPTIONS, get_task
+from clear_adapters.results import proportion_interval, read_result
+from tests.bench_files import base_folder
 from tests.hub_client import DEPRECATED, ROOT, turn_to
 from tests.local_hub import local_hub, problems_of
 
@@ -267,7 +272,7 @@ def test_a_card_with_its_facts_in_the_adapters_own_folder_is_rendered_again(fold
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "reading"}, "kind 'reading'; cards show degraded_world"),
+        ({"kind": "reading"}, "kind 'reading'; cards show degraded_world, mmd_bench"),
         ({"payload": {}}, "damaged"),
         ({"payload": {"cells": {"x": 3}}}, "damaged"),
         ({"schema_version": 9}, "schema version 9"),
@@ -278,6 +283,177 @@ def test_result_files_that_cannot_be_shown(tmp_path, change, message):
     path.write_text(json.dumps({**json.loads(RESULTS.read_text()), **change}))
     with pytest.raises(ClearValueError, match=message):
         read_scores(path, "e721676da6282650")
+
+
+@pytest.fixture(scope="module")
+def benched(toy, tmp_path_factory):
+    """A folder with a tiny run of MMD-Bench: two benchmarks, one counted by rotations, and one distorted already."""
+    folder = tmp_path_factory.mktemp("bench")
+    base_folder(folder / "base", ["mmbench", "mmstar", "rbench"])
+    inputs, _ = find_inputs([Source(folder / "base")], [get_task(n) for n in ("mmbench", "mmstar")])
+    build(inputs, folder / "sets", conditions=["high"], workers=1, seed=5, progress=False)
+    build(inputs[-1:], folder / "sets" / "types", conditions=CORRUPTIONS, workers=1, seed=5, progress=False)
+    run = ["bench", "run", "--output", folder / "run", "--model", toy / "model", "--adapter", toy / "adapter"]
+    run += [
+        "--data",
+        folder / "base",
+        "--data",
+        folder / "sets",
+        "--data",
+        folder / "sets" / "types",
+        "--limit",
+        2,
+    ]
+    run += [
+        "--tasks",
+        "mmbench,mmstar,rbench",
+        "--protocol",
+        "mixed,macro16",
+        "--severity",
+        "clean,high",
+        "--skip-missing",
+    ]
+    run += [
+        "--systems",
+        "base,clear,always,never",
+        "--batch-size",
+        64,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        4,
+        "--steps",
+        2,
+    ]
+    done = CliRunner().invoke(main, [str(a) for a in run])
+    assert done.exit_code == 0, done.output
+    shutil.copytree(toy / "adapter", folder / "adapter")
+    return folder
+
+
+def test_a_card_shows_what_mmd_bench_measured(benched, hub):
+    result = benched / "run" / "result.json"
+    done = CliRunner().invoke(
+        main,
+        ["push", str(benched / "adapter"), "user/mine", "--results", str(result)],
+        catch_exceptions=False,
+    )
+    assert done.exit_code == 0, done.output
+    files = hub.repo("user/mine").files()
+    text = files["README.md"].decode()
+    payload = read_result(result).payload
+    mixed = payload["protocols"]["mixed"]
+    entries = {
+        (e.dataset_id, e.task_id): e for e in parse_eval_result_entries(yaml.safe_load(files[EVAL_RESULTS]))
+    }
+    index = {(r.dataset_type, r.dataset_config, r.metric_type): r for r in ModelCard(text).data.eval_results}
+    own = {("mmstar", c): mixed["clear"][c]["mmstar"] for c in ("clean", "high")}
+    own |= {("mmbench", c): mixed["clear"][c]["mmbench"] for c in ("clean", "high")}
+    own |= {("mean-mmbench-mmstar", c): mixed["clear"][c]["mean"] for c in ("clean", "high")}
+    own["mmstar", "macro16"] = payload["protocols"]["macro16"]["clear"]["mmstar"]
+    own["rbench", "real"] = mixed["clear"]["real"]["rbench"]
+    assert set(entries) == {(f"clear-adapters/mmd-bench-{name}", c) for name, c in own}
+    for (name, condition), entry in own.items():
+        place = (f"clear-adapters/mmd-bench-{name}", condition)
+        told = f"N={entry['n']}, {entry['value']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]"
+        assert entries[place].value == index[*place, "accuracy"].metric_value == round(entry["value"], 2)
+        assert told in entries[place].notes
+        assert f"N={entry['n']}, 95 %" in index[*place, "accuracy"].metric_name
+        assert index[*place, "restore_rate"].metric_value == round(entry["restored"] * 100, 2)
+        shown = percent(Interval(*(entry[k] / 100 for k in ("value", "low", "high"))))
+        assert f"| {condition} | **this adapter** | {entry['n']} | {shown} |" in text
+    assert "| real | the base alone | 2 |" in text
+    assert text.count("Scores are of one training run on one set") == 1
+    with Image.open(io.BytesIO(files["clear-scores.png"])) as figure:
+        assert figure.format == "PNG"
+
+
+@pytest.fixture
+def miniature(tmp_path):
+    """The committed answers to the benchmark's built-in set, in the form of `bench run`."""
+    data = json.loads((ROOT / "benchmarks" / "results" / "miniature.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps({**data, "kind": "mmd_bench"}))
+    return tmp_path / "result.json"
+
+
+def test_numbers_of_mmd_bench_have_their_intervals(miniature):
+    (scores,) = read_scores(miniature, "e721676da6282650")
+    assert scores.dataset_id == "clear-adapters/mmd-bench-miniature"
+    high = {s.system: s for s in scores.scores if s.condition == "high"}
+    assert percent(high["the base alone"].right) == "64.0 [57.5, 70.5]"
+    assert percent(high["this adapter"].right) == "74.5 [68.5, 81.0]"
+    rate = high["this adapter"].restored
+    assert (rate.value, rate.low, rate.high) == (0.695, *proportion_interval(139, 200))
+    of = {line.system: line for line in lines(read_results([miniature]))}
+    for shown in scores.differences:
+        paired = gain(of["clear"], of["base"], ["miniature"], shown.condition)
+        assert (shown.first, shown.other) == ("this adapter", "the base alone")
+        assert (shown.right.value, shown.right.low, shown.right.high) == pytest.approx(
+            (paired.value / 100, paired.low / 100, paired.high / 100)
+        )
+    assert [d.condition for d in scores.differences] == ["clean", "high"]
+
+
+def test_marks_of_a_judge_are_no_right_answers(miniature):
+    data = json.loads(miniature.read_text())
+    data["payload"]["judge"] = {"model": "<b>j", "prompt": "1"}
+    for cell in data["payload"]["cells"].values():
+        cell["metrics"] = {"score": cell["metrics"]["accuracy"]}
+    miniature.write_text(json.dumps(data))
+    facts = collect_facts(MINE, "user/mine", results=[miniature])
+    text = render_card(facts)
+    assert "; with marks of the judge &lt;b&gt;j. Score in % [95 % interval]" in text
+    assert "| score, % |" in text
+    assert {r.metric_type for r in ModelCard(text).data.eval_results} == {"score", "restore_rate"}
+    assert "score in %, N=200" in render_scores(facts)
+    assert CardFacts.from_json(facts.to_json()) == facts
+
+
+@pytest.mark.parametrize("name", ["a](b)", "../x", "<!-- clear-adapters:end -->"])
+def test_a_benchmark_of_another_name_is_not_shown(miniature, name):
+    miniature.write_text(
+        miniature.read_text().replace('"task": "miniature"', json.dumps({"task": name})[1:-1])
+    )
+    with pytest.raises(ClearValueError, match="none of MMD-Bench"):
+        read_scores(miniature, "e721676da6282650")
+
+
+def test_means_of_mmd_bench_count_every_benchmark_the_same(benched):
+    found = read_scores(benched / "run" / "result.json", store.adapter_digest(benched / "adapter"))
+    assert [s.dataset_id.removeprefix("clear-adapters/mmd-bench-") for s in found] == [
+        "mean-mmbench-mmstar",
+        "mmbench",
+        "mmstar",
+        "rbench",
+    ]
+    of = {line.system: line for line in lines(read_results([benched / "run"]))}
+    for shown in found[0].differences:
+        one, other = ("clear", "base") if shown.first == "this adapter" else ("always", "never")
+        paired = gain(of[one], of[other], ["mmbench", "mmstar"], shown.condition)
+        assert (shown.right.value, shown.right.low, shown.right.high) == pytest.approx(
+            (paired.value / 100, paired.low / 100, paired.high / 100)
+        )
+    assert len(found[0].differences) == 4
+    assert {s.condition for s in found[0].scores} == {
+        "clean",
+        "high",
+    }  # one benchmark alone was asked at macro16
+
+
+def test_scores_of_mmd_bench_are_of_the_adapter_that_was_measured(benched, tmp_path):
+    result = benched / "run" / "result.json"
+    with pytest.raises(ClearValueError, match=r"no score of this adapter.*it measured adapter \("):
+        collect_facts(MINE, results=[result])
+    data = json.loads(result.read_text())
+    data["payload"]["adapter"] = None
+    (tmp_path / "base.json").write_text(json.dumps(data))
+    with pytest.raises(ClearValueError, match="it measured none"):
+        collect_facts(benched / "adapter", results=[tmp_path / "base.json"])
+    data = json.loads(result.read_text())
+    del data["payload"]["protocols"]["mixed"]["clear"], data["payload"]["protocols"]["macro16"]["clear"]
+    (tmp_path / "modes.json").write_text(json.dumps(data))
+    with pytest.raises(ClearValueError, match="decide for itself"):
+        collect_facts(benched / "adapter", results=[tmp_path / "modes.json"])
 
 
 @pytest.mark.parametrize("license", ["Apache 2.0", "MIT\nx: y", "", "../x"])

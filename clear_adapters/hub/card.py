@@ -14,7 +14,7 @@ import yaml
 from clear_adapters.config import is_hub_id
 from clear_adapters.errors import AdapterError, ClearValueError
 from clear_adapters.hub.facts import CardFacts
-from clear_adapters.hub.scores import Interval
+from clear_adapters.hub.scores import COUNTED, Interval, Score
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard, ModelCardData
@@ -127,7 +127,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
         for scores in facts.scores
         for s in scores.own
         for kind, name, shown in (
-            ("accuracy", "right answers, %", s.right),
+            (scores.metric, f"{COUNTED[scores.metric]}, %", s.right),
             ("restore_rate", "restored, %", s.restored),
         )
         if shown is not None
@@ -154,7 +154,7 @@ def render_scores(facts: CardFacts) -> str | None:
             task_id=s.condition,
             value=round(s.right.value * 100, 2),
             date=scores.date,
-            notes=_notes(s.n, s.right, s.restored),
+            notes=_notes(COUNTED[scores.metric], s),
         )
         for scores in facts.scores
         for s in scores.own
@@ -162,9 +162,9 @@ def render_scores(facts: CardFacts) -> str | None:
     return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)) if entries else None
 
 
-def _notes(n: int, right: Interval, restored: Interval | None) -> str:
-    share = "" if restored is None else f"; restored {percent(restored)} %"
-    return f"right answers in %, N={n}, {percent(right)}{share}"
+def _notes(counted: str, score: Score) -> str:
+    share = "" if score.restored is None else f"; restored {percent(score.restored)} %"
+    return f"{counted} in %, N={score.n}, {percent(score.right)}{share}"
 
 
 def render_text(facts: CardFacts) -> str:
@@ -184,7 +184,11 @@ def render_text(facts: CardFacts) -> str:
     }
     template = (resources.files("clear_adapters.hub") / "card.md.jinja").read_text(encoding="utf-8")
     text = environment.from_string(template).render(
-        f=facts, base=_base(facts), limits=limits(facts), figure=FIGURE if facts.scores else None
+        f=facts,
+        base=_base(facts),
+        limits=limits(facts),
+        counted=COUNTED,
+        figure=FIGURE if facts.scores else None,
     )
     return str(text)
 
@@ -222,6 +226,7 @@ def limits(facts: CardFacts) -> list[str]:
     if not facts.scores:
         found.append("No score was taken with these weights: measure before you rely on them.")
     for scores in facts.scores:
+        of = "" if len(facts.scores) == 1 else f" ({scores.dataset_id.rpartition('/')[2]})"
         for first, other in dict.fromkeys((d.first, d.other) for d in scores.differences):
             mine = [d for d in scores.differences if (d.first, d.other) == (first, other)]
             worse = [d for d in mine if d.right.high < 0]
@@ -229,13 +234,15 @@ def limits(facts: CardFacts) -> list[str]:
             for shown, words in ((worse, "Worse"), (even, "No difference that is certain")):
                 if shown:
                     where = ", ".join(f"{d.condition} {points(d.right)}" for d in shown)
-                    found.append(f"{words}, {first} minus {other}, right answers in points: {where}.")
+                    found.append(
+                        f"{words}, {first} minus {other}{of}, {COUNTED[scores.metric]} in points: {where}."
+                    )
         found.append(
             "Scores are of one training run on one set; another set or run gives others within about the intervals. Corruptions "
             "outside that set were not measured."
         )
     found.append("One picture a question.")
-    return found
+    return list(dict.fromkeys(found))  # what holds for several sets is said once
 
 
 def plain(value: Any) -> str:

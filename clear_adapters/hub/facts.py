@@ -196,7 +196,7 @@ def collect_facts(
             Weights(n, (folder / n).stat().st_size, sha256) for n, sha256 in sorted(stored.hashes.items())
         ),
         stages=tuple(_stages(stored)),
-        scores=tuple(read_scores(path, digest) for path in results),
+        scores=tuple(s for path in results for s in read_scores(path, digest)),
         license=license,
     )
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from clear_adapters.errors import BrokenEntryError
 from clear_adapters.hub.facts import CardFacts
-from clear_adapters.hub.scores import Interval, Score
+from clear_adapters.hub.scores import CONDITIONS, COUNTED, Interval, Score
 
 FACTS_KEY = "Facts"
 """Key of the text in the picture's file that names the scores it was drawn of."""
 
 
 def draw_figure(facts: CardFacts) -> bytes | None:
-    """A PNG of the first result file's scores; None without scores.
+    """A PNG of the first scores; None without scores.
 
     Raises:
         BrokenEntryError: matplotlib is not installed.
@@ -34,16 +34,17 @@ def draw_figure(facts: CardFacts) -> bytes | None:
     scores = facts.scores[0].scores
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    conditions = list(dict.fromkeys(s.condition for s in scores if s.own))
+    measured = list(dict.fromkeys(s.condition for s in scores if s.own))
+    conditions = [c for c in CONDITIONS if c in measured] or measured
     base = [s for s in scores if s.system == "the base alone" and s.condition in conditions]
-    own = [s for s in scores if s.own]
+    own = [s for s in scores if s.own and s.condition in conditions]
     for shift, (label, shown, colour) in enumerate(
         (("base alone", base, "#7f7f7f"), ("with this adapter", own, "#0072b2"))
     ):
         _line(left, shown, [s.right for s in shown], conditions, 0.06 * shift, colour, label)
     rates = [s for s in own if s.restored is not None]
     _line(right, rates, [s.restored for s in rates if s.restored], conditions, 0, "#0072b2", "restored")
-    left.set_title("right answers, %", fontsize=9)
+    left.set_title(f"{COUNTED[facts.scores[0].metric]}, %", fontsize=9)
     left.legend(fontsize=8, frameon=False)
     right.set_title("pictures restored, %", fontsize=9)
     right.set_ylim(-4, 104)

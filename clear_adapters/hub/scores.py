@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from clear_adapters.errors import ClearValueError
 from clear_adapters.results import (
@@ -15,14 +17,23 @@ from clear_adapters.results import (
     mean_of_seeds_interval,
     proportion_interval,
     read_result,
+    strata_interval,
 )
 
 DEGRADED_WORLD = "clear-adapters/degraded-world"
 """The name of the miniature benchmark's set in the forms that want one of a dataset."""
 
+MMD_BENCH = "clear-adapters/mmd-bench"
+"""Beginning of the names of MMD-Bench's sets in the same forms; the benchmark's own name follows."""
+
 ALWAYS, NEVER = "this adapter, always restoring", "this adapter, never restoring"
 
-_CONDITIONS = ("clean", "low", "mid", "high")
+COUNTED = {"accuracy": "right answers", "score": "score"}
+"""What is counted, in words, by metric."""
+
+CONDITIONS = ("clean", "low", "mid", "high")
+"""Of pictures, in the order of tables and figures."""
+
 _MODES = {
     "always": ALWAYS,
     "never": NEVER,
@@ -93,6 +104,7 @@ class Scores:
     Attributes:
         benchmark: in words.
         dataset_id: by which the Hub's forms name it.
+        metric: `accuracy`, or `score` where there are marks of a judge.
         file: name of the result file.
         sha256: of the result file.
         device: that it was measured on.
@@ -104,6 +116,7 @@ class Scores:
 
     benchmark: str
     dataset_id: str
+    metric: str
     file: str
     sha256: str
     device: str
@@ -118,8 +131,8 @@ class Scores:
         return [s for s in self.scores if s.own]
 
 
-def read_scores(path: str | Path, digest: str) -> Scores:
-    """What a result file says about the adapter with a digest.
+def read_scores(path: str | Path, digest: str) -> tuple[Scores, ...]:
+    """What a result file says about the adapter with a digest, by benchmark.
 
     Raises:
         ClearValueError: no result file, one of a kind that cards do not know, or one that measured other adapters.
@@ -165,17 +178,19 @@ def folder_digest(folder: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def _degraded_world(result: ResultFile, file: str, sha256: str, digest: str) -> Scores:
+def _refuse(file: str, digest: str, measured: Sequence[Mapping[str, Any]]) -> NoReturn:
+    names = sorted({f"{a['name']} ({a['digest']})" for a in measured})
+    raise ClearValueError(
+        f"the result file {file!r} has no score of this adapter, whose digest is {digest}: it measured "
+        f"{', '.join(names) or 'none'}. Scores of other weights are not shown; measure this one"
+    )
+
+
+def _degraded_world(result: ResultFile, file: str, sha256: str, digest: str) -> tuple[Scores, ...]:
     cells: list[Mapping[str, Any]] = list(result.payload["cells"].values())
     mine = [c for c in cells if (c.get("adapter") or {}).get("digest") == digest]
     if not mine:
-        names = sorted(
-            {f"{c['adapter']['name']} ({c['adapter']['digest']})" for c in cells if c.get("adapter")}
-        )
-        raise ClearValueError(
-            f"the result file {file!r} has no score of this adapter, whose digest is {digest}: it measured "
-            f"{', '.join(names) or 'none'}. Scores of other weights are not shown; measure this one"
-        )
+        _refuse(file, digest, [c["adapter"] for c in cells if c.get("adapter")])
     (family,) = {c["system"].partition("-")[0] for c in mine}
     run = mine[0]["run"]
     scores: list[Score] = []
@@ -199,7 +214,7 @@ def _degraded_world(result: ResultFile, file: str, sha256: str, digest: str) -> 
             right = _difference(one["correct"], two["correct"])
             differences.append(Difference(first, other, one["condition"], right))
 
-    for condition in _CONDITIONS:
+    for condition in CONDITIONS:
         own, base, direct = (
             cell(family, condition, run),
             cell("base", condition),
@@ -220,14 +235,16 @@ def _degraded_world(result: ResultFile, file: str, sha256: str, digest: str) -> 
             add(title, cell(f"{family}-{mode}", condition, run))
         always, never = (cell(f"{family}-{mode}", condition, run) for mode in ("always", "never"))
         subtract(ALWAYS, always, NEVER, never)
-    return Scores(
+    shown = Scores(
         f"{result.payload['set']['n']:,} held-out questions about scenes of the miniature world, whose pictures are "
         "clean, or corrupted at one of three severities by one of the sixteen corruptions of MMD-Bench",
         DEGRADED_WORLD,
+        "accuracy",
         *(file, sha256, result.device, result.date, result.commit),
         tuple(scores),
         tuple(differences),
     )
+    return (shown,)
 
 
 def _bits(text: str) -> list[float]:
@@ -249,5 +266,135 @@ def _difference(own: str, other: str) -> Interval:
     return Interval(sum(values) / len(values), *bootstrap_interval(values))
 
 
-_READERS: dict[str, Callable[[ResultFile, str, str, str], Scores]] = {"degraded_world": _degraded_world}
+_SYSTEMS = {
+    "base": "the base alone",
+    "warned": "the base alone, warned of degradation",
+    "classical": "the base alone, after a classical restorer",
+    "ceiling": "the base alone, on the clean pictures",
+    "clear": "this adapter",
+    "never": NEVER,
+    "always": ALWAYS,
+    "swap": "this adapter, reading the degraded picture's latent in place of its own",
+    "clean-latent": _MODES["clean"],
+}
+"""Systems of MMD-Bench, in the order of tables."""
+
+_OWN = "clear"
+_DECIDING = (_OWN, "swap")
+_OVER = ((_OWN, "base"), ("always", "never"))
+_MACRO, _REAL = "macro16", "real"
+_PICTURES = {
+    "clean": "clean",
+    "low, mid, high": "with one corruption drawn (low, mid, high)",
+    _MACRO: "with each of the sixteen at high (macro16)",
+    _REAL: "distorted already (real)",
+}
+"""What the conditions of MMD-Bench are, in words short enough for one line of a card."""
+
+
+def _mmd_bench(result: ResultFile, file: str, sha256: str, digest: str) -> tuple[Scores, ...]:
+    """The mean over the benchmarks where there are several, then each of them."""
+    payload = result.payload
+    adapter = payload["adapter"]
+    if adapter is None or adapter["digest"] != digest:
+        _refuse(file, digest, [] if adapter is None else [adapter])
+    mixed, macro = (payload["protocols"].get(name, {}) for name in ("mixed", _MACRO))
+    # By system and condition, what was scored there: an entry a benchmark, and `mean`.
+    entries: dict[tuple[str, str], Mapping[str, Any]] = {
+        (system, condition): found for system in mixed for condition, found in mixed[system].items()
+    }
+    entries |= {(system, _MACRO): found for system, found in macro.items()}
+    if not any(system == _OWN for system, _ in entries):
+        raise ClearValueError(
+            f"the result file {file!r} did not let the adapter decide for itself: measure the system {_OWN!r} too"
+        )
+    asked = list(dict.fromkeys(c["task"] for c in payload["cells"].values()))
+    if not all(re.fullmatch("[a-z0-9]+", task) for task in asked):
+        raise ClearValueError(
+            f"the result file {file!r} names benchmarks {asked}: none of MMD-Bench is called so"
+        )
+    marked = {c["task"] for c in payload["cells"].values() if "score" in c["metrics"]}
+    rotated = {c["task"] for c in payload["cells"].values() if "rotations" in c["metrics"]}
+    means = [set(found["mean"]["tasks"]) for (_, condition), found in entries.items() if condition != _REAL]
+    whole = [t for t in asked if any(t in tasks for tasks in means)]
+    groups = [*([whole] if len(whole) > 1 else []), *([t] for t in asked)]
+
+    def shown(tasks: Sequence[str]) -> Scores:
+        scores, differences = [], []
+        there = {condition for (_, condition), found in entries.items() if _of(found, tasks)}
+        places = [c for c in (*CONDITIONS, _MACRO, _REAL) if c in there]
+        for condition in places:
+            for system, title in _SYSTEMS.items():
+                found = entries.get((system, condition), {})
+                entry = _of(found, tasks)
+                if entry is not None:
+                    right = Interval(*(entry[k] / 100 for k in ("value", "low", "high")))
+                    parts = [found[t] for t in tasks] if system in _DECIDING else []
+                    restored = _rate(entry, parts) if parts else None
+                    scores.append(
+                        Score(title, condition, index(entry["n"]), 1, right, restored, system == _OWN)
+                    )
+            for one, other in _OVER:
+                cells = [[payload["cells"].get(f"{t}/{condition}/{s}") for t in tasks] for s in (one, other)]
+                less = _paired(*cells)
+                if less is not None:
+                    differences.append(Difference(_SYSTEMS[one], _SYSTEMS[other], condition, less))
+        of_judge = bool(marked & set(tasks))
+        pictures = [words for names, words in _PICTURES.items() if set(names.split(", ")) & set(places)]
+        told = [
+            f"mean over {', '.join(tasks)}" if len(tasks) > 1 else tasks[0],
+            f"pictures {', '.join(pictures)}",
+        ]
+        if rotated.issuperset(tasks):
+            told.append("right where all rotations of a question are")
+        if of_judge and payload["judge"]:
+            told.append(f"with marks of the judge {payload['judge']['model']}")
+        return Scores(
+            f"MMD-Bench, {'; '.join(told)}",
+            "-".join([MMD_BENCH, *(["mean"] if len(tasks) > 1 else []), *tasks]),
+            "score" if of_judge else "accuracy",
+            *(file, sha256, result.device, result.date, result.commit),
+            tuple(scores),
+            tuple(differences),
+        )
+
+    return tuple(shown(tasks) for tasks in groups)
+
+
+def _of(found: Mapping[str, Any], tasks: Sequence[str]) -> Mapping[str, Any] | None:
+    """The entry of a benchmark, or that of the mean over several; None where it is over others."""
+    if len(tasks) == 1:
+        single: Mapping[str, Any] | None = found.get(tasks[0])
+        return single
+    mean: Mapping[str, Any] | None = found.get("mean")
+    return mean if mean is not None and set(mean["tasks"]) == set(tasks) else None
+
+
+def _rate(entry: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> Interval | None:
+    """A restore rate; its interval is that of as many pictures as questions count, so never too narrow."""
+    value = entry["restored"]
+    if value is None or any(p["restored"] is None for p in parts):
+        return None
+    hits = [(round(p["restored"] * p["n"]), p["n"]) for p in parts]
+    if len(hits) == 1:
+        low, high = proportion_interval(*hits[0])
+    else:
+        low, high = strata_interval([[1.0] * k + [0.0] * (n - k) for k, n in hits])
+    return Interval(value, min(low, value), max(high, value))
+
+
+def _paired(one: Sequence[Any], other: Sequence[Any]) -> Interval | None:
+    """The mean over benchmarks of first minus second, question by question; None where they have not the same ones."""
+    strata = []
+    for first, second in zip(one, other, strict=True):
+        if first is None or second is None or first["units"] != second["units"]:
+            return None
+        strata.append([float(a) - float(b) for a, b in zip(first["values"], second["values"], strict=True)])
+    return Interval(sum(sum(s) / len(s) for s in strata) / len(strata), *strata_interval(strata))
+
+
+_READERS: dict[str, Callable[[ResultFile, str, str, str], tuple[Scores, ...]]] = {
+    "degraded_world": _degraded_world,
+    "mmd_bench": _mmd_bench,
+}
 """From a result file's kind to what reads it."""
