@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -117,6 +118,7 @@ class Engine:
 
         Raises:
             ClearValueError: an unknown choice, lists of unequal length, a prompt that does not fit.
+            ClearTypeError: a seed that is no whole number.
             ImageError: a picture that cannot be loaded.
         """
         task = self._task(
@@ -159,6 +161,7 @@ class Engine:
 
         Raises:
             ClearValueError: as in `rollout`; a batch size below 1.
+            ClearTypeError: as in `rollout`.
             ImageError: a picture that cannot be loaded.
         """
         pictures, asked, _ = load_images(images, questions)
@@ -167,7 +170,7 @@ class Engine:
             raise ClearValueError(
                 f"batch_size={batch_size}: must be at least 1, or None for all rows at once"
             )
-        seeds = [seed] * len(asked) if isinstance(seed, int) else list(seed)
+        seeds = _seeds(seed, len(asked))
         if len(seeds) != len(asked):
             raise ClearValueError(
                 f"{len(seeds)} seeds for {len(asked)} questions: give one, or one for each question"
@@ -237,7 +240,7 @@ class Engine:
         if not isinstance(question, str):
             raise ClearTypeError(f"stream takes one question as a string, not {type(question).__name__}")
         task = self._task(
-            image, question, [seed], restore, text, latent, latent_from, clean_image, 1, plain=plain
+            image, question, _seeds(seed, 1), restore, text, latent, latent_from, clean_image, 1, plain=plain
         )
         return self._events(Rollout(self.backbone, self.bridge, task), task)
 
@@ -349,7 +352,7 @@ class Engine:
             images=pictures,
             questions=asked,
             clean=clean,
-            seeds=list(seeds),
+            seeds=_whole(seeds),
             protocol=self.protocol,
             restore=restore,
             latent_from=latent_from,
@@ -388,6 +391,27 @@ class Engine:
 
 def _origin(moment: Wrote | Closed) -> Origin:
     return moment.segments[0].origin if isinstance(moment, Closed) else Origin.SAMPLED
+
+
+def _seeds(given: Any, rows: int) -> list[Any]:
+    """One seed a row: of any type that stands for a whole number, such as NumPy's, or a list of them."""
+    try:
+        return [operator.index(given)] * rows
+    except TypeError:
+        if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+            raise ClearTypeError(f"seed={given!r}: must be a whole number, or a list of them") from None
+    return list(given)
+
+
+def _whole(seeds: Iterable[Any]) -> list[int]:
+    # Python's own numbers: a row's random stream is reckoned in more bits than NumPy's hold.
+    found = []
+    for place, seed in enumerate(seeds):
+        try:
+            found.append(operator.index(seed))
+        except TypeError:
+            raise ClearTypeError(f"seed {place} is {seed!r}: must be a whole number") from None
+    return found
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -207,6 +208,28 @@ def test_answer_by_chunks(backbone, script):
     same_seed = own.answer(IMAGES, QUESTIONS, seed=11)
     same(same_seed[0].transcript, whole[0].transcript)
     same(own.answer(IMAGES[2], QUESTIONS[2], seed=11)[0].transcript, same_seed[2].transcript)
+
+
+def test_seeds_may_be_whole_numbers_of_other_libraries(backbone):
+    own = make_engine(backbone, text=dataclasses.replace(WARM, max_new_tokens=8))
+    expected = [own.answer(IMAGES[0], "What?", seed=seed)[0].transcript for seed in (3, 4)]
+    for given in (np.int64(3), torch.tensor(3)):
+        same(own.answer(IMAGES[0], "What?", seed=given)[0].transcript, expected[0])
+    for given in (np.arange(3, 5), torch.arange(3, 5), [np.uint8(3), np.uint8(4)], range(3, 5)):
+        for found, wanted in zip(own.answer(IMAGES[0], ["What?"] * 2, seed=given), expected, strict=True):
+            same(found.transcript, wanted)
+        for found, wanted in zip(
+            own.rollout(IMAGES[0], "What?", seeds=given, group=2), expected, strict=True
+        ):
+            same(found, wanted)
+    streamed = list(own.stream(IMAGES[0], "What?", seed=np.int64(3)))
+    same(streamed[-2].reply.transcript, expected[0])
+    with pytest.raises(ClearTypeError, match=r"seed=0\.5"):
+        own.answer(IMAGES[0], "What?", seed=0.5)
+    with pytest.raises(ClearTypeError, match=r"seed 1 is 0\.5"):
+        own.answer(IMAGES[0], ["What?"] * 2, seed=[1, 0.5])
+    with pytest.raises(ClearTypeError, match="'1'"):
+        own.stream(IMAGES[0], "What?", seed="1")
 
 
 # ---------------------------------------------------------------------------------------------------- guidance
