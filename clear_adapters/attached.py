@@ -167,7 +167,7 @@ class AttachedModel:
         self._require()
         if self._engine is None:
             c = self._config
-            self._engine = Engine(self.backbone, self.bridge, c.protocol, c.text, c.latent)
+            self._engine = Engine(self.backbone, self.bridge, c.protocol, c.text, c.latent, c.max_restores)
         self._engine.plain = not self._switch.on
         return self._engine
 

@@ -175,6 +175,7 @@ class ClearConfig:
         stage: the last training stage it went through; None is an untrained one.
         text: sampling of text that works for it.
         latent: sampling of restorations that works for it.
+        max_restores: the most restorations in one reply; 0 grants no request.
         provenance: how it was made: plain data that nothing here reads.
         library_version: of the library that wrote the file.
         schema_version: of the file's form.
@@ -192,6 +193,7 @@ class ClearConfig:
     stage: str | None = None
     text: TextSampling = field(default_factory=TextSampling)
     latent: LatentSampling = field(default_factory=LatentSampling)
+    max_restores: int = 2
     provenance: Mapping[str, Any] = field(default_factory=dict)
     library_version: str = __version__
     schema_version: int = SCHEMA_VERSION
@@ -225,6 +227,9 @@ class ClearConfig:
         for name, wanted in (("protocol", Protocol), ("text", TextSampling), ("latent", LatentSampling)):
             if not isinstance(getattr(self, name), wanted):
                 raise AdapterError(f"{name}={getattr(self, name)!r}: must be a {wanted.__name__}")
+        restores = self.max_restores
+        if isinstance(restores, bool) or not isinstance(restores, int) or restores < 0:
+            raise AdapterError(f"max_restores={restores!r}: must be a whole number, 0 or more")
         if not isinstance(self.lora, LoraSettings | None):
             raise AdapterError(f"lora={self.lora!r}: must be LoraSettings or null")
         if not isinstance(self.bridge, Mapping | None):
@@ -242,6 +247,7 @@ class ClearConfig:
             "latent_sampling": asdict(self.latent),
             "library_version": self.library_version,
             "lora": None if self.lora is None else self.lora.to_dict(),
+            "max_restores": self.max_restores,
             "protocol": self.protocol.to_dict(),
             "provenance": dict(self.provenance),
             "schema_version": self.schema_version,

@@ -521,6 +521,9 @@ def test_the_config_can_be_changed_where_it_describes_no_weights(backbone):
     attached.config = replace(attached.config, protocol=get_protocol("tiny"), stage="sft", text=TEXT)
     assert attached.engine.protocol.name == "tiny"
     assert attached.engine.text == TEXT
+    assert attached.engine.max_restores == 2
+    attached.config = replace(attached.config, max_restores=1)
+    assert attached.engine.max_restores == 1
     for change in ({"backbone": "other"}, {"lora": None}, {"bridge": None}):
         with pytest.raises(AdapterError, match="in place"):
             attached.config = replace(attached.config, **change)

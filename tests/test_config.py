@@ -20,6 +20,7 @@ FULL = ClearConfig(
     stage="sft",
     text=TextSampling(max_new_tokens=9, temperature=0.5),
     latent=LatentSampling(steps=7, guidance_interval=(0.1, 0.9)),
+    max_restores=1,
     provenance={"recipe": "tiny", "seeds": [1, 2]},
 )
 
@@ -38,6 +39,7 @@ def test_what_is_left_out_has_a_default():
     config = ClearConfig.from_dict({"backbone": "bagel", "schema_version": 1, "library_version": "0.1.0"})
     assert config == ClearConfig("bagel", library_version="0.1.0")
     assert config.protocol.name == "default"
+    assert config.max_restores == 2
     partial = ClearConfig.from_dict(
         {"backbone": "bagel", "schema_version": 1, "text_sampling": {"top_k": 3}, "latent_sampling": None}
     )
@@ -75,6 +77,10 @@ def test_a_newer_schema_is_refused_before_anything_else_is_read():
         ("base_revision", [], "base_revision"),
         ("stage", 2, "stage"),
         ("bridge", [1], "bridge"),
+        ("max_restores", -1, "max_restores=-1"),
+        ("max_restores", True, "max_restores=True"),
+        ("max_restores", 1.0, r"max_restores=1\.0"),
+        ("max_restores", None, "max_restores=None"),
         ("provenance", "me", "provenance"),
         ("lora", 3, "lora"),
         ("lora", {"groups": {"a": 1.5}}, "rank"),

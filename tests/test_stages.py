@@ -22,7 +22,7 @@ from clear_adapters.datasets.world import build as build_world
 from clear_adapters.errors import ClearError, ClearValueError, UnknownNameError
 from clear_adapters.rewards import REWARDS, register_reward
 from clear_adapters.store import adapter_digest, read_adapter
-from clear_adapters.training.build import objective_for, set_trainable, trainer_for
+from clear_adapters.training.build import attach_for, objective_for, set_trainable, trainer_for
 from clear_adapters.training.objective import Order
 from clear_adapters.training.plot import plot_log
 from clear_adapters.training.recipe import (
@@ -121,6 +121,15 @@ def test_values_of_the_later_stages():
     assert release.grpo.step_choice == "round_robin"
     assert list(release.grpo.rewards) == ["accuracy", "format_graded"]
     assert [load_recipe(n, stage="bridge").bridge.distill_weight for n in ("paper", "release")] == [0.1, 0.4]
+
+
+def test_how_often_a_reply_may_restore_is_the_recipes(toy):
+    assert load_recipe("tiny").max_restores == 2
+    with pytest.raises(ClearValueError, match="max_restores=-1"):
+        load_recipe("tiny", ["max_restores=-1"])
+    attached = attach_for(load_recipe("tiny", ["max_restores=1"]), toy / "model", device="cpu")
+    assert (attached.config.max_restores, attached.engine.max_restores) == (1, 1)
+    attached.detach()
 
 
 def test_rewards_and_names_are_open_in_overrides():

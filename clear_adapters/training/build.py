@@ -74,7 +74,9 @@ def attach_for(
             raise ClearValueError(
                 f"device={str(device)!r}, but the model that was passed is on {held}: move it before, or pass its name"
             )
-    config = replace(attached.config, text=recipe.text, latent=recipe.latent)
+    config = replace(
+        attached.config, text=recipe.text, latent=recipe.latent, max_restores=recipe.max_restores
+    )
     if adapter is None:
         attached.initialise(recipe.loop.seed)
         config = replace(config, protocol=get_protocol(recipe.protocol))

@@ -212,6 +212,7 @@ class Recipe:
         grpo: settings of stage 3.
         text: how the adapter's text is sampled where a call does not say.
         latent: how its restorations are.
+        max_restores: the most restorations in one of its replies.
         hub: where it is published.
 
     Raises:
@@ -230,6 +231,7 @@ class Recipe:
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
     text: TextSampling = field(default_factory=TextSampling)
     latent: LatentSampling = field(default_factory=LatentSampling)
+    max_restores: int = 2
     hub: HubSettings = field(default_factory=HubSettings)
 
     def __post_init__(self) -> None:
@@ -242,6 +244,8 @@ class Recipe:
                 if part not in PARTS:
                     raise unknown_name("part of an adapter in trains", part, PARTS)
         get_protocol(self.protocol)
+        if self.max_restores < 0:
+            raise ClearValueError(f"max_restores={self.max_restores}: must be 0 or more; 0 grants no request")
         if self.loop.save_every % self.repeat:
             raise ClearValueError(
                 f"save_every={self.loop.save_every} with iterations={self.repeat}: rollouts serve {self.repeat} steps and "
