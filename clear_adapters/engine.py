@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from clear_adapters.backbones.base import drain
 from clear_adapters.errors import ClearTypeError, ClearValueError
-from clear_adapters.images import ImageLike, load_image, load_images
+from clear_adapters.images import ImageLike, Pictures, pair_images
 from clear_adapters.prompts import Protocol, get_protocol
 from clear_adapters.replay import Replay, replay
 from clear_adapters.reply import (
@@ -28,8 +28,6 @@ from clear_adapters.sampling import LatentSampling, TextSampling
 from clear_adapters.transcript import Origin, Transcript
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from clear_adapters.backbones.base import Backbone
     from clear_adapters.bridge import LatentBridge
 
@@ -121,10 +119,11 @@ class Engine:
             ClearTypeError: a seed that is no whole number.
             ImageError: a picture that cannot be loaded.
         """
-        task = self._task(
-            images, questions, seeds, restore, text, latent, latent_from, clean_images, group, self.plain
+        pictures, asked, _ = pair_images(images, questions)
+        call = self._call(
+            pictures, asked, seeds, restore, text, latent, latent_from, clean_images, group, self.plain
         )
-        run = Rollout(self.backbone, self._own_bridge, task)
+        run = Rollout(self.backbone, self._own_bridge, call.batch())
         drain(run.steps())
         return run.transcripts
 
@@ -144,7 +143,8 @@ class Engine:
     ) -> list[Reply]:
         """Answers questions.
 
-        With one seed every row starts from it, so a reply does not depend on what else is asked.
+        With one seed every row starts from it, so a reply does not depend on what else is asked. Everything is checked before
+        the first batch runs but what shows in decoding a picture alone: pictures are decoded batch by batch.
 
         Args:
             images: as in `rollout`.
@@ -162,10 +162,10 @@ class Engine:
         Raises:
             ClearValueError: as in `rollout`; a batch size below 1.
             ClearTypeError: as in `rollout`.
-            ImageError: a picture that cannot be loaded.
+            ImageError: a picture that cannot be loaded, named by its place; of one that cannot be decoded, once its batch is
+                reached.
         """
-        pictures, asked, _ = load_images(images, questions)
-        clean = self._clean(clean_images, len(asked))
+        pictures, asked, _ = pair_images(images, questions)
         if batch_size is not None and batch_size < 1:
             raise ClearValueError(
                 f"batch_size={batch_size}: must be at least 1, or None for all rows at once"
@@ -175,28 +175,15 @@ class Engine:
             raise ClearValueError(
                 f"{len(seeds)} seeds for {len(asked)} questions: give one, or one for each question"
             )
+        call = self._call(pictures, asked, seeds, restore, text, latent, latent_from, clean_images, 1, plain)
         size = batch_size or len(asked)
-        tasks = [
-            self._task(
-                pictures[at : at + size],
-                asked[at : at + size],
-                seeds[at : at + size],
-                restore,
-                text,
-                latent,
-                latent_from,
-                None if clean is None else clean[at : at + size],
-                1,
-                plain,
-            )
-            for at in range(0, len(asked), size)
-        ]
         replies: list[Reply] = []
-        for task in tasks:  # all were checked before the first runs
-            run = Rollout(self.backbone, self.bridge, task)
+        for start in range(0, len(asked), size):
+            run = Rollout(self.backbone, self.bridge, call.batch(start, start + size))
             drain(run.steps())
             replies += [
-                Reply(t, dict(run.clock.seconds), task.plain, self.backbone.decode) for t in run.transcripts
+                Reply(t, dict(run.clock.seconds), call.task.plain, self.backbone.decode)
+                for t in run.transcripts
             ]
         return replies
 
@@ -239,9 +226,11 @@ class Engine:
         """
         if not isinstance(question, str):
             raise ClearTypeError(f"stream takes one question as a string, not {type(question).__name__}")
-        task = self._task(
-            image, question, _seeds(seed, 1), restore, text, latent, latent_from, clean_image, 1, plain=plain
-        )
+        pictures, asked, _ = pair_images(image, question)
+        seeds = _seeds(seed, 1)
+        task = self._call(
+            pictures, asked, seeds, restore, text, latent, latent_from, clean_image, 1, plain
+        ).batch()
         return self._events(Rollout(self.backbone, self.bridge, task), task)
 
     def _events(self, run: Rollout, task: Task) -> Iterator[Event]:
@@ -307,10 +296,10 @@ class Engine:
 
     # -- checks
 
-    def _task(
+    def _call(
         self,
-        images: Any,
-        questions: Any,
+        pictures: Pictures,
+        asked: list[str],
         seeds: Sequence[int],
         restore: Restore,
         text: TextSampling | None,
@@ -319,12 +308,11 @@ class Engine:
         clean_images: Any,
         group: int,
         plain: bool | None,
-    ) -> Task:
+    ) -> _Call:
         plain = self.plain if plain is None else plain
         _one_of("restore", restore, get_args(Restore))
         _one_of("latent_from", latent_from, get_args(LatentFrom))
-        pictures, asked, _ = load_images(images, questions)
-        clean = self._clean(clean_images, len(asked))
+        clean = _clean(clean_images, len(asked))
         if latent_from == "clean" and clean is None:
             raise ClearValueError(
                 "latent_from='clean' reads the clean pictures' latents: pass clean_images too"
@@ -347,11 +335,14 @@ class Engine:
         text = text or self.text
         system = "" if plain else self.protocol.system
         asked = [self.protocol.ask_plainly(q) for q in asked] if plain else asked
+        pictures.sizes()
+        if clean is not None:
+            clean.sizes()
         self._check_length(system, asked, text, 1 if plain else 2 + self.max_restores)
-        return Task(
-            images=pictures,
+        task = Task(
+            images=[],
             questions=asked,
-            clean=clean,
+            clean=None,
             seeds=_whole(seeds),
             protocol=self.protocol,
             restore=restore,
@@ -362,16 +353,7 @@ class Engine:
             group=group,
             plain=plain,
         )
-
-    def _clean(self, images: Any, count: int) -> list[Image] | None:
-        if images is None:
-            return None
-        listed = images if isinstance(images, list | tuple) else [images]
-        if len(listed) != count:
-            raise ClearValueError(
-                f"{len(listed)} clean images for {count} questions: give one for each question"
-            )
-        return [load_image(image) for image in listed]
+        return _Call(task, pictures, clean)
 
     def _check_length(self, system: str, questions: list[str], text: TextSampling, pictures: int) -> None:
         limit = self.backbone.max_positions
@@ -387,6 +369,41 @@ class Engine:
                     f"{text.max_new_tokens}), and backbone {self.backbone.spec.name!r} has {limit}: shorten the "
                     "question or lower max_new_tokens"
                 )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Rows that were checked together.
+
+    Attributes:
+        task: all of them, without their pictures.
+        pictures: decoded batch by batch, since those of a whole benchmark would not fit into memory.
+        clean: likewise.
+    """
+
+    task: Task
+    pictures: Pictures
+    clean: Pictures | None
+
+    def batch(self, start: int = 0, stop: int | None = None) -> Task:
+        """Some questions' rows, with their pictures."""
+        group = self.task.group
+        return replace(
+            self.task,
+            images=self.pictures.load(start, stop),
+            clean=None if self.clean is None else self.clean.load(start, stop),
+            questions=self.task.questions[start:stop],
+            seeds=self.task.seeds[start * group : None if stop is None else stop * group],
+        )
+
+
+def _clean(images: Any, count: int) -> Pictures | None:
+    if images is None:
+        return None
+    listed = images if isinstance(images, list | tuple) else [images]
+    if len(listed) != count:
+        raise ClearValueError(f"{len(listed)} clean images for {count} questions: give one for each question")
+    return Pictures(listed, "clean_images" if listed is images else None)
 
 
 def _origin(moment: Wrote | Closed) -> Origin:

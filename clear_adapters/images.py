@@ -10,9 +10,9 @@ import base64
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,8 @@ from clear_adapters.errors import ClearTypeError, ClearValueError, ImageError
 
 ImageLike: TypeAlias = "Image.Image | str | Path | bytes | bytearray | np.ndarray[Any, Any]"
 """What `load_image` accepts."""
+
+_Found = TypeVar("_Found")
 
 MAX_PIXELS = 178_956_970
 """Largest picture in pixels: the size at which Pillow itself suspects a decompression bomb."""
@@ -78,18 +80,24 @@ def load_image(image: ImageLike) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         return _to_rgb(image, f"the image of mode {image.mode}")
-    if isinstance(image, str | Path):
-        return _load_file(image)
-    if isinstance(image, bytes | bytearray):
-        return _load_bytes(bytes(image))
+    if isinstance(image, str | Path | bytes | bytearray):
+        data, source = _read(image)
+        with _open(data, source) as opened:
+            return _to_rgb(opened, source)
     if isinstance(image, np.ndarray):
-        return _load_array(image)
+        source = _check_array(image)
+        _check_size(image.shape[1], image.shape[0], source)
+        return _to_rgb(Image.fromarray(np.ascontiguousarray(image)), source)
+    raise _refused(image)
+
+
+def _refused(image: object) -> ImageError | ClearTypeError:
     if isinstance(image, list | tuple):
-        raise ImageError(
+        return ImageError(
             f"A {type(image).__name__} of {len(image)} stands where one image is expected. "
             "Each question takes one image: pass the image itself, or a list of images with a list of questions."
         )
-    raise ClearTypeError(
+    return ClearTypeError(
         f"Not an image: {_named_type(image)}. Accepted are a PIL image, a path, the bytes of an image file, and a "
         "numpy array of shape (H, W, 3) and type uint8 (for a tensor (C, H, W) in [0, 1]: "
         "`(x.permute(1, 2, 0) * 255).round().byte().cpu().numpy()`)."
@@ -109,33 +117,99 @@ def data_url(image: Image.Image, kind: str, **options: Any) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def load_images(
-    images: ImageLike | Sequence[ImageLike], questions: str | Sequence[str]
-) -> tuple[list[Image.Image], list[str], bool]:
-    """Pair pictures with questions, one picture a question.
+def image_size(image: ImageLike) -> tuple[int, int]:
+    """(height, width) of what `load_image` makes of a picture, without decoding it: of a file only the head is looked at.
 
-    One image with a list of questions asks each of them about that image. A list of images with a single question is
-    refused, because it may as well mean one question about several images, which no backbone takes yet.
-
-    Args:
-        images: One image in any form `load_image` accepts, or a list of them.
-        questions: One question, or a list of them.
-
-    Returns:
-        The loaded images and the questions, equally long, and whether the caller gave one of each (and so expects one
-        reply, not a list).
+    A PNG that is to be turned, and says so behind its pixels, is measured as it lies.
 
     Raises:
-        ImageError: An image cannot be loaded (its place in the list is named), the list is empty, or several images
-            are given for one question.
+        ImageError: As for `load_image`, but for what shows in decoding alone.
+        ClearTypeError: As for `load_image`.
+    """
+    if isinstance(image, Image.Image):
+        return _upright_size(image, f"the image of mode {image.mode}")
+    if isinstance(image, np.ndarray):
+        source = _check_array(image)
+        return _check_size(image.shape[1], image.shape[0], source)
+    if isinstance(image, str | Path | bytes | bytearray):
+        data, source = _read(image)
+        with _open(data, source) as opened:
+            return _upright_size(opened, source)
+    raise _refused(image)
+
+
+class Pictures:
+    """One picture for each of several rows, decoded when it is their turn.
+
+    Neighbours that have the same object share what it is decoded to.
+    """
+
+    def __init__(self, images: Sequence[ImageLike], name: str | None = None) -> None:
+        """Takes them as they are.
+
+        Args:
+            images: One for each row, in any form `load_image` accepts.
+            name: What messages call the list; None is a picture that was given alone.
+        """
+        self._images = images
+        self._name = name
+        self._last: tuple[ImageLike, Image.Image] | None = None
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each, see `image_size`: this is how all are checked before the first is decoded.
+
+        Raises:
+            ImageError: One cannot be loaded, as far as that shows without decoding; its place is named.
+            ClearTypeError: One is nothing that can hold a picture.
+        """
+        found: list[tuple[int, int]] = []
+        for place, image in enumerate(self._images):
+            same = place > 0 and image is self._images[place - 1]
+            found.append(found[-1] if same else self._named(place, image_size))
+        return found
+
+    def load(self, start: int = 0, stop: int | None = None) -> list[Image.Image]:
+        """Those of some rows, as `load_image` gives them.
+
+        Raises:
+            ImageError: One cannot be loaded; its place is named.
+            ClearTypeError: One is nothing that can hold a picture.
+        """
+        loaded = []
+        for place, image in list(enumerate(self._images))[start:stop]:
+            if self._last is None or self._last[0] is not image:
+                self._last = None  # room for the next
+                self._last = (image, self._named(place, load_image))
+            loaded.append(self._last[1])
+        return loaded
+
+    def _named(self, place: int, what: Callable[[ImageLike], _Found]) -> _Found:
+        try:
+            return what(self._images[place])
+        except (ImageError, ClearTypeError) as error:
+            if self._name is None:
+                raise
+            raise type(error)(f"{self._name}[{place}]: {error}") from error
+
+
+def pair_images(
+    images: ImageLike | Sequence[ImageLike], questions: str | Sequence[str]
+) -> tuple[Pictures, list[str], bool]:
+    """Pair pictures with questions as `load_images` does, and decode none of them yet.
+
+    Returns:
+        The pictures and the questions, equally long, and whether the caller gave one of each.
+
+    Raises:
+        ImageError: The list is empty, or several images are given for one question.
         ClearValueError: The lists differ in length, or a question is empty.
-        ClearTypeError: A question is no string, or an image is nothing that can hold a picture.
+        ClearTypeError: A question is no string.
     """
     asked = _checked_questions(questions)
     several_asked = not isinstance(questions, str)
     if not isinstance(images, list | tuple):
-        picture = load_image(images)  # type: ignore[arg-type]  # a Sequence that is neither is refused there
-        return [picture, *(picture.copy() for _ in asked[1:])], asked, not several_asked
+        # A Sequence that is neither is refused where it is loaded.
+        return Pictures([images] * len(asked)), asked, not several_asked  # type: ignore[list-item]
     if not images:
         raise ImageError(
             "The list of images is empty: there is nothing to ask about. Pass at least one image."
@@ -156,14 +230,33 @@ def load_images(
             f"{len(images)} images came with {len(asked)} questions; they are paired one to one. "
             "Pass equally long lists, or one image with a list of questions about it."
         )
-    return [_load_at(place, image) for place, image in enumerate(images)], asked, False
+    return Pictures(images, "images"), asked, False
 
 
-def _load_at(place: int, image: ImageLike) -> Image.Image:
-    try:
-        return load_image(image)
-    except (ImageError, ClearTypeError) as error:
-        raise type(error)(f"images[{place}]: {error}") from error
+def load_images(
+    images: ImageLike | Sequence[ImageLike], questions: str | Sequence[str]
+) -> tuple[list[Image.Image], list[str], bool]:
+    """Pair pictures with questions, one picture a question.
+
+    One image with a list of questions asks each of them about that image, and is loaded once for all. A list of images with
+    a single question is refused, because it may as well mean one question about several images, which no backbone takes yet.
+
+    Args:
+        images: One image in any form `load_image` accepts, or a list of them.
+        questions: One question, or a list of them.
+
+    Returns:
+        The loaded images and the questions, equally long, and whether the caller gave one of each (and so expects one
+        reply, not a list).
+
+    Raises:
+        ImageError: An image cannot be loaded (its place in the list is named), the list is empty, or several images
+            are given for one question.
+        ClearValueError: The lists differ in length, or a question is empty.
+        ClearTypeError: A question is no string, or an image is nothing that can hold a picture.
+    """
+    pictures, asked, single = pair_images(images, questions)
+    return pictures.load(), asked, single
 
 
 def _checked_questions(questions: str | Sequence[str]) -> list[str]:
@@ -186,7 +279,14 @@ def _checked_questions(questions: str | Sequence[str]) -> list[str]:
     return asked
 
 
-def _load_file(path: str | Path) -> Image.Image:
+def _read(image: str | Path | bytes | bytearray) -> tuple[bytes, str]:
+    """The bytes of an image file, and what messages call it."""
+    if isinstance(image, str | Path):
+        return _read_file(image)
+    return bytes(image), f"the {len(image)} bytes given"
+
+
+def _read_file(path: str | Path) -> tuple[bytes, str]:
     text = str(path)
     shown = repr(text if len(text) <= 200 else text[:197] + "...")
     if "://" in text[:12] or text.startswith("data:"):
@@ -205,11 +305,7 @@ def _load_file(path: str | Path) -> Image.Image:
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ImageError(f"The image file {shown} cannot be read: {reason}.") from error
-    return _decode(data, shown)
-
-
-def _load_bytes(data: bytes) -> Image.Image:
-    return _decode(data, f"the {len(data)} bytes given")
+    return data, shown
 
 
 def _formats() -> list[str]:
@@ -218,11 +314,12 @@ def _formats() -> list[str]:
     return [name for name in Image.ID if name not in _STARTING_PROGRAMS]
 
 
-def _decode(data: bytes, source: str) -> Image.Image:
+def _open(data: bytes, source: str) -> Image.Image:
+    """The picture in a file, not decoded yet."""
     if not data:
         raise ImageError(f"No image in {source}: it is empty (0 bytes).")
     try:
-        opened = Image.open(io.BytesIO(data), formats=_formats())
+        return Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
         raise ImageError(
             f"{source} holds more than {MAX_PIXELS:,} pixels. Scale it down first. ({error})"
@@ -232,11 +329,10 @@ def _decode(data: bytes, source: str) -> Image.Image:
             f"No image in {source}: Pillow cannot tell the format of these {len(data)} bytes. It is another kind of "
             "file, or its head is damaged."
         ) from error
-    with opened:
-        return _to_rgb(opened, source)
 
 
-def _load_array(array: np.ndarray[Any, Any]) -> Image.Image:
+def _check_array(array: np.ndarray[Any, Any]) -> str:
+    """What messages call an array that has the type and shape of a picture."""
     source = f"the array of shape {array.shape} and type {array.dtype}"
     accepted = "Accepted are uint8 arrays of shape (H, W), (H, W, 3) and (H, W, 4)."
     if array.dtype != np.uint8:
@@ -256,8 +352,7 @@ def _load_array(array: np.ndarray[Any, Any]) -> Image.Image:
         else:
             hint = ""
         raise ImageError(f"{source} has the wrong shape. {accepted}{hint}")
-    _check_size(array.shape[1], array.shape[0], source)
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), source)
+    return source
 
 
 def _to_rgb(image: Image.Image, source: str) -> Image.Image:
@@ -288,7 +383,15 @@ def _to_rgb(image: Image.Image, source: str) -> Image.Image:
     return flat
 
 
-def _check_size(width: int, height: int, source: str) -> None:
+def _upright_size(image: Image.Image, source: str) -> tuple[int, int]:
+    height, width = _check_size(*image.size, source)
+    # Pillow decodes a PNG to look for an orientation behind its pixels.
+    told = image.format != "PNG" or "exif" in image.info
+    return (width, height) if told and _orientation(image) >= 5 else (height, width)
+
+
+def _check_size(width: int, height: int, source: str) -> tuple[int, int]:
+    """(height, width) of a picture that can be taken."""
     if width < 1 or height < 1:
         raise ImageError(f"{source} is empty: {width} x {height} pixels.")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
@@ -301,6 +404,7 @@ def _check_size(width: int, height: int, source: str) -> None:
             f"{source} is too thin: {width} x {height} pixels, a ratio above {MAX_ASPECT} to 1, which no backbone can "
             "resize to its grid. Crop or pad it first."
         )
+    return height, width
 
 
 def _orientation(image: Image.Image) -> int:

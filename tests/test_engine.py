@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from clear_adapters import engine, images
 from clear_adapters.backbones import writer as bagel
 from clear_adapters.bridge import BridgeConfig, LatentBridge
 from clear_adapters.errors import ClearTypeError, ClearValueError, ImageError
@@ -208,6 +209,37 @@ def test_answer_by_chunks(backbone, script):
     same_seed = own.answer(IMAGES, QUESTIONS, seed=11)
     same(same_seed[0].transcript, whole[0].transcript)
     same(own.answer(IMAGES[2], QUESTIONS[2], seed=11)[0].transcript, same_seed[2].transcript)
+
+
+def test_pictures_are_decoded_once_and_batch_by_batch(backbone, monkeypatch, tmp_path):
+    told, load, run = [], images.load_image, engine.Rollout
+    monkeypatch.setattr(images, "load_image", lambda image: told.append(image) or load(image))
+    monkeypatch.setattr(engine, "Rollout", lambda *given: told.append("run") or run(*given))
+    own = make_engine(backbone, text=TextSampling(max_new_tokens=2))
+    files = [tmp_path / f"{n}.png" for n in range(3)]
+    for n, file in enumerate(files):
+        IMAGES[n].save(file)
+    asked = ["What?"] * 3
+    found = own.answer(files, asked, batch_size=2, clean_images=files)
+    assert told == [*files[:2], *files[:2], "run", files[2], files[2], "run"]
+    assert [r.transcript.segments[1].image.size for r in found] == [i.size for i in IMAGES]
+
+    told.clear()
+    own.answer(files[0], asked, batch_size=1)
+    assert told == [files[0], "run", "run", "run"]
+
+    for wrong in (tmp_path / "nowhere.png", np.zeros((2, 2)), [IMAGES[0]]):
+        told.clear()
+        with pytest.raises(ImageError, match=r"images\[2\]"):
+            own.answer([*files[:2], wrong], asked, batch_size=1)
+        with pytest.raises(ImageError, match=r"clean_images\[2\]"):
+            own.answer(files, asked, batch_size=1, clean_images=[*files[:2], wrong])
+        assert not told
+
+    files[2].write_bytes(files[2].read_bytes()[:-4000])
+    with pytest.raises(ImageError, match=r"images\[2\]: .*2\.png.* cannot be decoded"):
+        own.answer(files, asked, batch_size=2)
+    assert told == [*files[:2], "run", files[2]]
 
 
 def test_seeds_may_be_whole_numbers_of_other_libraries(backbone):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from clear_adapters import images
 from clear_adapters.errors import ClearTypeError, ClearValueError, ImageError
-from clear_adapters.images import load_image, load_images
+from clear_adapters.images import Pictures, image_size, load_image, load_images
 
 RAMP = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 
@@ -288,9 +288,29 @@ def test_lists_are_paired(picture):
 def test_one_image_with_several_questions(picture):
     loaded, questions, single = load_images(picture, ["What?", "Who?"])
     assert len(loaded) == len(questions) == 2
-    assert loaded[0] is not loaded[1]
-    assert loaded[0] == loaded[1]
+    assert loaded[0] is loaded[1]
     assert single is False
+
+
+def test_a_size_is_told_without_decoding(tmp_path, monkeypatch):
+    lying, deep = Image.new("RGB", (6, 4)), np.zeros((4, 6), np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    given = {"a.png": {}, "b.jpg": {}, "c.jpg": {"exif": turned}, "d.webp": {"exif": turned}, "e.tif": {}}
+    for name, options in given.items():
+        lying.save(tmp_path / name, **options)
+    files = [*(tmp_path / name for name in given), (tmp_path / "c.jpg").read_bytes(), deep]
+    expected = [image.size[::-1] for image in Pictures(files).load()]
+    assert set(expected) == {(4, 6), (6, 4)}
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert Pictures(files).sizes() == expected
+    with Image.open(tmp_path / "c.jpg") as opened:
+        assert image_size(opened) == (6, 4)
+    for wrong in (tmp_path / "nowhere.png", b"none", np.zeros((2, 2)), Image.new("RGB", (0, 2)), [lying]):
+        with pytest.raises(ImageError):
+            image_size(wrong)
+    with pytest.raises(ClearTypeError, match=r"mine\[1\]: Not an image"):
+        Pictures([lying, 3], "mine").sizes()
 
 
 @pytest.mark.parametrize(
