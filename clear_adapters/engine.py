@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "Reply"]
 
 _MARKS = 8
-"""Room in the length check for block marks and picture positions of a prompt."""
+"""Room in the length check for what stands around the blocks of a prompt."""
 
 
 class Engine:
@@ -115,7 +115,8 @@ class Engine:
             N x group transcripts.
 
         Raises:
-            ClearValueError: an unknown choice, lists of unequal length, a prompt that does not fit.
+            ClearValueError: an unknown choice, lists of unequal length, a prompt that does not fit, or a restoration for which
+                a row has no positions left once it is asked for.
             ClearTypeError: a seed that is no whole number.
             ImageError: a picture that cannot be loaded.
         """
@@ -335,10 +336,11 @@ class Engine:
         text = text or self.text
         system = "" if plain else self.protocol.system
         asked = [self.protocol.ask_plainly(q) for q in asked] if plain else asked
-        pictures.sizes()
-        if clean is not None:
-            clean.sizes()
-        self._check_length(system, asked, text, 1 if plain else 2 + self.max_restores)
+        sizes = pictures.sizes()
+        own = sizes if clean is None else clean.sizes()
+        forced = restore == "always" and not plain
+        drawn = (own if latent_from == "clean" else sizes) if forced else []
+        self._check_length(system, asked, text, sizes, drawn, plain)
         task = Task(
             images=[],
             questions=asked,
@@ -355,19 +357,39 @@ class Engine:
         )
         return _Call(task, pictures, clean)
 
-    def _check_length(self, system: str, questions: list[str], text: TextSampling, pictures: int) -> None:
+    def _check_length(
+        self,
+        system: str,
+        questions: list[str],
+        text: TextSampling,
+        sizes: list[tuple[int, int]],
+        drawn: list[tuple[int, int]],
+        plain: bool,
+    ) -> None:
+        """Refuses what cannot work: a prompt, or one with the restorations that are forced, that leaves no room for a turn.
+
+        What the model may do is not counted. Most turns end early and many replies restore nothing: with four turns of 512
+        and two restorations an Emu3 of 9,216 positions could be asked nothing about a picture of 4,160, and
+        `builtin:janus-tiny` no question of more than 300 letters. A row that does run out of positions is cut off where it
+        writes, and an error where it would restore.
+        """
         limit = self.backbone.max_positions
         if limit is None:
             return
         shared = len(self.backbone.encode_text(system)) + _MARKS + text.max_new_tokens
-        shared += pictures * self.backbone.picture_positions
+        if drawn:
+            shared += len(self.backbone.encode_text(self.protocol.forced_restore))
+        count = self.backbone.picture_positions
+        given = {size: count(size, as_condition=not plain) for size in set(sizes)}
+        made = {size: count(size, understanding=False) for size in set(drawn)}
         for place, question in enumerate(questions):
-            needed = shared + len(self.backbone.encode_text(question))
+            pictures = given[sizes[place]] + (made[drawn[place]] if drawn else 0)
+            needed = shared + pictures + len(self.backbone.encode_text(question))
             if needed > limit:
                 raise ClearValueError(
-                    f"question {place} needs {needed} positions (system prompt, pictures, question and max_new_tokens="
-                    f"{text.max_new_tokens}), and backbone {self.backbone.spec.name!r} has {limit}: shorten the "
-                    "question or lower max_new_tokens"
+                    f"question {place} needs {needed} positions (of these {pictures} for pictures and {text.max_new_tokens} for "
+                    f"a turn of max_new_tokens), and backbone {self.backbone.spec.name!r} has {limit}: shorten the question, "
+                    "give a smaller picture or lower max_new_tokens"
                 )
 
 

@@ -5,12 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 
 from clear_adapters.adapter import attach
+from clear_adapters.backbones.codes import CodesBackbone
+from clear_adapters.backbones.emu3.backbone import Emu3Backbone
 from clear_adapters.backbones.emu3.tiny import build, small_processor
 from clear_adapters.backbones.packed import ImagePiece, TextPiece
 from clear_adapters.config import LoraSettings
+from clear_adapters.engine import Engine
 from clear_adapters.errors import CheckpointError, ClearTypeError, ClearValueError
+from clear_adapters.images import pair_images
 from clear_adapters.sampling import LatentSampling, TextSampling
 from tests.scripted import picture
 
@@ -47,6 +52,30 @@ def test_a_prompt_is_that_of_the_chat_template(backbone, processor, size):
     assert own == expected[0].tolist()
     assert found.grid == tuple(s // 8 for s in inputs["image_sizes"][0].tolist())
     assert frame.count(backbone.frames.line) == found.grid[0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_positions_of_a_picture_are_told_by_its_size(backbone, size):
+    start, prepared = backbone.start(1, [0]), backbone.prepare(picture(0, size))
+    for how in ({}, {"as_condition": False}, {"understanding": False}):
+        read = backbone.read_image(start, [prepared], **how)
+        assert backbone.picture_positions(size[::-1], **how) == int(read.position - start.position)
+    assert CodesBackbone.picture_grids(backbone, size[::-1]) == backbone.picture_grids(size[::-1])
+
+
+def test_a_picture_counts_for_what_it_takes_and_not_for_the_largest(backbone):
+    own = Emu3Backbone.wrap(backbone.model, small_processor(16, Emu3ImageProcessor().max_pixels))
+    text = TextSampling(max_new_tokens=4)
+    engine = Engine(own, protocol="tiny", text=text, latent=GREEDY)
+    assert own.max_positions == 4096
+    (reply,) = engine.answer(picture(0, (32, 32)), "What?", restore="always")
+    assert reply.transcript.restorations[0].restoration.grid == (4, 4)
+    with pytest.raises(ClearValueError, match=r"question 1 needs 4\d\d\d positions \(of these 4\d\d\d for"):
+        engine.answer([picture(0, (32, 32)), picture(0, (512, 512))], ["What?"] * 2, batch_size=1)
+    wide = picture(0, (512, 256))
+    engine._call(*pair_images(wide, "What?")[:2], [0], "auto", None, None, "own", None, 1, None)
+    with pytest.raises(ClearValueError, match=r"question 0 needs 4\d\d\d positions"):
+        engine.answer(wide, "What?", restore="always")
 
 
 def test_understanding_equals_transformers_bit_for_bit(backbone, processor):

@@ -264,6 +264,32 @@ def test_seeds_may_be_whole_numbers_of_other_libraries(backbone):
         own.stream(IMAGES[0], "What?", seed="1")
 
 
+def test_a_row_is_cut_off_where_the_models_positions_end(backbone, script, monkeypatch):
+    """And closed there, as in a replay; its neighbours go on."""
+    turns = {1: [[3, ASK], [45]], 2: [[2, ASK], [3, ANSWER]], 3: [[2, ANSWER]]}
+    own = make_engine(backbone, text=dataclasses.replace(WARM, max_new_tokens=46))
+    script(turns)
+    whole = own.rollout(IMAGES, ["What?"] * 3, seeds=[1, 2, 3])
+    texts = [s for s in whole[0] if isinstance(s, TextSegment)]
+    # Two marks stand around a text, of which a turn holds its end already; three pictures take one position each.
+    before = sum(len(s.ids) + 2 for s in texts[:2]) + len(texts[2].ids) + 1 + 3
+    monkeypatch.setattr(type(backbone), "max_positions", before + 12)
+    script(turns)
+    cut, *others = own.rollout(IMAGES, ["What?"] * 3, seeds=[1, 2, 3])
+    assert cut.segments[-1].ids.tolist() == texts[3].ids[:10].tolist()
+    same(others[1], whole[2])
+    scores = own.replay([cut]).text_logprobs[0]
+    recorded = torch.cat([s.logprobs for s in cut if isinstance(s, TextSegment) and s.logprobs is not None])
+    torch.testing.assert_close(scores, recorded, atol=1e-4, rtol=0)
+    end = backbone.end_id
+    monkeypatch.setattr(type(backbone), "max_positions", 40)
+    start = backbone.read_text(backbone.start(2, [8, 8]), [torch.arange(28), torch.arange(8)])
+    context, segments = backbone.write_text(start, WARM)
+    assert [len(s.ids) for s in segments] == [8, 28]
+    assert context.position.tolist() == [40, 40]
+    assert not any(end in s.ids.tolist() for s in segments)
+
+
 # ---------------------------------------------------------------------------------------------------- guidance
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clear_adapters.adapter import attach
+from clear_adapters.backbones.codes import CodesBackbone
 from clear_adapters.backbones.decoder import run_layers
 from clear_adapters.backbones.janus.tiny import build, small_processor
 from clear_adapters.backbones.packed import ImagePiece, TextPiece
@@ -46,6 +47,15 @@ def test_a_prompt_is_that_of_the_chat_template(backbone, processor):
     expected = inputs["input_ids"][0].tolist()
     assert expected[0] != frames.bos  # this tokenizer adds none; that of the checkpoints does
     assert [258 if i < 0 else i for i in own[1:]] == expected
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 47), (20, 90)])
+def test_the_positions_of_a_picture_are_told_by_its_size(backbone, size):
+    start, prepared = backbone.start(1, [0]), backbone.prepare(picture(0, size))
+    for how in ({}, {"as_condition": False}, {"understanding": False}):
+        read = backbone.read_image(start, [prepared], **how)
+        assert backbone.picture_positions(size[::-1], **how) == int(read.position - start.position)
+    assert CodesBackbone.picture_grids(backbone, size[::-1]) == backbone.picture_grids(size[::-1])
 
 
 def test_understanding_equals_transformers_bit_for_bit(backbone, processor):
@@ -224,11 +234,52 @@ def test_eager_attention_gives_the_same(backbone):
 
 
 def test_a_prompt_that_does_not_fit_is_refused(backbone, monkeypatch):
-    """Pictures take positions here: two blocks for the prompt's, one for each restoration."""
-    monkeypatch.setattr(type(backbone), "max_positions", 200)
-    engine = Engine(backbone, protocol="tiny", text=TextSampling(max_new_tokens=20))
-    with pytest.raises(ClearValueError, match="has 200"):
-        engine.answer(picture(0), "x" * 60)
+    """Pictures take positions here: two blocks for the prompt's, one for a restoration that is forced."""
+    text = TextSampling(max_new_tokens=20)
+    engine = Engine(backbone, protocol="tiny", text=text, latent=GREEDY)
+    words = [engine.protocol.system, "x" * 60]
+    needed = sum(len(backbone.encode_text(w)) for w in words) + 8 + 20
+    needed += backbone.picture_positions((48, 64))
+    monkeypatch.setattr(type(backbone), "max_positions", needed)
+    assert engine.answer(picture(0), words[1])
+    with pytest.raises(ClearValueError, match=f"needs {needed + 1} positions"):
+        engine.answer(picture(0), words[1] + "x")
+    with pytest.raises(ClearValueError, match=f"has {needed}"):
+        engine.answer(picture(0), words[1], restore="always")
+
+
+def test_no_block_reaches_behind_the_last_position(backbone, monkeypatch):
+    image = backbone.prepare(picture(0))
+    context = backbone.read_image(backbone.start(2, [0, 1]), [image] * 2)
+    context = backbone.read_text(context, [backbone.encode_text("x" * n) for n in (9, 2)])
+    (own, _) = backbone.restore(context, GREEDY)[1]
+    frame, turn = len(backbone.frames.restoration(own.grid)), len(backbone.frames.text(own=True)[0]) + 2
+    end = int(context.position[0]) + frame
+    monkeypatch.setattr(type(backbone), "max_positions", end + turn - 1)
+    with pytest.raises(ClearValueError, match=r"allow fewer restorations"):
+        backbone.restore(context, GREEDY)
+    backbone.restore(context, GREEDY, rows=[1])
+    backbone.read_restoration(context, [own], None, rows=[0])
+    monkeypatch.setattr(type(backbone), "max_positions", end - 1)
+    with pytest.raises(ClearValueError, match=f"has {end - 1}: allow fewer"):
+        backbone.read_restoration(context, [own], None, rows=[0])
+    backbone.read_restoration(context, [own], None, rows=[1])
+
+
+def test_a_turn_is_cut_off_at_the_last_position(backbone, monkeypatch):
+    image, text = backbone.prepare(picture(0)), TextSampling(max_new_tokens=12)
+    start = backbone.read_image(backbone.start(2, [0, 1]), [image] * 2)
+    start = backbone.read_text(start, [backbone.encode_text("x" * n) for n in (9, 2)])
+    full = backbone.write_text(start, text)[1]
+    assert [len(s.ids) for s in full] == [12, 12]
+    end = int(start.position[0]) + len(backbone.frames.text(own=True)[0]) + 6
+    for limit, written in ((end, [5, 12]), (end - 5, [0, 7])):
+        monkeypatch.setattr(type(backbone), "max_positions", limit)
+        context, found = backbone.write_text(start, text)
+        assert [len(s.ids) for s in found] == written
+        assert int(context.position.max()) <= limit
+        for a, b in zip(found, full, strict=True):
+            assert a.ids.tolist() == b.ids[: len(a.ids)].tolist()
 
 
 def older(self, states, past_key_values=None, **more):

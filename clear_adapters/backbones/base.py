@@ -84,9 +84,14 @@ class Backbone(ABC):
         """The longest row that the model was made for, in positions; None when that is not known."""
         return None
 
-    @property
-    def picture_positions(self) -> int:
-        """How many positions a picture or a restoration takes, for families that number each of its tokens; else 0."""
+    def picture_positions(
+        self, size: tuple[int, int], as_condition: bool = True, understanding: bool = True
+    ) -> int:
+        """How many positions `read_image` takes for a picture of (height, width) in pixels as it is given.
+
+        A restoration of that picture takes as many as the condition alone. 0 is for families that do not number each token of
+        a picture.
+        """
         return 0
 
     @classmethod
@@ -221,6 +226,7 @@ class Backbone(ABC):
     ) -> Generator[Tensor, None, tuple[Context, list[TextSegment]]]:
         """Samples a turn, yielding (R,) token ids on the device after each step, -1 in finished rows.
 
+        A row that reaches `max_positions` is cut off there, as at the sampling's own limit.
         Weights and adapter must stay between the steps what they are at the first.
         """
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
+from PIL.Image import new as new_image
 from torch import Tensor
 
 from clear_adapters.backbones.attention import any_shape
@@ -106,6 +107,22 @@ class CodesBackbone(Backbone):
     @property
     def max_positions(self) -> int | None:
         return int(self.decoder.config.max_position_embeddings)
+
+    def picture_grids(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The grids of codes and of patches of a picture of (height, width) in pixels as it is given.
+
+        A family that can tell them without a picture overrides this: a blank one is prepared here.
+        """
+        blank = self.prepare(new_image("RGB", (size[1], size[0])))
+        return self.latent_grid(blank.size), blank.patch_grid
+
+    def picture_positions(
+        self, size: tuple[int, int], as_condition: bool = True, understanding: bool = True
+    ) -> int:
+        codes, patches = self.picture_grids(size)
+        seen = self.frames.picture(patches[0] * patches[1]) if understanding else []
+        read = as_condition or (understanding and not seen)
+        return len(seen) + (len(self.frames.condition(codes)) if read else 0)
 
     @property
     def end_id(self) -> int:
@@ -221,7 +238,11 @@ class CodesBackbone(Backbone):
                 context = self._read(context, [before[:-1]] * len(names), names)
         marks = (before[-1], self.frames.end)
         captures = can_capture(self.model, self.device)
-        writer = Writer(self._text_step, context, sampling, names, marks, captures=captures)
+        writer = Writer(
+            *(self._text_step, context, sampling, names, marks),
+            captures=captures,
+            positions=self.max_positions,
+        )
         return write_turn(writer, names, self._feed, self.frames.end, self.decode_text)
 
     def _feed(self, context: Context, token: Tensor, active: Tensor) -> Context:
@@ -257,6 +278,9 @@ class CodesBackbone(Backbone):
         branches = [g for g in given if g is not None]
         joint = stack([own, *branches]) if branches else own
         frames = [self.frames.restoration(g) for g in grids]
+        # What is restored is to be written about.
+        turn = sum(len(f) for f in self.frames.text(own=True)) + 1
+        self._check_room(own, [len(f) + turn for f in frames], range(own.rows))
         leads = [f[: f.index(SLOT)] for f in frames]
         scripts = [f[len(lead) : len(f) - f[::-1].index(SLOT)] for f, lead in zip(frames, leads, strict=True)]
         heads = [lead[:-1] for lead in leads]
@@ -327,6 +351,7 @@ class CodesBackbone(Backbone):
         tokens: Tensor | None = None,
     ) -> Context:
         """Reads frames into the named rows, with tokens (n, D) at their slots in order."""
+        self._check_room(context, [len(f) for f in frames], names)
         length = max(len(f) for f in frames)
         table = torch.zeros(context.rows, length, dtype=torch.int64)
         valid = torch.zeros(context.rows, length, dtype=torch.bool)
@@ -339,6 +364,20 @@ class CodesBackbone(Backbone):
         if tokens is not None:
             embeds = embeds.index_copy(0, torch.tensor(slots).to(self.device), tokens.to(embeds.dtype))
         return self._pass(context, embeds.view(context.rows, length, -1), valid.to(self.device))
+
+    def _check_room(self, context: Context, lengths: Sequence[int], names: Sequence[int]) -> None:
+        """Refuses blocks behind the last position that the model was made for: what it made of them would be noise."""
+        limit = self.max_positions
+        # No row is longer than the cache, so that the device is asked only where it is close.
+        if limit is None or context.length + max(lengths) <= limit:
+            return
+        positions = context.position.tolist()
+        for row, length in zip(names, lengths, strict=True):
+            if positions[row] + length > limit:
+                raise ClearValueError(
+                    f"a row has {positions[row]} positions and needs {length} more, and backbone {self.spec.name!r} has "
+                    f"{limit}: allow fewer restorations (max_restores), or give smaller pictures or shorter text"
+                )
 
     def _pass(self, context: Context, embeds: Tensor, valid: Tensor) -> Context:
         """Reads embeddings (B, L, D) where they are valid (B, L)."""

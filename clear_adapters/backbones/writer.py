@@ -38,6 +38,7 @@ class Writer:
         tokens: (B, max_new_tokens) int64 on the device; -1 where a row wrote nothing.
         logprobs: (B, max_new_tokens) float32.
         drawing: (B,) bool, rows that are not finished.
+        cut: (B,) bool, rows that were cut off where the model's positions end.
         reading: (B,) bool, rows whose next token (`feed`) is one of theirs.
         feed: (B,) int64, the token that is read next.
         steps: tokens written so far.
@@ -54,6 +55,7 @@ class Writer:
         captures: bool = False,
         warm: set[int] | None = None,
         room: int | None = None,
+        positions: int | None = None,
     ) -> None:
         """Makes ready; nothing is read yet.
 
@@ -67,6 +69,7 @@ class Writer:
             warm: numbers of rows of which such a step has run, so that it is captured without running first; added to. None
                 is that every step has to.
             room: tokens to make room for at once; None is in portions.
+            positions: that the model was made for; None is not known.
         """
         self._read, self._context, self._sampling = step, context, sampling
         device, count = context.position.device, context.rows
@@ -74,6 +77,11 @@ class Writer:
         active = torch.zeros(count, dtype=torch.bool)
         active[list(rows)] = True
         self.drawing = active.to(device)
+        # A row goes on while there is room for one more token and the end that closes it.
+        self._last = None if positions is None else positions - 2
+        if self._last is not None:
+            self.drawing &= context.position < self._last
+        self.cut = torch.zeros_like(self.drawing)
         self.reading = self.drawing.clone()
         self.feed = torch.full((count,), start, device=device)
         self.tokens = torch.full((count, sampling.max_new_tokens), -1, device=device)
@@ -122,7 +130,7 @@ class Writer:
         """
         if self._graph is None or not self._waits:
             return False
-        cut = self.drawing.clone()
+        cut = self.drawing | self.cut
         self.drawing.zero_()
         self._place.zero_()
         self._move()
@@ -184,6 +192,9 @@ class Writer:
         self.feed.copy_(torch.where(self.drawing, token, self._end))
         self.reading.copy_(self.drawing)
         self.drawing &= token != self._end
+        if self._last is not None:
+            self.cut |= self.drawing & (self._position >= self._last)
+            self.drawing &= ~self.cut
 
     def _draw(self, logits: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         random = RowRandom(self._random.seeds, self._random.counts)
@@ -263,9 +274,10 @@ def write_turn(
         context = writer.context
     else:
         context = feed(writer.context, writer.feed, writer.reading)
-        if bool(writer.drawing.any()):
+        cut = writer.drawing | writer.cut
+        if bool(cut.any()):
             # Cut off at the limit: the block is closed, but nobody chose that token.
-            context = feed(context, torch.full_like(writer.feed, end), writer.drawing)
+            context = feed(context, torch.full_like(writer.feed, end), cut)
     segments = []
     for row in rows:
         own = table[row] >= 0

@@ -287,6 +287,7 @@ class BagelBackbone(Backbone):
             *(context, sampling, names, marks),
             captures=can_capture(self.model, self.device),
             warm=self._warm,
+            positions=self.max_positions,
         )
         return write_turn(writer, names, self._feed, self.marks.end, self.decode_text)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoTokenizer, Emu3ForConditionalGeneration, Emu3Processor
-from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
+from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor, smart_resize
 from transformers.models.emu3.modeling_emu3 import Emu3ForCausalLM, Emu3Model, Emu3TextModel, Emu3VQVAE
 
 from clear_adapters.backbones.checkpoints import (
@@ -107,10 +107,6 @@ class Emu3Backbone(CodesBackbone):
     def latent_width(self) -> int:
         """D: a code is embedded as a token of the vocabulary."""
         return self._latent_width
-
-    @property
-    def picture_positions(self) -> int:
-        return int(self._images.max_pixels / self._cell**2)
 
     @classmethod
     def accepts(cls, model: Any) -> bool:
@@ -209,6 +205,13 @@ class Emu3Backbone(CodesBackbone):
 
     def latent_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         return size[0] // self._cell, size[1] // self._cell
+
+    def picture_grids(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        made = self._images
+        if made.do_resize:
+            size = smart_resize(*size, made.spatial_factor, made.min_pixels, made.max_pixels)
+        grid = self.latent_grid(size)
+        return grid, grid
 
     def tokenise(self, pixels: Tensor) -> Tensor:
         values = standardise(pixels, self._images).to(self.dtype)

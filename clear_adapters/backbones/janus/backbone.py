@@ -83,10 +83,6 @@ class JanusBackbone(CodesBackbone):
     def latent_width(self) -> int:
         return self._latent_width
 
-    @property
-    def picture_positions(self) -> int:
-        return 2 * (self._cells**2 + 2)
-
     @classmethod
     def accepts(cls, model: Any) -> bool:
         return isinstance(model, JanusForConditionalGeneration)
@@ -189,6 +185,9 @@ class JanusBackbone(CodesBackbone):
     def latent_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """The same for every picture: it stands in a square."""
         return self._cells, self._cells
+
+    def picture_grids(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        return self.latent_grid(size), self._images.grid
 
     def see(self, patches: Tensor) -> Tensor:
         pixels = standardise(patches, self._images.processor).to(self.dtype)

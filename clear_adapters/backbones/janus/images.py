@@ -28,6 +28,11 @@ class JanusImages:
         """Pixels a side of the square."""
         return int(self.processor.size["height"])
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the patches, the same for every picture."""
+        return self.side // self.patch, self.side // self.patch
+
     def prepare(self, image: Image.Image) -> PreparedImage:
         """(3, side, side) uint8, read by both encoders: pictures travel in a quarter of the bytes."""
         made = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
@@ -35,5 +40,4 @@ class JanusImages:
         width, height = image.size
         scale, least = self.side / max(width, height), self.processor.min_size
         content = (max(round(height * scale), least), max(round(width * scale), least))
-        cells = self.side // self.patch
-        return PreparedImage(pixels, pixels, (cells, cells), content)
+        return PreparedImage(pixels, pixels, self.grid, content)
