@@ -74,6 +74,17 @@ def other_positions(patch):
     )
 
 
+def always_understood(patch):
+    read = CodesBackbone.read_image
+    patch.setattr(
+        CodesBackbone,
+        "read_image",
+        lambda self, c, images, as_condition=True, understanding=True, rows=None: read(
+            self, c, images, as_condition, True, rows
+        ),
+    )
+
+
 def no_gradient(patch):
     embed = JanusBackbone.embed_latents
     patch.setattr(JanusBackbone, "embed_latents", lambda self, x: embed(self, x).detach())
@@ -113,6 +124,7 @@ def one_storage(patch):
         (padding_seen, "batch", "one by one"),
         (other_positions, "forward", "differ from the recorded"),
         (other_positions, "replay", "differs from the rollout"),
+        (always_understood, "recorded", "the packed row scores the latent that row 1"),
         (no_gradient, "gradients", "get no gradient"),
         (not_recognised, "folder", "no model of a known backbone"),
         (one_storage, "forks", "fork"),

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
@@ -48,8 +49,12 @@ from clear_adapters.transcript import (
     RESTORE,
     THINK_CLOSE,
     THINK_OPEN,
+    ImageSegment,
     Origin,
+    RestorationSegment,
+    Segment,
     TextSegment,
+    Transcript,
 )
 
 
@@ -363,6 +368,47 @@ def replay(backbone: Backbone) -> None:
             need(restore != "always" or restored >= len(SIZES), "restore='always' restored nothing")
 
 
+def recorded(backbone: Backbone) -> None:
+    """Stage 2's own latents are those of a rollout and of the packed row, with understanding tokens and without."""
+    from clear_adapters.training.bridge import own_latents
+
+    if "bridge" not in backbone.spec.stages:
+        return
+
+    def ready(segment: Segment) -> Segment:
+        if isinstance(segment, ImageSegment):
+            return replace(segment, image=backbone.prepare(segment.image))
+        return segment
+
+    seeds, understood, heads = [1, 2, 3], (True, False, True), []
+    with _attached(backbone, SMALL) as attached:
+        engine = Engine(backbone, attached.bridge, "tiny", WARM, SDE)
+        rollouts = engine.rollout(images(), QUESTIONS, seeds=seeds, restore="always")
+        for rollout, seen in zip(rollouts, understood, strict=True):
+            head = takewhile(lambda s: not isinstance(s, RestorationSegment), rollout)
+            heads.append([replace(s, understanding=seen) if isinstance(s, ImageSegment) else s for s in head])
+        traces = [Transcript([*map(ready, head), RestorationSegment()]) for head in heads]
+        found = own_latents(backbone, traces, seeds, SDE)
+        rows = [Transcript([*head, RestorationSegment(r)]) for head, r in zip(heads, found, strict=True)]
+        with torch.no_grad():
+            scores = engine.replay(rows).latent_logprobs
+        for row, (own, score, seen) in enumerate(zip(found, scores, understood, strict=True)):
+            made = rollouts[row].restorations[0].restoration
+            far = float((own.tokens - made.tokens).abs().max())
+            need(
+                not seen or far <= TOLERANCE,
+                f"the latent that row {row} generates for stage 2 differs from its rollout's by {far:.2g}",
+            )
+            logprobs = own.code_logprobs if own.trace is None else own.trace.logprobs
+            need(logprobs is not None, "a restoration was sampled without log-probabilities")
+            assert logprobs is not None
+            far = float((logprobs[0] - score).abs().max())
+            need(
+                far <= TOLERANCE,
+                f"the packed row scores the latent that row {row} generates for stage 2 otherwise, by {far:.2g}",
+            )
+
+
 def gradients(backbone: Backbone) -> None:
     """In a batch in which one row restores and another does not, every adapter weight gets a gradient, and no other."""
     with _attached(backbone, replace(SMALL, whole=backbone.spec.extras)) as attached:
@@ -483,6 +529,7 @@ CHECKS: Final[dict[str, Check]] = {
         forks,
         forward,
         replay,
+        recorded,
         gradients,
         workers,
         folder,

@@ -388,13 +388,12 @@ def own_latents(
     heads = [list(t)[: [isinstance(s, RestorationSegment) for s in t].index(True)] for t in transcripts]
     for block in zip(*heads, strict=True):
         if isinstance(block[0], ImageSegment):
-            images = [prepared(s.image) for s in block]
-            context = backbone.read_image(context, images, as_condition=True, understanding=False)
-            seen = [i for i, s in enumerate(block) if s.understanding]
-            if seen:
-                context = backbone.read_image(
-                    context, [images[i] for i in seen], as_condition=False, understanding=True, rows=seen
-                )
+            # One call a row: where a family both conditions on codes and understands by them, they are read once.
+            for seen in (True, False):
+                rows = [i for i, s in enumerate(block) if s.understanding is seen]
+                if rows:
+                    images = [prepared(block[i].image) for i in rows]
+                    context = backbone.read_image(context, images, understanding=seen, rows=rows)
         else:
             texts = [s for s in block if isinstance(s, TextSegment)]
             ids = [s.ids if len(s.ids) else backbone.encode_text(s.text) for s in texts]
