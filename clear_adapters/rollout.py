@@ -67,6 +67,11 @@ class Task:
     group: int = 1
     plain: bool = False
 
+    @property
+    def system(self) -> str:
+        """The system prompt, empty where there is none."""
+        return "" if self.plain else self.protocol.system
+
 
 # ------------------------------------------------------------------------------- what the generator yields
 
@@ -262,8 +267,8 @@ class Rollout:
         prompt: list[list[Segment]] = [[] for _ in range(count)]
         # The system prompt is the same for all rows: it is read once and repeated.
         context = backbone.start(1, [0])
-        if task.protocol.system and not task.plain:
-            system = self._text(task.protocol.system, Origin.PROMPT)
+        if task.system:
+            system = self._text(task.system, Origin.PROMPT)
             context = backbone.read_text(context, [system.ids])
             for own in prompt:
                 own.append(system)
@@ -359,7 +364,8 @@ class Rollout:
         # Only built for rows that restore, so it costs nothing where none does. All rows have the same blocks.
         blocks = [[s for s in self.transcripts[row] if isinstance(s, TextSegment)] for row in batch.rows]
         image = self._opening if len(batch.rows) == 1 else self._opening.expand(len(batch.rows))
-        for block in list(zip(*blocks, strict=True))[1 if image.length else 0 :]:
+        # The opening has read the system prompt.
+        for block in list(zip(*blocks, strict=True))[1 if self._task.system else 0 :]:
             own = block[0].origin is not Origin.PROMPT
             image = backbone.read_text(image, [s.ids for s in block], own=own)
         return text, image

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clear_adapters import engine, images
+from clear_adapters.backbones import get_backbone, list_backbones, resolve
 from clear_adapters.backbones import writer as bagel
 from clear_adapters.bridge import BridgeConfig, LatentBridge
 from clear_adapters.errors import ClearTypeError, ClearValueError, ImageError
@@ -342,6 +343,34 @@ def test_guidance_contexts(backbone, script, monkeypatch):
             compare(context, place, read(before))
             compare(text, place, read(before[:-1]))
             compare(image, place, read([s for s in before if isinstance(s, TextSegment)]))
+
+
+@pytest.mark.parametrize("system", ["Look.", ""])
+@pytest.mark.parametrize("name", list_backbones())
+def test_guidance_without_the_picture_keeps_the_question(name, system, monkeypatch):
+    """Also where a row begins with a token of its own and has no system prompt."""
+    spec = get_backbone(name)
+    family = resolve(spec.tiny, spec)(0)
+    seen = []
+    original = type(family).restore_steps
+
+    def spy(self, context, sampling, guidance=(), rows=None):
+        seen.append(guidance[1])
+        return original(self, context, sampling, guidance, rows)
+
+    monkeypatch.setattr(type(family), "restore_steps", spy)
+    protocol = dataclasses.replace(get_protocol("tiny"), system=system)
+    own = make_engine(family, protocol=protocol, latent=LatentSampling(steps=3), max_restores=1)
+    transcripts = own.rollout(IMAGES[:2], QUESTIONS[:2], seeds=[1, 2], restore="always")
+    expected = family.start(2, [1, 2])
+    blocks = zip(*([s for s in t if isinstance(s, TextSegment)] for t in transcripts), strict=True)
+    for block in list(blocks)[:-1]:
+        origin = block[0].origin
+        expected = family.read_text(expected, [s.ids for s in block], own=origin is not Origin.PROMPT)
+    (found,) = seen
+    assert torch.equal(found.valid, expected.valid)
+    read, wanted = (c.cache.read(c.length)[..., c.valid[1], :] for c in (found, expected))
+    torch.testing.assert_close(read[:, :, 1], wanted[:, :, 1], atol=1e-4, rtol=1e-4)
 
 
 def test_no_guidance_contexts_without_guidance(backbone, script, monkeypatch):
