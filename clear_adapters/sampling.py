@@ -26,6 +26,12 @@ def _require(condition: bool, message: str) -> None:
         raise ClearValueError(message)
 
 
+def _require_temperature(value: float) -> None:
+    _require(
+        math.isfinite(value) and value >= 0, f"temperature={value}: must be 0 (greedy) or a positive number"
+    )
+
+
 @dataclass(frozen=True)
 class TextSampling:
     """How text is sampled.
@@ -49,10 +55,7 @@ class TextSampling:
         _require(
             self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: a turn needs at least 1 token"
         )
-        _require(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            f"temperature={self.temperature}: must be 0 (greedy) or a positive number",
-        )
+        _require_temperature(self.temperature)
         _require(0 < self.top_p <= 1, f"top_p={self.top_p}: a probability in (0, 1]; 1 keeps every token")
         _require(self.top_k >= 0, f"top_k={self.top_k}: 0 keeps every token, k > 0 the k most likely")
 
@@ -90,10 +93,15 @@ class LatentSampling:
 
     def __post_init__(self) -> None:
         _require(self.steps >= 2, f"steps={self.steps}: a schedule has at least 2 points, noise and picture")
-        _require(self.shift > 0, f"shift={self.shift}: must be positive; 1 leaves the schedule even")
+        _require(
+            math.isfinite(self.shift) and self.shift > 0,
+            f"shift={self.shift}: must be a positive number; 1 leaves the schedule even",
+        )
         for name in ("guidance_text", "guidance_image"):
+            scale = getattr(self, name)
             _require(
-                getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be at least 1, which is off"
+                math.isfinite(scale) and scale >= 1,
+                f"{name}={scale}: must be a number of at least 1, which is off",
             )
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
         _require(
@@ -102,8 +110,12 @@ class LatentSampling:
         )
         _require(self.renorm in RENORMS, f"renorm={self.renorm!r}: one of {', '.join(RENORMS)}")
         _require(0 <= self.renorm_min <= 1, f"renorm_min={self.renorm_min}: must lie in [0, 1]")
-        _require(self.sde_sigma >= 0, f"sde_sigma={self.sde_sigma}: 0 is the deterministic sampler")
+        _require(
+            math.isfinite(self.sde_sigma) and self.sde_sigma >= 0,
+            f"sde_sigma={self.sde_sigma}: must be 0 (the deterministic sampler) or a positive number",
+        )
         _require(self.logprob in ("mean", "sum"), f"logprob={self.logprob!r}: 'mean' or 'sum'")
+        _require_temperature(self.temperature)
         _require(
             self.sde_sigma == 0 or not self.guided,
             "guidance together with sde_sigma: a guided velocity is not the policy whose log-probability is "
