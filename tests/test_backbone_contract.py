@@ -35,7 +35,7 @@ from clear_adapters.contract.paths import (
     randomise,
     run,
 )
-from clear_adapters.errors import AttachError, BackboneMismatchError
+from clear_adapters.errors import AttachError, BackboneMismatchError, ClearValueError
 from clear_adapters.lora import ADAPTER_NAME, Lora
 from clear_adapters.sampling import TextSampling, choose_token
 
@@ -400,6 +400,28 @@ def test_writing_for_some_rows(backbone, attached):
     alone = backbone.write_text(ask(backbone, [1])[0], WARM)[1]
     assert late[0].ids.tolist() == alone[0].ids.tolist()
     assert all_rows.rows == 3
+
+
+def test_verbs_for_no_rows_read_nothing(backbone, attached):
+    context, _ = ask(backbone, [0, 1])
+    for read in (
+        lambda: backbone.read_text(context, [], rows=[]),
+        lambda: backbone.read_image(context, [], rows=[]),
+        lambda: backbone.read_image(context, [], as_condition=False, rows=[]),
+        lambda: backbone.read_image(context, [], understanding=False, rows=[]),
+        lambda: backbone.read_restoration(context, [], attached.bridge, rows=[]),
+    ):
+        assert read() is context
+    with pytest.raises(ClearValueError, match="0 blocks for 2 rows"):
+        backbone.read_image(context, [])
+
+
+def test_pieces_that_cannot_be_laid_out_are_told_what_they_need(backbone):
+    (own,) = backbone.encode_images(pictures(backbone)[:1])
+    with pytest.raises(ClearValueError, match=r"needs .* or a picture to encode"):
+        backbone.pack([[LatentPiece()]])
+    with pytest.raises(ClearValueError, match=r"fill a grid of \(1, 1\).* pass"):
+        backbone.pack([[LatentPiece(own.tokens[0], grid=(1, 1))]])
 
 
 def test_reencode(backbone, attached):

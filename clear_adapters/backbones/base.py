@@ -42,6 +42,8 @@ __all__ = [
 class Backbone(ABC):
     """The verbs of a family over one loaded model. Subclasses keep to these signatures.
 
+    A verb that reads for no rows gives the context back as it is.
+
     Attributes:
         spec: the family's facts.
         model: the module that holds every weight.

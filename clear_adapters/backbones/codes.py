@@ -186,6 +186,8 @@ class CodesBackbone(Backbone):
         own: bool = False,
     ) -> Context:
         names = named_rows(context, rows, len(ids))
+        if not names:
+            return context
         before, behind = self.frames.text(own)
         blocks = []
         for given in ids:
@@ -204,6 +206,8 @@ class CodesBackbone(Backbone):
         rows: Sequence[int] | None = None,
     ) -> Context:
         names = named_rows(context, rows, len(images))
+        if not names:
+            return context
         counts = [i.patch_grid[0] * i.patch_grid[1] for i in images]
         frames = [self.frames.picture(n) if understanding else [] for n in counts]
         if as_condition or (understanding and not frames[0]):
@@ -225,6 +229,8 @@ class CodesBackbone(Backbone):
         rows: Sequence[int] | None = None,
     ) -> Context:
         names = named_rows(context, rows, len(restorations))
+        if not names:
+            return context
         frames = [self.frames.restoration(r.grid) for r in restorations]
         return self._read_codes(context, restorations, frames, names, bridge)
 

@@ -226,6 +226,8 @@ class BagelBackbone(Backbone):
         own: bool = False,
     ) -> Context:
         names = named_rows(context, rows, len(ids))
+        if not names:
+            return context
         blocks = []
         for given in ids:
             tokens = given.tolist()
@@ -253,6 +255,8 @@ class BagelBackbone(Backbone):
         rows: Sequence[int] | None = None,
     ) -> Context:
         names = named_rows(context, rows, len(images))
+        if not names:
+            return context
         if as_condition:
             context = self._read_latents(context, self.encode_images(images), None, names)
         if understanding:
@@ -274,7 +278,8 @@ class BagelBackbone(Backbone):
         bridge: LatentBridge | None,
         rows: Sequence[int] | None = None,
     ) -> Context:
-        return self._read_latents(context, restorations, bridge, named_rows(context, rows, len(restorations)))
+        names = named_rows(context, rows, len(restorations))
+        return self._read_latents(context, restorations, bridge, names) if names else context
 
     def write_text_steps(
         self, context: Context, sampling: TextSampling, rows: Sequence[int] | None = None

@@ -19,6 +19,7 @@ from clear_adapters.backbones.packed import (
     TextPiece,
 )
 from clear_adapters.backbones.spans import spans_of
+from clear_adapters.errors import ClearValueError
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,11 @@ class Packer:
         self._marks = marks
 
     def pack(self, rows: Sequence[Sequence[Piece]], hidden_layers: tuple[int, ...]) -> PackedBatch:
-        """Lays out rows; see `PackedBatch`."""
+        """Lays out rows; see `PackedBatch`.
+
+        Raises:
+            ClearValueError: a piece that holds nothing, or a latent that does not fill its grid.
+        """
         built: list[Row] = []
         self._text: list[tuple[int, int, int, float]] = []  # row, place, target, weight
         self._velocity: list[tuple[int, int, int]] = []  # row, first latent token, count
@@ -104,7 +109,7 @@ class Packer:
         source: Tensor | int
         if piece.latent is None:
             if piece.image is None:
-                raise ValueError("a LatentPiece needs a latent or a picture to encode")
+                raise ClearValueError("a LatentPiece needs a latent or a picture to encode")
             stride = self._config.ae.downsample * self._config.latent_patch
             grid = (piece.image.size[0] // stride, piece.image.size[1] // stride)
             # A picture that stands several times in a batch (noised and final) is encoded once.
@@ -114,7 +119,10 @@ class Packer:
         else:
             source, grid = piece.latent.reshape(-1, self._config.latent_width), piece.grid or (0, 0)
             if grid[0] * grid[1] != len(source):
-                raise ValueError(f"a latent of {len(source)} tokens does not fill a grid of {grid}")
+                raise ClearValueError(
+                    f"a latent of shape {tuple(piece.latent.shape)} does not fill a grid of {grid}: pass "
+                    f"{grid[0] * grid[1]} tokens, or the grid that it was sampled on"
+                )
         count = grid[0] * grid[1]
         first = self._add_image_block(row, count, piece.branch)
         row.gen += range(first, first + count)
