@@ -61,13 +61,16 @@ class Reply:
 
     @cached_property
     def restored_image(self) -> Image | None:
-        """The last restoration in pixels, decoded when first asked for.
+        """The last restoration in pixels, those that were read where it was re-encoded; else decoded when first asked for.
 
         None where nothing was restored, and for a family that cannot decode.
         """
-        if not self.restored or self._decode is None:
+        if not self.restored:
             return None
-        images = self._decode(self.transcript.restorations[-1].restoration)
+        restoration: Restoration = self.transcript.restorations[-1].restoration
+        if restoration.image is not None or self._decode is None:
+            return restoration.image
+        images = self._decode(restoration)
         return images[0] if images else None
 
     @property

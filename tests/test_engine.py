@@ -462,6 +462,19 @@ def test_reply(backbone, script, monkeypatch):
     assert Reply(direct.transcript).restored_image is None
 
 
+def test_the_restored_image_is_the_one_that_was_read(backbone, script, monkeypatch):
+    """Pixels depend on the batch by a rounding: those that were encoded again are not decoded anew."""
+    decoded = []
+    original = type(backbone).decode
+    monkeypatch.setattr(type(backbone), "decode", lambda self, r: decoded.append(1) or original(self, r))
+    script({1: [ASK, ANSWER]})
+    (reply,) = make_engine(backbone).answer(IMAGES[0], "What?", seed=[1], latent_from="reencode")
+    assert len(decoded) == 1
+    assert reply.restored_image is reply.transcript.restorations[-1].restoration.image
+    assert len(decoded) == 1
+    assert Reply(reply.transcript).restored_image is reply.restored_image
+
+
 def test_a_written_turn_keeps_its_ids(backbone):
     own = make_engine(backbone, text=dataclasses.replace(WARM, max_new_tokens=30))
     segment = own.rollout(IMAGES[0], "What?", seeds=[5])[0].segments[-1]
