@@ -19,11 +19,7 @@ class _Storage:
 
 
 class Cache:
-    """One context's view of a storage.
-
-    Attributes:
-        layers, heads, head_dim: sizes.
-    """
+    """One context's view of a storage."""
 
     def __init__(self, storage: _Storage) -> None:
         self._storage = storage

@@ -200,7 +200,7 @@ class Frame:
         und_index: (U,) flat places of the understanding tokens.
         gen_index: (G,) flat places of the generation tokens.
         cos, sin: (B, 1, L, d) rotary tables at the tokens' positions; (B, 1, 1, d) where those of a row share one.
-        mask: (B, 1, L, K) bool, True where seen, or additive; None where nothing is hidden, or `spans` say what is.
+        mask: (B, 1, L, K) bool, True where seen; None where nothing is hidden, or `spans` say what is.
         spans: the blocks of each row, of a pass without a cache.
         experts: of each layer, for compiled passes.
     """
