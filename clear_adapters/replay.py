@@ -26,6 +26,7 @@ from clear_adapters.backbones.packed import (
     Piece,
     PreparedImage,
     TextPiece,
+    prepare_once,
 )
 from clear_adapters.errors import ClearValueError
 from clear_adapters.sampling import LatentSampling, sde_mean, sde_terms
@@ -227,8 +228,9 @@ def replay(
     chosen = [None] * len(transcripts) if steps is None else list(steps)
     if len(chosen) != len(transcripts):
         raise ClearValueError(f"steps has {len(chosen)} entries for {len(transcripts)} transcripts")
+    prepare = prepare_once(backbone.prepare)
     rows = [
-        pieces(t, prepare=backbone.prepare, decode=backbone.decode_each, steps=own)
+        pieces(t, prepare=prepare, decode=backbone.decode_each, steps=own)
         for t, own in zip(transcripts, chosen, strict=True)
     ]
     batch = backbone.pack(rows, with_hidden).to(backbone.device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clear_adapters.backbones.base import Context, Restoration
-from clear_adapters.backbones.packed import PreparedImage
+from clear_adapters.backbones.packed import PreparedImage, prepare_once
 from clear_adapters.prompts import FORCED_DECLINE, Protocol
 from clear_adapters.reply import Action
 from clear_adapters.sampling import LatentSampling, RowRandom, TextSampling
@@ -202,6 +202,7 @@ class Rollout:
         self._backbone = backbone
         self._bridge = bridge
         self._task = task
+        self._prepare = prepare_once(backbone.prepare)
         self._prepared: list[PreparedImage] = []
         self._opening: Context  # one row that has read the system prompt, if there is one
         self.clock = _Clock(backbone.device)
@@ -274,7 +275,7 @@ class Rollout:
                 own.append(system)
         self._opening = context
         context = context.expand(count) if count > 1 else context
-        self._prepared = [backbone.prepare(image) for image in task.images]
+        self._prepared = [self._prepare(image) for image in task.images]
         context = backbone.read_image(context, self._prepared, as_condition=not task.plain)
         questions = [self._text(q, Origin.PROMPT) for q in task.questions]
         context = backbone.read_text(context, [q.ids for q in questions])
@@ -334,7 +335,7 @@ class Rollout:
         if self._task.latent_from == "degraded":
             return [self._prepared[i] for i in prompts]
         assert self._task.clean is not None
-        return [self._backbone.prepare(self._task.clean[i]) for i in prompts]
+        return [self._prepare(self._task.clean[i]) for i in prompts]
 
     def _sample(self, batch: _Batch) -> Generator[Moment, None, list[Restoration]]:
         task = self._task

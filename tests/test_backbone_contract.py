@@ -5,6 +5,7 @@ filled with random weights wherever an update of zero would prove nothing.
 """
 
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from clear_adapters import adapter as adapter_module
 from clear_adapters.adapter import attach
 from clear_adapters.attached import AttachedModel
 from clear_adapters.backbones import backbone_class, find_for_model, get_backbone, list_backbones, resolve
+from clear_adapters.backbones.bagel import backbone as bagel
 from clear_adapters.backbones.packed import LatentPiece, TextPiece
 from clear_adapters.bridge import BridgeConfig
 from clear_adapters.config import LoraSettings
@@ -414,6 +416,45 @@ def test_verbs_for_no_rows_read_nothing(backbone, attached):
         assert read() is context
     with pytest.raises(ClearValueError, match="0 blocks for 2 rows"):
         backbone.read_image(context, [])
+
+
+def test_a_picture_of_several_rows_is_encoded_once(backbone, monkeypatch):
+    """And is in each of them what it is where its rows hold pictures of their own."""
+    encoded = Counter()
+
+    def count(owner, name, place):
+        original = getattr(owner, name)
+
+        def counted(*given):
+            encoded[name] += len(given[place])
+            return original(*given)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    if backbone.spec.kind == "codes":
+        count(type(backbone), "tokenise", 1)
+        count(type(backbone), "see", 1)
+    else:
+        count(bagel, "encode_pixels", 1)
+        count(type(backbone.model), "embed_patches", 1)
+
+    def read(images):
+        encoded.clear()
+        context = backbone.read_image(backbone.start(3, [1, 2, 3]), images)
+        return context, set(encoded.values())
+
+    one, other = pictures(backbone)[:2]
+    shared, counts = read([one, other, one])
+    single, apart = read([one, other, replace(one)])
+    assert (counts, apart) == ({2}, {3})
+    assert torch.equal(shared.valid, single.valid)
+    data = [c.cache.read(c.length).transpose(3, 4)[:, :, c.valid] for c in (shared, single)]
+    torch.testing.assert_close(*data, atol=1e-5, rtol=1e-5)
+    first, _, again = backbone.encode_images([one, other, one])
+    assert first is not again
+    assert torch.equal(first.tokens, again.tokens)
+    features = backbone.understand([one, other, one])
+    assert torch.equal(features[0], features[2])
 
 
 def test_pieces_that_cannot_be_laid_out_are_told_what_they_need(backbone):

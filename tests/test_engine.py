@@ -9,6 +9,7 @@ import torch
 from clear_adapters import engine, images
 from clear_adapters.backbones import get_backbone, list_backbones, resolve
 from clear_adapters.backbones import writer as bagel
+from clear_adapters.backbones.base import drain
 from clear_adapters.bridge import BridgeConfig, LatentBridge
 from clear_adapters.errors import ClearTypeError, ClearValueError, ImageError
 from clear_adapters.prompts import FORCED_DECLINE, get_protocol
@@ -20,6 +21,7 @@ from clear_adapters.reply import (
     TextDelta,
     Timing,
 )
+from clear_adapters.rollout import Rollout
 from clear_adapters.sampling import LatentSampling, TextSampling
 from clear_adapters.transcript import ImageSegment, Origin, TextSegment
 from tests.scripted import ANSWER, ASK, ODE, SDE, Script, make_engine, picture, toy
@@ -428,6 +430,24 @@ def test_controls_of_groups_read_their_own_picture(backbone, script):
         for row, transcript in enumerate(found[1:], start=1):
             expected = backbone.encode_images([backbone.prepare(own[row // 2])])[0]
             torch.testing.assert_close(transcript.restorations[0].restoration.latent, expected.latent)
+
+
+def test_a_picture_of_several_rows_is_prepared_once(backbone, monkeypatch):
+    made, prepare = [], backbone.prepare
+    monkeypatch.setattr(backbone, "prepare", lambda image: made.append(image) or prepare(image))
+    own, clean = make_engine(backbone, max_restores=1), picture(9)
+    own.rollout(
+        IMAGES[0], "What?", seeds=[1, 2], group=2, restore="always", latent_from="clean", clean_images=clean
+    )
+    assert len(made) == 2  # the given picture and the clean one
+    made.clear()
+    task = own._task(
+        IMAGES[:2], QUESTIONS[:2], [1, 2], "always", None, None, "own", None, group=1, plain=False
+    )
+    for images, count in ((task.images, 2), (task.images[:1] * 2, 1)):
+        drain(Rollout(backbone, None, dataclasses.replace(task, images=images)).steps())
+        assert len(made) == count
+        made.clear()
 
 
 def test_the_bridge_is_read_through(backbone, script):

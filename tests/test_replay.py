@@ -196,6 +196,29 @@ def test_gradients_and_hidden_states(backbone, bridge):
     assert bridge.up.weight.grad.abs().max() > 0
 
 
+def test_a_picture_of_several_transcripts_is_prepared_and_encoded_once(backbone, bridge, monkeypatch):
+    own = engine(backbone, bridge)
+    transcripts = own.rollout(IMAGES[:2], QUESTIONS[:2], seeds=SEEDS[:4], group=2)
+    apart = [
+        Transcript(
+            [dataclasses.replace(s, image=s.image.copy()) if isinstance(s, ImageSegment) else s for s in t]
+        )
+        for t in transcripts
+    ]
+    made, prepare = [], backbone.prepare
+    monkeypatch.setattr(backbone, "prepare", lambda image: made.append(image) or prepare(image))
+    shared, counts = own.replay(transcripts), [len(made)]
+    single = own.replay(apart)
+    assert [*counts, len(made)] == [2, 2 + 4]
+    assert (len(shared.batch.patches), len(single.batch.patches)) == (2, 4)
+    for a, b in zip(
+        shared.text_logprobs + shared.latent_logprobs,
+        single.text_logprobs + single.latent_logprobs,
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
 def test_replay_errors(backbone):
     own = engine(backbone)
     transcripts = own.rollout(IMAGES[1], QUESTIONS[1], seeds=[2])

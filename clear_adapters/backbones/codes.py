@@ -25,7 +25,7 @@ from clear_adapters.backbones.codes_packing import CodesPacker
 from clear_adapters.backbones.decoder import run_layers
 from clear_adapters.backbones.graphs import can_capture
 from clear_adapters.backbones.layout import SLOT, Frames
-from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
+from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage, distinct
 from clear_adapters.backbones.pixels import to_pil
 from clear_adapters.backbones.writer import Writer, write_turn
 from clear_adapters.errors import ClearValueError
@@ -137,6 +137,7 @@ class CodesBackbone(Backbone):
     @torch.no_grad()
     @any_shape()
     def encode_images(self, images: Sequence[PreparedImage]) -> list[Restoration]:
+        images, places = distinct(images)
         sizes = [tuple(i.pixels.shape[-2:]) for i in images]
         found: dict[int, Restoration] = {}
         for size in dict.fromkeys(sizes):
@@ -145,7 +146,7 @@ class CodesBackbone(Backbone):
             for n, own in zip(members, codes.split(1), strict=True):
                 whole = images[n].size
                 found[n] = Restoration("codes", self.latent_grid(whole), whole, codes=own)
-        return [found[n] for n in range(len(images))]
+        return [replace(found[n]) for n in places]
 
     @torch.no_grad()
     def understand(self, images: Sequence[PreparedImage]) -> list[Tensor]:
@@ -156,8 +157,9 @@ class CodesBackbone(Backbone):
         return [self.embed_latents(self.embed_codes(r.tokens[0])) for r in self.encode_images(images)]
 
     def _features(self, images: Sequence[PreparedImage]) -> Tensor:
+        images, places = distinct(images)
         with any_shape():
-            return self.see(torch.stack([i.patches for i in images]).to(self.device))
+            return self.see(torch.stack([i.patches for i in images]).to(self.device))[places]
 
     @torch.no_grad()
     @any_shape()

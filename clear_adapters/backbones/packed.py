@@ -5,6 +5,7 @@ Training and replay describe a row as pieces; a family packs them. Nothing here 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +109,26 @@ class PreparedImage:
         height, width = self.size
         top, left = (self.pixels.shape[-2] - height) // 2, (self.pixels.shape[-1] - width) // 2
         return self.pixels[:, top : top + height, left : left + width]
+
+
+def prepare_once(prepare: Callable[[Any], PreparedImage]) -> Callable[[Any], PreparedImage]:
+    """A `Backbone.prepare` that gives one object for one picture, so that rows that share it encode it once too."""
+    made: dict[int, tuple[Any, PreparedImage]] = {}
+
+    def prepared(image: Any) -> PreparedImage:
+        # The picture is held as well: another one would get the number of one that is gone.
+        if id(image) not in made:
+            made[id(image)] = image, prepare(image)
+        return made[id(image)][1]
+
+    return prepared
+
+
+def distinct(images: Sequence[PreparedImage]) -> tuple[list[PreparedImage], list[int]]:
+    """Pictures without those that are the same object, and which of them each one is."""
+    own = {id(image): image for image in images}
+    number = {key: place for place, key in enumerate(own)}
+    return list(own.values()), [number[id(image)] for image in images]
 
 
 @dataclass

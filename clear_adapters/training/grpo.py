@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, PreparedImage
+from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, PreparedImage, prepare_once
 from clear_adapters.datasets.example import Example
 from clear_adapters.errors import ClearError, ClearValueError
 from clear_adapters.replay import CodeTargets, FlowTargets, pieces, restoration_targets, score_text
@@ -124,7 +124,7 @@ class _Rollouts:
         key: seeds of the draws that it was made from.
         members: (rows,) the place of each rollout in its question's group.
         transcripts: a question's rollouts stand next to each other.
-        prepared: pictures that were prepared, by the picture's `id`.
+        prepare: `Backbone.prepare`, once for each of their pictures.
         text_advantage: (rows,) float32.
         flow_advantage: (rows,) float32.
         scored: (rows,) float32, 1 where the group has a reward and 0 elsewhere.
@@ -133,7 +133,7 @@ class _Rollouts:
     key: tuple[int, ...]
     members: list[int]
     transcripts: list[Transcript]
-    prepared: dict[int, PreparedImage]
+    prepare: Callable[[Image], PreparedImage]
     text_advantage: Tensor
     flow_advantage: Tensor
     scored: Tensor
@@ -275,7 +275,8 @@ class GrpoObjective(Objective):
         self._note(scores, transcripts, totals)
         index = torch.arange(len(rows)).repeat_interleave(own), torch.tensor(members)
         scored = (~totals.isnan()).float()
-        return _Rollouts(key, members, transcripts, {}, text[index], flow[index], scored[index])
+        prepare = prepare_once(self.backbone.prepare)
+        return _Rollouts(key, members, transcripts, prepare, text[index], flow[index], scored[index])
 
     def _score(self, rows: Sequence[_Question], transcripts: Sequence[Transcript]) -> Scores:
         """Rewards of the questions' whole groups, of which each process scores its own rollouts.
@@ -367,15 +368,8 @@ class GrpoObjective(Objective):
         seeds = [held.key[i // self._own] for i in places]
         members = [held.members[i] for i in places]
         steps = [self._steps(s, m, t) for s, m, t in zip(seeds, members, transcripts, strict=True)]
-
-        def prepare(image: Any) -> PreparedImage:
-            # A group's rows share their picture: it is resized and encoded once.
-            if id(image) not in held.prepared:
-                held.prepared[id(image)] = backbone.prepare(image)
-            return held.prepared[id(image)]
-
         rows = [
-            pieces(t, prepare=prepare, decode=backbone.decode_each, steps=own)
+            pieces(t, prepare=held.prepare, decode=backbone.decode_each, steps=own)
             for t, own in zip(transcripts, steps, strict=True)
         ]
         batch = backbone.pack(rows).to(device)

@@ -28,7 +28,7 @@ from clear_adapters.backbones.bagel.spec import SPEC
 from clear_adapters.backbones.base import Backbone, Context, FlowTrace, Restoration, named_rows
 from clear_adapters.backbones.cache import Cache, Slots
 from clear_adapters.backbones.graphs import can_capture
-from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage
+from clear_adapters.backbones.packed import ModelOutputs, PackedBatch, Piece, PreparedImage, distinct
 from clear_adapters.backbones.pixels import to_pil
 from clear_adapters.backbones.quantized import check_quantization, is_quantized
 from clear_adapters.backbones.spans import LONG
@@ -184,6 +184,7 @@ class BagelBackbone(Backbone):
         return size[0] // stride, size[1] // stride
 
     def encode_images(self, images: Sequence[PreparedImage]) -> list[Restoration]:
+        images, places = distinct(images)
         found: dict[int, Restoration] = {}
         for size in {i.size for i in images}:
             members = [n for n, i in enumerate(images) if i.size == size]
@@ -191,15 +192,21 @@ class BagelBackbone(Backbone):
             tokens = encode_pixels(self.autoencoder, pixels, self.config.latent_patch)
             for n, latent in zip(members, tokens.split(1), strict=True):
                 found[n] = Restoration("flow", self.latent_grid(size), size, latent=latent)
-        return [found[n] for n in range(len(images))]
+        return [replace(found[n]) for n in places]
 
     @torch.no_grad()
     def understand(self, images: Sequence[PreparedImage]) -> list[Tensor]:
         if not images:
             return []
-        padded = pad_patches([(i.patches, i.patch_grid) for i in images], self.config.vit_side)
-        tokens = self.model.embed_patches(*(x.to(self.device) for x in padded))
+        tokens, _ = self._features(images)
         return [t[: len(i.patches)] for t, i in zip(tokens, images, strict=True)]
+
+    def _features(self, images: Sequence[PreparedImage]) -> tuple[Tensor, Tensor]:
+        """Understanding tokens (n, P, D), padded, and which of them there are, (n, P) bool."""
+        images, places = distinct(images)
+        padded = pad_patches([(i.patches, i.patch_grid) for i in images], self.config.vit_side)
+        patches, positions, valid = (x.to(self.device) for x in padded)
+        return self.model.embed_patches(patches, positions, valid)[places], valid[places]
 
     def decode(self, restoration: Restoration) -> list[Image]:
         if restoration.latent is None:
@@ -260,11 +267,7 @@ class BagelBackbone(Backbone):
         if as_condition:
             context = self._read_latents(context, self.encode_images(images), None, names)
         if understanding:
-            patches, places, valid = pad_patches(
-                [(i.patches, i.patch_grid) for i in images], self.config.vit_side
-            )
-            tokens = self.model.embed_patches(*(x.to(self.device) for x in (patches, places, valid)))
-            context = self._read_block(context, tokens, valid.to(self.device), names, generation=False)
+            context = self._read_block(context, *self._features(images), names, generation=False)
         sizes = list(context.sizes)
         for row, image in zip(names, images, strict=True):
             sizes[row] = image.size
