@@ -9,7 +9,6 @@ import torch
 from clear_adapters import engine, images
 from clear_adapters.backbones import get_backbone, list_backbones, resolve
 from clear_adapters.backbones import writer as bagel
-from clear_adapters.backbones.base import drain
 from clear_adapters.bridge import BridgeConfig, LatentBridge
 from clear_adapters.errors import ClearTypeError, ClearValueError, ImageError
 from clear_adapters.prompts import FORCED_DECLINE, get_protocol
@@ -21,7 +20,6 @@ from clear_adapters.reply import (
     TextDelta,
     Timing,
 )
-from clear_adapters.rollout import Rollout
 from clear_adapters.sampling import LatentSampling, TextSampling
 from clear_adapters.transcript import ImageSegment, Origin, TextSegment
 from tests.scripted import ANSWER, ASK, ODE, SDE, Script, make_engine, picture, toy
@@ -441,11 +439,8 @@ def test_a_picture_of_several_rows_is_prepared_once(backbone, monkeypatch):
     )
     assert len(made) == 2  # the given picture and the clean one
     made.clear()
-    task = own._task(
-        IMAGES[:2], QUESTIONS[:2], [1, 2], "always", None, None, "own", None, group=1, plain=False
-    )
-    for images, count in ((task.images, 2), (task.images[:1] * 2, 1)):
-        drain(Rollout(backbone, None, dataclasses.replace(task, images=images)).steps())
+    for given, count in ((IMAGES[:2], 2), (IMAGES[0], 1)):
+        own.rollout(given, QUESTIONS[:2], seeds=[1, 2], restore="always")
         assert len(made) == count
         made.clear()
 

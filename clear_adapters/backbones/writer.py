@@ -77,8 +77,10 @@ class Writer:
         active = torch.zeros(count, dtype=torch.bool)
         active[list(rows)] = True
         self.drawing = active.to(device)
-        # A row goes on while there is room for one more token and the end that closes it.
-        self._last = None if positions is None else positions - 2
+        # A row goes on while there is room for one more token and the end that closes it. No row is longer than the cache, so that
+        # most turns need not look.
+        close = positions is not None and context.length + sampling.max_new_tokens + 2 > positions
+        self._last = positions - 2 if positions is not None and close else None
         if self._last is not None:
             self.drawing &= context.position < self._last
         self.cut = torch.zeros_like(self.drawing)
