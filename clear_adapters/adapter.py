@@ -37,6 +37,10 @@ __all__ = ["AdapterSize", "AttachedModel", "ClearModule", "Origin", "attach", "c
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+_TAKEN = ("protocol", "text", "latent", "max_restores")
+"""What a fresh adapter takes of another one's config."""
+
+
 def attach(
     model: Any = None,
     adapter: str | Path | None = None,
@@ -44,6 +48,7 @@ def attach(
     processor: Any = None,
     lora: LoraSettings | Literal[False] | None = None,
     bridge: BridgeConfig | LatentBridge | Literal[False] | None = None,
+    config: ClearConfig | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     quantization: str | None = None,
@@ -63,6 +68,8 @@ def attach(
         lora: what a fresh adapter adapts; None is both groups at rank 16, False is nothing.
         bridge: sizes of a fresh bridge, or a trained bridge to go on with; None is the adapter's own or a fresh one,
             False is none.
+        config: whose protocol and sampling a fresh adapter takes, such as `attached.config` of one that was merged: without
+            its protocol a trained model is asked in other words than it learnt.
         dtype: type of the weights of a model that is loaded here: float32, bfloat16 or float16. None keeps the stored
             one on a GPU and takes float32 on a CPU, where bfloat16 is slow.
         device: where such a model is loaded to; None is the CUDA GPU if there is one, else the CPU. `mps` is taken only
@@ -92,6 +99,8 @@ def attach(
         )
     if adapter is not None and lora not in (None, False):
         raise ClearValueError("lora= is for a fresh adapter: the one that is loaded brings its own settings")
+    if adapter is not None and config is not None:
+        raise ClearValueError("config= is for a fresh adapter: the one that is loaded brings its own")
     _check_types(adapter, lora, bridge)
     stored = None
     if adapter is not None:
@@ -146,22 +155,24 @@ def attach(
         built = _build_bridge(backbone, bridge, stored)
         sizes = None if built is None else built.config.to_dict()
         if stored is not None:
-            config = replace(stored.config, bridge=sizes)
+            described = replace(stored.config, bridge=sizes)
         else:
             public = (
                 isinstance(name, str)
                 and (is_builtin_name(name) or is_hub_id(name))
                 and not Path(name).exists()
             )
-            config = ClearConfig(
+            like = {n: getattr(config, n) for n in _TAKEN} if config is not None else {}
+            described = ClearConfig(
                 backbone=backbone.spec.name,
                 base_model=str(name) if public else None,
                 base_revision=(commit or revision) if public else None,
                 bridge=sizes,
                 lora=settings,
+                **like,
             )
         attached = AttachedModel(
-            backbone, config, inside, built, snapshot, backbone if name is not None else base
+            backbone, described, inside, built, snapshot, backbone if name is not None else base
         )
         if stored is not None:
             public = is_builtin_name(str(adapter)) or (stored.commit is not None and is_hub_id(str(adapter)))

@@ -383,7 +383,7 @@ class AttachedModel:
         """Folds LoRA into the base weights and gives back the model, which has no adapter afterwards.
 
         Args:
-            keep_bridge: that you go on using `bridge` yourself, as in `attach(model, lora=False, bridge=bridge)`.
+            keep_bridge: that you go on using `bridge` yourself, as in `attach(model, lora=False, bridge=bridge, config=config)`.
 
         Raises:
             AttachError: it was detached already, is `folded()`, or a trained bridge would be lost.
@@ -397,7 +397,7 @@ class AttachedModel:
         if self.bridge is not None and not keep_bridge and not _untrained(self.bridge):
             raise AttachError(
                 "the bridge is trained, and a base model has no place for it: call merge(keep_bridge=True) and go on "
-                "with attach(model, lora=False, bridge=attached.bridge), or detach() to keep the adapter apart"
+                "with attach(model, lora=False, bridge=attached.bridge, config=attached.config), or detach() to keep the adapter apart"
             )
         if self.lora is not None:
             self.lora.merge()

@@ -67,7 +67,14 @@ def _training(command: Callable[..., None]) -> Callable[..., None]:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("clear_adapters.training").setLevel(logging.INFO)
         places, more = _run_options(**{name: values.pop(name) for name in shared})
-        command(places, more, **values)
+        try:
+            command(places, more, **values)
+        except KeyboardInterrupt:
+            typer.echo(
+                "\nstopped: the same command goes on from the last checkpoint (every save_every steps)",
+                err=True,
+            )
+            raise typer.Exit(130) from None
         from clear_adapters.training.group import leave_group
 
         leave_group()

@@ -17,7 +17,7 @@ Decoder = Callable[[Restoration], "list[Image] | None"]
 Action = Literal["restore", "answer", "decline", "limit", "stop"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reply:
     """The answer to one question.
 
@@ -31,6 +31,9 @@ class Reply:
     timings: dict[str, float] = field(default_factory=dict)
     plain: bool = False
     _decode: Decoder | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        return f"Reply({self.text!r}, restored={self.restored}, thoughts={len(self.thoughts)})"
 
     @cached_property
     def text(self) -> str:

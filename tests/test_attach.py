@@ -502,6 +502,21 @@ def test_merge_with_an_untrained_bridge_asks_nothing(backbone):
     assert attached.merge() is backbone
 
 
+def test_a_merged_model_answers_as_it_did_with_its_config(backbone):
+    attached = random_weights(attach(backbone, lora=SMALL))
+    attached.config = replace(
+        attached.config, protocol=get_protocol("tiny"), text=TEXT, latent=LATENT, max_restores=1
+    )
+    own, bridge = attached.answer(picture(), "What?", restore="always"), attached.bridge
+    config = attached.config
+    again = attach(attached.merge(keep_bridge=True), lora=False, bridge=bridge, config=config)
+    reply = again.answer(picture(), "What?", restore="always")
+    assert reply.transcript.reply == own.transcript.reply
+    assert again.config == replace(config, lora=None)
+    with pytest.raises(ClearValueError, match="fresh adapter"):
+        attach(again.detach(), "builtin:clear-bagel-tiny", config=config)
+
+
 def test_size_and_repr(backbone):
     attached = attach(backbone, lora=LoraSettings({"understanding": 1}), bridge=False)
     # seven modules in two layers of width 32, 8-wide heads (4, of which 2 for keys and values) and an MLP of 48

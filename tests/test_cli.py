@@ -103,6 +103,13 @@ def test_degrade_writes_what_the_function_gives(photo, tmp_path):
     )
 
 
+def test_degrade_leaves_its_input(photo):
+    before = photo.read_bytes()
+    refused = call("degrade", photo, photo, code=2)
+    assert "is the input" in " ".join(refused.output.split())
+    assert photo.read_bytes() == before
+
+
 # ---------------------------------------------------------------------------------------------------- answers
 
 
@@ -207,6 +214,14 @@ def bad_inputs(toy, photo, folder):
         "empty": (["answer", photo, " ", *given], "The question is blank"),
         "both": (["answer", photo, QUESTION, *given, "--json", "--stream"], "choose one"),
         "recipe": (["train", "sft", "--recipe", "tny", "--data", folder, "--output", folder / "a"], "'tiny'"),
+        "stranger": (
+            ["train", "sft", "--recipe", "paper", "--data", folder, "--output", folder / "a"],
+            "'paper' is not for the built-in builtin:bagel-tiny",
+        ),
+        "strangers": (
+            ["train", "all", "--recipe", "janus", "--data", folder, "--output", folder / "a"],
+            "'janus' is not for the built-in builtin:bagel-tiny",
+        ),
         "before": (["train", "grpo", "--data", folder, "--output", folder / "a"], "pass its folder"),
         "stage": (
             ["train", "all", "--data", folder, "--output", folder / "a", "--set", "gpro:steps=1"],
@@ -246,7 +261,7 @@ BAD = (
         "both",
     ),
     *("recipe", "split", "sheet", "restored", "device", "encoding", "rank", "schedule"),
-    *("before", "stage", "log"),
+    *("before", "stage", "log", "stranger", "strangers"),
 )
 
 
@@ -317,3 +332,12 @@ def test_names_of_the_library_reach_training_and_data(monkeypatch, tmp_path):
             "stage": "sft",
         },
     )
+
+
+def test_a_run_that_is_interrupted_says_how_to_go_on(monkeypatch, tmp_path):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clear_adapters.training.run.train", interrupted)
+    stopped = call("train", "sft", "--data", tmp_path / "d", "--output", tmp_path / "a", code=130)
+    assert "goes on from the last checkpoint" in stopped.output

@@ -464,6 +464,7 @@ def test_reply(backbone, script, monkeypatch):
     monkeypatch.setattr(type(backbone), "decode", lambda self, r: decoded.append(1) or original(self, r))
     script({1: [ASK, ANSWER], 2: [ANSWER]})
     restored, direct = make_engine(backbone).answer(IMAGES[:2], QUESTIONS[:2], seed=[1, 2])
+    assert repr(restored) == f"Reply({restored.text!r}, restored=True, thoughts={len(restored.thoughts)})"
     assert not decoded
     assert restored.restored_image.size == IMAGES[0].size
     assert restored.restored_image is restored.restored_image

@@ -529,7 +529,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(data, tmp_path, monkeypatch
     stamp = (again / "clear_config.json").stat().st_mtime_ns
     assert run("killed") == again
     assert (again / "clear_config.json").stat().st_mtime_ns == stamp
-    with pytest.raises(ClearValueError, match="recipe differ"):
+    with pytest.raises(ClearValueError, match=r"\(optim.lr is 0.01 there and 1.0 here\)"):
         train_stage("tiny", data, again, model=build(0), overrides=[*overrides, "lr=1"])
     with pytest.raises(ClearValueError, match="resume=True"):
         train_stage("tiny", data, again, model=build(0), overrides=overrides, resume=False)

@@ -355,7 +355,8 @@ def equal(files: Sequence[ResultFile]) -> str:
     return f"The built-in model, {dates}.\n\n{table(head, lines)}"
 
 
-PANELS = ("tokens/s", "rollouts/s", "GPU-seconds a million tokens", "waiting, %", "GB a GPU")
+COST = "GPU-s a million tokens"
+PANELS = ("tokens/s", COST, "rollouts/s", "waiting, %", "GB a GPU")
 """Of the figure; those of which nothing was measured are left out."""
 
 
@@ -377,22 +378,22 @@ def figure(files: Sequence[ResultFile], path: Path) -> None:
         if part == "grpo":
             values["rollouts/s"] = rate
         else:
-            values |= {
-                "tokens/s": rate,
-                "GPU-seconds a million tokens": lambda r: 1e6 * r["processes"] / rate(r),
-            }
+            values |= {"tokens/s": rate, COST: lambda r: 1e6 * r["processes"] / rate(r)}
         for label, value in values.items():
             known = [(r["processes"], v) for r in rows if (v := value(r)) is not None]
             if known:
                 counts, heights = (list(x) for x in zip(*known, strict=True))
                 series.setdefault(label, []).append((name, growth, counts, heights))
     shown = [label for label in PANELS if label in series]
+    columns, count = 2, len(shown) // 2 + 1  # with a place for the legend
     drawn, axes = plt.subplots(
-        1, len(shown), figsize=(3.4 * len(shown), 3), layout="constrained", squeeze=False
+        count, columns, figsize=(4.2 * columns, 2.9 * count), layout="constrained", squeeze=False
     )
+    for axis in axes.flat[len(shown) :]:
+        axis.set_axis_off()
     colours = {name: f"C{i}" for i, (name, _, _) in enumerate(WORK)}
     handles: dict[str, Any] = {}
-    for axis, label in zip(axes[0], shown, strict=True):
+    for axis, label in zip(axes.flat, shown, strict=False):
         for name, growth, counts, heights in series[label]:
             style = "-" if growth == "weak" else "--"
             (handles[name],) = axis.plot(counts, heights, style, marker="o", color=colours[name])
@@ -402,7 +403,7 @@ def figure(files: Sequence[ResultFile], path: Path) -> None:
         axis.set_xticks(ticks, [str(n) for n in ticks], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    drawn.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles))
+    axes.flat[len(shown)].legend(list(handles.values()), list(handles), loc="center")
     drawn.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(drawn)
 

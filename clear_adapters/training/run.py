@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,13 +33,16 @@ from clear_adapters.store import CONFIG
 from clear_adapters.training.build import LOG, attach_for, trainer_for
 from clear_adapters.training.group import join_group, rank
 from clear_adapters.training.publish import Publisher, check_access
-from clear_adapters.training.recipe import STAGES, Recipe, divide_overrides, load_recipe
+from clear_adapters.training.recipe import STAGES, Recipe, divide_overrides, list_recipes, load_recipe
 from clear_adapters.training.trainer import ClearTrainer, last_checkpoint, newest_checkpoint
 from clear_adapters.training.watch import watching
 
+_LOG = logging.getLogger(__name__)
 RUN = "run.json"
 _HOW = ("micro_batch", "shard", "timeout", "workers")
 MODEL = "builtin:bagel-tiny"
+_OWN = "tiny"
+"""The recipe of that model."""
 _COMING = 60.0
 """Seconds at least that processes wait for each other to begin: they do not load their libraries equally fast."""
 
@@ -88,10 +92,10 @@ def train(
         LostProcessError: of several processes another one has ended. One that gives no sign for `loop.timeout` seconds, or
             processes that wait for each other so long, end this one with a message and exit status 3.
     """
-    recipe = _recipe(recipe, stage, overrides)
+    named, recipe = recipe, _recipe(recipe, stage, overrides)
     _check_adapter(recipe.stage, adapter)
     if model is None and adapter is None:
-        model = MODEL
+        model = _default_model(named)
     output = Path(os.path.abspath(output))  # noqa: PTH100 (a link at the end stays one)
     # Exchanges may wait for the slowest: the watch ends those that would wait for good, and their own limit is the last resort.
     join_group(_device_type(model, device), 10 * recipe.loop.timeout, max(_COMING, recipe.loop.timeout))
@@ -167,7 +171,9 @@ def _run(
             # Only now: settings that were refused until here leave nothing behind.
             _claim(work, facts)
             last = last_checkpoint(work)
-            if last is None:
+            if last is not None:
+                _LOG.info("going on from %s", last.name)
+            else:
                 (work / LOG).unlink(missing_ok=True)
         last = broadcast_object_list([last])[0]
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -212,7 +218,7 @@ def train_all(
     """
     divided = divide_overrides(overrides, STAGES)
     recipes = [load_recipe(recipe, divided[stage], stage) for stage in STAGES]
-    model = MODEL if model is None else model
+    model = _default_model(recipe) if model is None else model
     done: list[Path] = []
     for number, loaded in enumerate(recipes, 1):
         folder = Path(output) / f"{number}-{loaded.stage}"
@@ -234,6 +240,16 @@ def summary(folder: Path) -> str:
     return (
         f"{config.stage}: {made['steps']} steps in {minutes}:{seconds:02} min; {losses}; adapter in {folder}"
     )
+
+
+def _default_model(recipe: Any) -> str:
+    """The built-in model, for the recipe that is for it and for those of a user's own."""
+    if recipe in list_recipes() and recipe != _OWN:
+        raise ClearValueError(
+            f"recipe {recipe!r} is not for the built-in {MODEL}, which {_OWN!r} is for: name the model to train (--model, "
+            "model=); `clear-adapters backbones` lists what each family loads"
+        )
+    return MODEL
 
 
 def work_of(output: Path) -> Path:
@@ -335,13 +351,24 @@ def _is_done(output: Path, work: Path, facts: dict[str, Any] | None, resume: boo
         own, other = _decisive(facts), _decisive(before)
         parts = [k for k in {**own, **other} if own.get(k) != other.get(k)]
         if parts:
+            told = _differing(other.get("recipe"), own.get("recipe")) if "recipe" in parts else []
+            others = [part for part in parts if part != "recipe"]
+            told += [f"{', '.join(others)} differ"] if others else []
             raise ClearValueError(
-                f"{work} holds a run of other settings ({', '.join(parts)} differ): choose another output, or delete it"
+                f"{work} holds a run of other settings ({'; '.join(told)}): choose another output, or delete {work} and {output}"
             )
         return (output / CONFIG).is_file()
     if exists:
         raise ClearValueError(f"{output} is not empty and was not trained by this run: choose another output")
     return False
+
+
+def _differing(there: Any, here: Any, name: str = "") -> list[str]:
+    """What differs of two recipes, with both values."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [k for k in {**there, **here} if there.get(k) != here.get(k)]
+        return [d for k in keys for d in _differing(there.get(k), here.get(k), f"{name}.{k}" if name else k)]
+    return [f"{name} is {there!r} there and {here!r} here"]
 
 
 def _decisive(facts: dict[str, Any]) -> dict[str, Any]:
