@@ -54,6 +54,7 @@ def same(files, folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.long
 def test_pushed_and_loaded_in_a_new_process(hub, model, tmp_path, capsys, monkeypatch):
     pushed = model.push_to_hub("user/mine", private=True)
     assert set(hub.repo("user/mine").files()) == FILES | {".gitattributes", "README.md"}

@@ -130,6 +130,7 @@ def test_every_system_is_measured_once_when_its_adapter_is_there(tmp_path):
     assert sorted(seen) == sorted(everything)
 
 
+@pytest.mark.long
 def test_what_was_measured_is_merged_also_where_something_failed(tmp_path, monkeypatch, capfd):
     """The base is measured for real; the adapter that should be there is not."""
     results = tmp_path / "r.json"

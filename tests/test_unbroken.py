@@ -402,6 +402,7 @@ with watching(2.0, {advice}):
     assert done.returncode == 3
 
 
+@pytest.mark.long
 def test_waiting_for_data_workers_that_give_nothing_is_no_move():
     done = watched("""
 from torch.utils.data import DataLoader
@@ -462,6 +463,7 @@ def test_a_checkpoint_is_whole_only_behind_the_files_of_all_processes(data, tmp_
     assert any("No checkpoint was written yet" in text for text in told)
 
 
+@pytest.mark.long
 def test_a_group_whose_other_process_never_comes_is_told_in_words():
     done = watched(
         """
