@@ -35,8 +35,6 @@ from clear_adapters.lora import Lora, target_names, undo_on_failure, whole_param
 __all__ = ["AdapterSize", "AttachedModel", "ClearModule", "Origin", "attach", "choose_device"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 _TAKEN = ("protocol", "text", "latent", "max_restores")
 """What a fresh adapter takes of another one's config."""
 

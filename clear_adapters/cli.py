@@ -239,7 +239,7 @@ def degrade(
     from clear_adapters import degradations
     from clear_adapters.quickstart import save_image
 
-    if target.exists() and target.samefile(source):
+    if source.exists() and target.exists() and target.samefile(source):
         raise ClearValueError(f"{target} is the input: give the degraded picture another name")
     level: Any = severity
     with suppress(ValueError):  # a word: the library knows which there are

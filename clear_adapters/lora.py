@@ -188,9 +188,8 @@ class Lora:
         whole = whole_parameters(backbone, settings)
         self.names = list(targets)
         self.enabled = True
-        self._folded: list[
-            tuple[Any, nn.Parameter, nn.Parameter]
-        ] = []  # layers, base weights, and those with the update
+        # While folded: layers, base weights, and those with the update.
+        self._folded: list[tuple[Any, nn.Parameter, nn.Parameter]] = []
         if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
             raise AttachError("the model already holds layers of a PEFT adapter: unload that one first")
         model.requires_grad_(False)

@@ -108,6 +108,8 @@ def test_degrade_leaves_its_input(photo):
     refused = call("degrade", photo, photo, code=2)
     assert "is the input" in " ".join(refused.output.split())
     assert photo.read_bytes() == before
+    missing = call("degrade", photo.with_name("none.png"), photo, code=2)
+    assert "No image file" in missing.output
 
 
 # ---------------------------------------------------------------------------------------------------- answers

@@ -3,8 +3,8 @@
     python benchmarks/degraded_world/report.py benchmarks/results/degraded_world.json --page clear_adapters/builtin/page
 
 README.md gets the main table of the first built-in model; benchmarks/README.md gets all tables of either, and that of results/tried.
-Both need the marker lines. The figure is written beside the result file. `--page` is where the page of the extra `demo` gets its copy of
-main table and figure. No number is typed by hand: a test renders the committed files again and compares.
+Both need the marker lines. The figure is written beside the result file; with `--page`, into that folder, where the page of the extra `demo` has main
+table and figure and the README shows the figure from. No number is typed by hand: a test renders the committed files again and compares.
 """
 
 from __future__ import annotations

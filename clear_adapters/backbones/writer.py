@@ -79,9 +79,9 @@ class Writer:
         self.drawing = active.to(device)
         # A row goes on while there is room for one more token and the end that closes it. No row is longer than the cache, so that
         # most turns need not look.
-        close = positions is not None and context.length + sampling.max_new_tokens + 2 > positions
-        self._last = positions - 2 if positions is not None and close else None
-        if self._last is not None:
+        self._last: int | None = None
+        if positions is not None and context.length + sampling.max_new_tokens + 2 > positions:
+            self._last = positions - 2
             self.drawing &= context.position < self._last
         self.cut = torch.zeros_like(self.drawing)
         self.reading = self.drawing.clone()
